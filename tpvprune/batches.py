@@ -1,0 +1,146 @@
+"""What counts as a batch, and the small things every loop over batches needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.errors import DataError, ModelError
+
+Batch = Any
+Progress = Callable[[str, int, "int | None"], None]
+"""Called as `progress(stage, done, total)`; total is None where it is not known."""
+
+
+def inputs_of(batch: Batch, key: str | None = None) -> Tensor:
+    """The input tensor of a batch; anything else in it, labels too, is left unread.
+
+    Args:
+        batch: a tensor, or a tuple, list or dict of which the first item (or the item named `key`)
+            is the input.
+        key: name (dict) of the input.
+
+    Raises:
+        DataError: no floating or integer tensor with a batch dimension stands there.
+    """
+    item = batch
+    if isinstance(batch, Mapping):
+        if not batch or (key is not None and key not in batch):
+            raise DataError(f"batch has no item {key!r}; it has {', '.join(map(repr, batch)) or 'none'}")
+        item = batch[key] if key is not None else next(iter(batch.values()))
+    elif isinstance(batch, Sequence) and not isinstance(batch, str):
+        if not batch:
+            raise DataError("batch is an empty sequence; its first item should be the input tensor")
+        item = batch[0]
+    if not isinstance(item, Tensor) or item.ndim == 0:
+        raise DataError(
+            f"batch is a {type(batch).__name__} whose input is a {type(item).__name__}; give tensors, or tuples "
+            "or dicts whose first item is a tensor with the batch along its first dimension"
+        )
+    return item
+
+
+def labels_of(batch: Batch) -> Tensor | None:
+    """The second item of a tuple or dict batch if it is a tensor; None otherwise."""
+    items = list(batch.values()) if isinstance(batch, Mapping) else batch
+    if isinstance(items, Sequence) and len(items) > 1 and isinstance(items[1], Tensor):
+        return items[1]
+    return None
+
+
+def length_of(batches: Iterable[Batch]) -> int | None:
+    """Number of batches where the iterable knows it."""
+    try:
+        return len(batches)  # type: ignore[arg-type]  # a TypeError is the answer None
+    except TypeError:
+        return None
+
+
+def repeatable(batches: Iterable[Batch], why: str) -> None:
+    """Refuse an iterator that is empty after its first pass.
+
+    Raises:
+        DataError: `batches` is a one-shot iterator.
+    """
+    if iter(batches) is batches:
+        raise DataError(f"batches can be read once only, and {why}; give a list or a DataLoader")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the first parameter or buffer; the CPU for a model without any."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def model_inputs(
+    model: nn.Module, batches: Iterable[Batch], stage: str, progress: Progress | None = None, key: str | None = None
+) -> Iterator[Tensor]:
+    """The inputs of all batches, on the model's device, with progress told and an empty iterable refused.
+
+    Raises:
+        DataError: there is no batch.
+    """
+    device, total, count = device_of(model), length_of(batches), 0
+    for batch in batches:
+        yield inputs_of(batch, key).to(device, non_blocking=True)
+        count += 1
+        if progress:
+            progress(stage, count, total)
+    if count == 0:
+        raise DataError(f"{stage}: there is no batch; give at least one")
+
+
+def single_tensor(output: Any, model: nn.Module) -> Tensor:
+    """The model's output if it is one floating tensor.
+
+    Raises:
+        ModelError: it is anything else.
+    """
+    if isinstance(output, Tensor) and output.is_floating_point() and output.ndim > 0:
+        return output
+    raise ModelError(
+        f"{type(model).__name__} returns a {type(output).__name__}, not one floating tensor with the batch first; "
+        "wrap it in a module whose forward returns the tensor to keep"
+    )
+
+
+@contextmanager
+def evaluation_mode(*models: nn.Module) -> Iterator[None]:
+    """Put models into eval mode and give every module its own mode back."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def first_nonfinite(model: nn.Module, inputs: Tensor) -> str:
+    """Run once more and say which module first turned finite values into NaN or infinity."""
+    if inputs.is_floating_point() and not bool(torch.isfinite(inputs).all()):
+        return "the input batch holds NaN or infinity; check the images and their normalisation"
+    found: list[str] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def check(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not found and not bool(torch.isfinite(output).all()):
+                found.append(f"{name} ({type(module).__name__})")
+
+        return check
+
+    handles = [m.register_forward_hook(hook(n)) for n, m in model.named_modules() if n]
+    try:
+        with torch.no_grad():
+            model(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    where = f"first in module {found[0]}" if found else "outside any module"
+    return f"the model's outputs hold NaN or infinity, {where}; check its weights and the input's scale"

@@ -1,0 +1,1 @@
+"""How it comes back: closed form first, then distillation; labels optional."""

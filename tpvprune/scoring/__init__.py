@@ -1,0 +1,1 @@
+"""What matters: label-free importance of every unit, from unlabeled batches."""

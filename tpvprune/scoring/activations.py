@@ -1,0 +1,207 @@
+"""Per-sample sensitivities from activations: what zeroing each unit does to `u . f(x)`, to first order.
+
+Zeroing the slices that read a channel changes `u . f(x)` by `-sum over positions of x_c * grad_c`, with
+`grad` the gradient at that layer's input and through that layer alone. So one forward and one backward
+pass give the exact per-sample directional derivative of every unit at once, without any weight
+gradient. (Cross-sample terms vanish when the cotangents of different samples are independent.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from tpvprune.batches import evaluation_mode, first_nonfinite, single_tensor
+from tpvprune.errors import ModelError, NonFiniteError, PlanError
+from tpvprune.types import Graph, Group
+
+
+class _Sink:
+    """Adds up, per tapped layer and sample, `value * gradient` over positions."""
+
+    def __init__(self) -> None:
+        self.batch = 0
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, key: str, value: Tensor, grad: Tensor, axis: int) -> None:
+        part = _reduce(key, value, grad, axis, self.batch)
+        self.sums[key] = self.sums[key] + part if key in self.sums else part
+
+
+def _reduce(key: str, value: Tensor, grad: Tensor, axis: int, batch: int) -> Tensor:
+    """`(batch, channels)`: products summed over all positions, half precision in float32."""
+    if value.shape[0] % batch:
+        raise ModelError(
+            f"layer {key!r} sees {value.shape[0]} rows for {batch} samples; per-sample scores need a layout "
+            "with the samples outermost"
+        )
+    if value.dtype in (torch.float16, torch.bfloat16):
+        value, grad = value.float(), grad.float()
+    if axis == 1 and value.ndim > 2:
+        rows = torch.linalg.vecdot(value.flatten(2), grad.flatten(2))
+        return rows.reshape(batch, -1, rows.shape[1]).sum(1)
+    channels = value.shape[-1]
+    return torch.linalg.vecdot(value.reshape(batch, -1, channels), grad.reshape(batch, -1, channels), dim=1)
+
+
+class _Tap(torch.autograd.Function):
+    """The identity, which reports value times gradient when the backward pass comes through."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, sink: _Sink, key: str, axis: int, copy: bool) -> Tensor:
+        # The sink and plain tensors only: a closure over graph tensors would leak the whole graph.
+        ctx.save_for_backward(value)
+        ctx.sink, ctx.key, ctx.axis = sink, key, axis
+        return value.clone() if copy else value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (value,) = ctx.saved_tensors
+        ctx.sink.add(ctx.key, value, grads[0], ctx.axis)
+        return grads[0], None, None, None, None
+
+
+_LAYERS = (_ConvNd, nn.Linear, nn.Embedding)
+
+
+def _axis(module: nn.Module) -> int:
+    """Where a layer's channels lie in its input and output."""
+    channels_first = isinstance(module, (_ConvNd, _NormBase, nn.GroupNorm, nn.PReLU))
+    return 1 if channels_first or type(module).__name__.endswith("2d") else -1  # timm: LayerNorm2d, LayerScale2d
+
+
+def _fused_activation(module: nn.Module) -> nn.Module | None:
+    """The first step after the affine part of a norm that carries its own activation (timm's `*Act` norms)."""
+    inside = dict(module.named_children())
+    return inside.get("drop", inside.get("act"))
+
+
+class Tapped:
+    """A model with taps on the layers that a graph's groups touch, for the length of a `with` block.
+
+    Args:
+        model: the model; its parameters, gradients, modes and hooks are put back afterwards.
+        graph: the graph traced from it.
+        over: `consume` taps what reads the units; `all` taps what writes and scales them as well.
+
+    Raises:
+        PlanError: the graph was traced from another model.
+    """
+
+    def __init__(self, model: nn.Module, graph: Graph, over: str) -> None:
+        self.model, self.graph, self.over = model, graph, over
+        self.sink = _Sink()
+        self.inputs: dict[str, nn.Module] = {}
+        self.outputs: dict[str, nn.Module] = {}
+        self.left_out: set[str] = set()
+        for member in (m for g in graph.groups for m in g.members if m.role != "work"):
+            try:
+                module = model.get_submodule(member.layer)
+            except AttributeError:
+                raise PlanError(f"the graph names layer {member.layer!r}, which the model lacks") from None
+            if member.role == "consume":
+                self.inputs[member.layer] = module
+            elif over == "all" and member.role in ("produce", "affine"):
+                if isinstance(module, _LAYERS) or (member.role == "affine" and member.layer):
+                    self.outputs[member.layer] = module
+                else:
+                    self.left_out.add(member.param)
+
+    @contextmanager
+    def __call__(self) -> Iterator[Tapped]:
+        flags = [(p, p.requires_grad) for p in self.model.parameters()]
+        handles: list[Any] = []
+        try:
+            with evaluation_mode(self.model):
+                for parameter, _ in flags:
+                    parameter.requires_grad_(False)
+                for name, module in self.inputs.items():
+                    handles.append(module.register_forward_pre_hook(self._on_input(f"in:{name}", _axis(module))))
+                for name, module in self.outputs.items():
+                    key, fused = f"out:{name}", _fused_activation(module)
+                    if fused is not None:
+                        handles.append(fused.register_forward_pre_hook(self._on_input(key, _axis(module), copy=True)))
+                    else:
+                        handles.append(module.register_forward_hook(self._on_output(key, _axis(module))))
+                yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+    def _root(self, value: Tensor) -> Tensor:
+        """The gradient starts at the first tap: nothing before it is worth a backward pass."""
+        if value.requires_grad:
+            return value
+        root = value.detach().requires_grad_(True)
+        self.roots.append(root)
+        return root
+
+    def _on_input(self, key: str, axis: int, copy: bool = False) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return _Tap.apply(self._root(args[0]), self.sink, key, axis, copy), *args[1:]
+
+        return hook
+
+    def _on_output(self, key: str, axis: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            # A copy, because an in-place activation may follow.
+            tapped: Tensor = _Tap.apply(self._root(output), self.sink, key, axis, True)
+            return tapped
+
+        return hook
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Outputs `(batch, ...)` with the graph that `backward` needs.
+
+        Raises:
+            NonFiniteError: the outputs hold NaN or infinity; names the first module that made them.
+        """
+        self.roots: list[Tensor] = []
+        self.sink.batch = inputs.shape[0]
+        with torch.enable_grad():
+            output = single_tensor(self.model(inputs), self.model)
+        if output.shape[0] != inputs.shape[0]:
+            raise ModelError(f"the model gives {output.shape[0]} outputs for {inputs.shape[0]} inputs")
+        if not bool(torch.isfinite(output).all()):
+            raise NonFiniteError(first_nonfinite(self.model, inputs))
+        if not output.requires_grad:
+            raise ModelError("no layer of the graph is on the way to the model's output")
+        return output
+
+    def backward(self, output: Tensor, cotangent: Tensor, keep_graph: bool) -> dict[str, list[Tensor]]:
+        """Per group and member layer, sensitivities `(batch, units)` of `cotangent . output`.
+
+        Returns:
+            One entry a group. For `over="consume"` a single tensor, the coherent sum over consumers; for
+            `all` one tensor for each layer that writes, scales or reads the units.
+        """
+        self.sink.sums = {}
+        torch.autograd.grad(output, self.roots, cotangent, retain_graph=keep_graph, allow_unused=True)
+        return {group.id: self._of_group(group, output) for group in self.graph.groups}
+
+    def _of_group(self, group: Group, output: Tensor) -> list[Tensor]:
+        parts: dict[str, Tensor] = {}
+        for member in group.members:
+            key = ("in:" if member.role == "consume" else "out:") + member.layer
+            if key in parts or key not in self.sink.sums:
+                continue
+            sums = self.sink.sums[key]
+            size = self.graph.shapes[member.param][member.dim]
+            if sums.shape[1] != size:  # a grouped convolution's weight holds one group's in-channels
+                sums = sums.reshape(sums.shape[0], -1, size).sum(1)
+            index = member.index
+            parts[key] = sums if index is None else sums[:, index.to(sums.device)].sum(2)
+        if self.over == "all":
+            return list(parts.values()) or [output.new_zeros(output.shape[0], group.units)]
+        total = output.new_zeros(output.shape[0], group.units)
+        for part in parts.values():
+            total = total + part
+        return [total]

@@ -1,0 +1,38 @@
+"""What a layer says about its own widths, put right after its tensors were sliced."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+
+def refresh(module: nn.Module) -> None:
+    """Set a layer's width attributes from the shapes of its own parameters."""
+    if isinstance(module, _ConvNd):
+        first, second = module.weight.shape[:2]
+        if module.transposed:
+            module.in_channels, module.out_channels = first, second * module.groups
+        elif module.groups == module.in_channels == module.out_channels and module.groups > 1:
+            module.in_channels = module.out_channels = module.groups = first
+        else:
+            module.in_channels, module.out_channels = second * module.groups, first
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
+    elif isinstance(module, _NormBase):
+        left = module.weight if module.weight is not None else module.running_mean
+        if left is not None:
+            module.num_features = left.shape[0]
+    elif isinstance(module, nn.LayerNorm):
+        if module.weight is not None and len(module.normalized_shape) == 1:
+            module.normalized_shape = (module.weight.shape[0],)
+    elif isinstance(module, nn.GroupNorm):
+        if module.weight is not None:
+            module.num_channels = module.weight.shape[0]
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = module.weight.numel()
+    elif hasattr(module, "attn_dim") and isinstance(getattr(module, "qkv", None), nn.Linear):
+        width = module.qkv.weight.shape[0] // 3  # type: ignore[union-attr]
+        module.num_heads, module.attn_dim = width // module.head_dim, width  # type: ignore[assignment,operator]

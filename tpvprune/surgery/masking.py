@@ -1,0 +1,32 @@
+"""Silence a plan's units in a copy of a network, without changing a shape."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from tpvprune.plan import Plan
+from tpvprune.surgery.removal import check_fits
+
+
+@torch.no_grad()
+def mask(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of the same shape in which the plan's units are silenced: what reads them is zero.
+
+    Equal to `apply` where `Group.exact_mask` holds; where a normaliser pools over the units it is not.
+
+    Raises:
+        PlanError: the plan speaks of other tensors or shapes.
+    """
+    check_fits(model, plan)
+    masked = copy.deepcopy(model)
+    parameters = dict(masked.named_parameters())
+    for name, keep in plan.keep.items():
+        group = plan.graph[name]
+        for member in group.of_role("consume"):
+            gone = member.entries(group.units)[~keep].flatten()
+            tensor = parameters[member.param]
+            tensor.index_fill_(member.dim, gone.to(tensor.device), 0)
+    return masked

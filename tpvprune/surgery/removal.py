@@ -1,0 +1,76 @@
+"""Slice a plan's units out of a copy of a network."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor, nn
+
+from tpvprune.errors import InternalError, PlanError
+from tpvprune.plan import Plan, attach, plan_of
+from tpvprune.surgery.layers import refresh
+
+
+def apply(model: nn.Module, plan: Plan) -> nn.Module:
+    """A new, smaller model without the plan's units; the old one is untouched.
+
+    All slices are taken in the coordinates of the model the plan was traced from, so the order of the
+    groups does not matter. The new model carries its plan; applying a second plan composes the two.
+
+    Args:
+        model: the model the plan's graph was traced from.
+        plan: from `allocate`, `Plan.load` or by hand.
+
+    Raises:
+        PlanError: the plan speaks of other tensors or shapes.
+    """
+    check_fits(model, plan)
+    earlier = plan_of(model)
+    whole = earlier.compose(plan) if earlier is not None else plan
+    small = copy.deepcopy(model)
+    touched = {m.param for name, mask in plan.keep.items() if not bool(mask.all()) for m in plan.graph[name].members}
+    for name in sorted(touched):
+        if "#" in name:
+            continue
+        layer, _, key = name.rpartition(".")
+        owner = small.get_submodule(layer)
+        old = getattr(owner, key)
+        new = old.detach()
+        for dim in range(old.ndim):
+            kept = plan.kept_entries(name, dim)
+            if len(kept) != old.shape[dim]:
+                new = new.index_select(dim, kept.to(old.device))
+        _replace(owner, key, old, new)
+    for module in small.modules():
+        refresh(module)
+    left = plan.graph.sizes(plan.keep)
+    for name, parameter in small.named_parameters():
+        if tuple(parameter.shape) != left[name]:
+            raise InternalError(f"{name!r} came out with shape {tuple(parameter.shape)}, the plan says {left[name]}")
+    attach(small, whole)
+    return small
+
+
+def _replace(owner: nn.Module, key: str, old: Tensor, new: Tensor) -> None:
+    if isinstance(old, nn.Parameter):
+        setattr(owner, key, nn.Parameter(new.clone(), requires_grad=old.requires_grad))
+    else:
+        owner._buffers[key] = new.clone()
+
+
+def check_fits(model: nn.Module, plan: Plan) -> None:
+    """Refuse a model whose tensors are not the ones the plan speaks of.
+
+    Raises:
+        PlanError: names the first tensor that is missing, extra or of another shape.
+    """
+    have = {name: tuple(tensor.shape) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    for name, shape in plan.graph.shapes.items():
+        if "#" not in name and have.get(name) != shape:
+            raise PlanError(
+                f"the plan does not fit this {type(model).__name__}: {name!r} should be {shape}, "
+                f"it is {have.get(name, 'missing')}; use the model the plan was traced from"
+            )
+    extra = next((name for name, _ in model.named_parameters() if name not in plan.graph.shapes), None)
+    if extra is not None:
+        raise PlanError(f"the plan does not fit this {type(model).__name__}: it does not know parameter {extra!r}")

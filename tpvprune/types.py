@@ -1,0 +1,500 @@
+"""The nouns that every stage shares: frozen values that can be saved, printed and loaded.
+
+Nothing here holds an `nn.Module`, so a `Graph` or `Scores` file can be read on a machine that has
+never seen the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from tpvprune.errors import BudgetError, InputError, PlanError
+from tpvprune.files import read_text, write_bytes, write_text
+
+Role = Literal["produce", "affine", "consume", "stat", "work"]
+Kind = Literal["channel", "head", "weight"]
+ROLES: tuple[str, ...] = ("produce", "affine", "consume", "stat", "work")
+KINDS: tuple[str, ...] = ("channel", "head", "weight")
+GRAPH_FORMAT = 1
+SCORES_FORMAT = 1
+WORK = "#"  # marks a tensor that costs multiply-adds and holds no parameter, as the two products of attention
+REST = "#rest"  # the multiply-adds that belong to no layer, and that no plan changes
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One side of one tensor that loses entries when units of a group leave.
+
+    Attributes:
+        param: qualified name of a parameter or buffer, or of a `#` work tensor.
+        dim: the dimension of that tensor the units lie along.
+        index: entries of `dim` that belong to each unit, `(units, entries)`; None is the identity.
+        role: `produce` writes the channels, `affine` scales them in place (norms, depthwise convolutions),
+            `consume` reads them, `stat` is a buffer, `work` only costs multiply-adds.
+    """
+
+    param: str
+    dim: int
+    index: Tensor | None
+    role: Role
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise PlanError(f"member {self.param!r} has role {self.role!r}; known roles are {', '.join(ROLES)}")
+        if self.index is not None and (self.index.ndim != 2 or self.index.dtype != torch.int64):
+            raise PlanError(f"member {self.param!r} needs an int64 index of shape (units, entries)")
+
+    @property
+    def layer(self) -> str:
+        """Qualified name of the module that owns the tensor."""
+        return self.param.split(WORK)[0] if WORK in self.param else self.param.rpartition(".")[0]
+
+    def entries(self, units: int) -> Tensor:
+        """The index written out, `(units, entries)`."""
+        return torch.arange(units).unsqueeze(1) if self.index is None else self.index
+
+    def width(self) -> int:
+        """Entries each unit holds along `dim`."""
+        return 1 if self.index is None else self.index.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Units that can only leave the network together with all their members.
+
+    Attributes:
+        id: name of the layer (or attention block) whose outputs the units are; stable under pruning.
+        kind: what a unit is.
+        units: how many there are.
+        members: every tensor side that holds entries of the units.
+        exact_mask: whether zeroing the consumers equals removing the unit. False where a normaliser
+            pools over the units (layer norm, group norm).
+        signature: equal for groups of the same structure.
+    """
+
+    id: str
+    kind: Kind
+    units: int
+    members: tuple[Member, ...]
+    exact_mask: bool
+    signature: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise PlanError(f"group {self.id!r} has kind {self.kind!r}; known kinds are {', '.join(KINDS)}")
+        if self.units < 1:
+            raise PlanError(f"group {self.id!r} has no units")
+        for member in self.members:
+            if member.index is not None and member.index.shape[0] != self.units:
+                raise PlanError(
+                    f"group {self.id!r}: index of {member.param!r} speaks of {member.index.shape[0]} units, "
+                    f"the group has {self.units}"
+                )
+
+    def of_role(self, *roles: Role) -> tuple[Member, ...]:
+        """The members of these roles, in order."""
+        return tuple(m for m in self.members if m.role in roles)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the modules that any member belongs to, in order, without repeats."""
+        return tuple(dict.fromkeys(m.layer for m in self.members))
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """What can leave a network together, and what every tensor of it costs.
+
+    Attributes:
+        groups: the prunable groups, in execution order.
+        shapes: shape of every parameter, of every buffer that a group touches, and of work tensors.
+        reuse: multiply-adds per entry of a tensor and example. A convolution's weight is used once per
+            output position, a linear layer's once per row.
+        model_id: fingerprint of the architecture (names and shapes), see `fingerprint`.
+        skipped: modules whose outputs cannot be pruned, with the reason.
+    """
+
+    groups: tuple[Group, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    reuse: Mapping[str, int]
+    model_id: str
+    skipped: Mapping[str, str]
+    _by_id: Mapping[str, Group] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_by_id", {group.id: group for group in self.groups})
+        if len(self._by_id) != len(self.groups):
+            raise PlanError("two groups of the graph share an id")
+        taken: dict[tuple[str, int], Tensor] = {}
+        for group in self.groups:
+            for member in group.members:
+                shape = self.shapes.get(member.param)
+                if shape is None or member.dim >= len(shape):
+                    raise PlanError(f"group {group.id!r} names {member.param!r}[{member.dim}], which the graph lacks")
+                entries = member.entries(group.units).flatten()
+                if int(entries.min()) < 0 or int(entries.max()) >= shape[member.dim]:
+                    raise PlanError(f"group {group.id!r}: entries of {member.param!r} lie outside {shape}")
+                used = taken.setdefault((member.param, member.dim), torch.zeros(shape[member.dim], dtype=torch.int64))
+                used.index_add_(0, entries, torch.ones_like(entries))
+                if int(used.max()) > 1:
+                    raise PlanError(f"entries of {member.param!r}[{member.dim}] belong to two units")
+
+    def __getitem__(self, group_id: str) -> Group:
+        try:
+            return self._by_id[group_id]
+        except KeyError:
+            raise PlanError(f"the graph has no group {group_id!r}") from None
+
+    def __contains__(self, group_id: str) -> bool:
+        return group_id in self._by_id
+
+    @property
+    def units(self) -> int:
+        """All units of all groups."""
+        return sum(group.units for group in self.groups)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the tensors in `shapes` that are parameters."""
+        other = {m.param for g in self.groups for m in g.of_role("stat", "work")} | {REST}
+        return tuple(name for name in self.shapes if name not in other)
+
+    def sizes(self, keep: Mapping[str, Tensor] | None = None) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor once only the units in `keep` are left.
+
+        Args:
+            keep: bool mask `(units,)` per group id; a group that is missing stays whole.
+        """
+        sizes = {name: list(shape) for name, shape in self.shapes.items()}
+        for group_id, mask in (keep or {}).items():
+            group = self[group_id]
+            gone = group.units - int(mask.sum())
+            for member in group.members:
+                sizes[member.param][member.dim] -= gone * member.width()
+        return {name: tuple(size) for name, size in sizes.items()}
+
+    def params(self, keep: Mapping[str, Tensor] | None = None) -> int:
+        """Number of parameters left, exact."""
+        sizes = self.sizes(keep)
+        return sum(math.prod(sizes[name]) for name in self.parameters)
+
+    def macs(self, keep: Mapping[str, Tensor] | None = None) -> int:
+        """Multiply-adds per example left, exact for every layer that a group touches."""
+        sizes = self.sizes(keep)
+        return sum(times * math.prod(sizes[name]) for name, times in self.reuse.items())
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready form; `from_json` is its inverse."""
+        return {
+            "format": GRAPH_FORMAT,
+            "model_id": self.model_id,
+            "groups": [
+                {
+                    "id": g.id,
+                    "kind": g.kind,
+                    "units": g.units,
+                    "exact_mask": g.exact_mask,
+                    "signature": g.signature,
+                    "members": [
+                        {"param": m.param, "dim": m.dim, "role": m.role, "index": _pack_index(m.index)}
+                        for m in g.members
+                    ],
+                }
+                for g in self.groups
+            ],
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "reuse": dict(self.reuse),
+            "skipped": dict(self.skipped),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Graph:
+        """Rebuild a graph from `to_json`.
+
+        Raises:
+            PlanError: the data is of another format, or incomplete.
+        """
+        check_format(data, GRAPH_FORMAT, "graph")
+        try:
+            groups = tuple(
+                Group(
+                    id=g["id"],
+                    kind=g["kind"],
+                    units=int(g["units"]),
+                    exact_mask=bool(g["exact_mask"]),
+                    signature=g["signature"],
+                    members=tuple(
+                        Member(m["param"], int(m["dim"]), _unpack_index(m["index"]), m["role"]) for m in g["members"]
+                    ),
+                )
+                for g in data["groups"]
+            )
+            return cls(
+                groups=groups,
+                shapes={name: tuple(shape) for name, shape in data["shapes"].items()},
+                reuse=dict(data["reuse"]),
+                model_id=data["model_id"],
+                skipped=dict(data["skipped"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"the graph is incomplete ({error!r}); trace the model again") from error
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the graph as JSON."""
+        write_text(path, json.dumps(self.to_json()))
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Graph:
+        """Read a graph written by `save`."""
+        return cls.from_json(read_json(path, "graph"))
+
+
+def _pack_index(index: Tensor | None) -> Any:
+    """None, `{"start", "shape"}` for a plain run, or `{"list", "shape"}`."""
+    if index is None:
+        return None
+    flat = index.flatten()
+    if torch.equal(flat, torch.arange(int(flat[0]), int(flat[0]) + flat.numel())):
+        return {"start": int(flat[0]), "shape": list(index.shape)}
+    return {"list": flat.tolist(), "shape": list(index.shape)}
+
+
+def _unpack_index(packed: Any) -> Tensor | None:
+    if packed is None:
+        return None
+    shape = tuple(packed["shape"])
+    if "start" in packed:
+        return torch.arange(packed["start"], packed["start"] + math.prod(shape)).reshape(shape)
+    return torch.tensor(packed["list"], dtype=torch.int64).reshape(shape)
+
+
+def fingerprint(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> str:
+    """Name of an architecture: a hash of its tensors' names and shapes, whatever their values."""
+    lines = sorted(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def check_format(data: Mapping[str, Any], known: int, what: str) -> None:
+    """Refuse a file whose format number this version does not know.
+
+    Raises:
+        PlanError: no format number, or another one.
+    """
+    found = data.get("format") if isinstance(data, Mapping) else None
+    if found != known:
+        raise PlanError(f"{what}: format {found!r} is not {known}, the one this version of tpvprune reads")
+
+
+def read_json(path: str | PathLike[str], what: str) -> Any:
+    """Read a JSON file, or say which file is missing or broken.
+
+    Raises:
+        PlanError: the file is missing or is no JSON.
+    """
+    try:
+        return json.loads(read_text(path))
+    except OSError as error:
+        raise PlanError(f"no {what} at {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise PlanError(f"{path} is no {what}: {error}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Importance of every unit: what the outputs are predicted to move when it alone is removed.
+
+    Attributes:
+        values: float64 `(units,)` per group. For `TPV` with the softmax head, half of a value is nats of KL.
+        stderr: standard error of each value, same shapes; None where the criterion has none.
+        criterion: how they were made, in words.
+        samples: examples seen.
+        probes: cotangents per example; "exact" if the sum over outputs was taken.
+        seed: seed of the probes.
+        model_id: fingerprint of the model scored.
+    """
+
+    values: Mapping[str, Tensor]
+    stderr: Mapping[str, Tensor] | None
+    criterion: str
+    samples: int
+    probes: int | str
+    seed: int
+    model_id: str
+
+    def __post_init__(self) -> None:
+        for name, value in self.values.items():
+            if value.ndim != 1 or not bool(torch.isfinite(value).all()):
+                raise PlanError(f"scores of group {name!r} are not finite values of shape (units,)")
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the scores as safetensors, with how they were made in the header."""
+        tensors = {f"value/{name}": value.contiguous() for name, value in self.values.items()}
+        tensors |= {f"stderr/{name}": value.contiguous() for name, value in (self.stderr or {}).items()}
+        about = {"format": SCORES_FORMAT, "criterion": self.criterion, "samples": self.samples}
+        about |= {"probes": self.probes, "seed": self.seed, "model_id": self.model_id}
+        write_bytes(path, save(tensors, metadata={"tpvprune": json.dumps(about)}))
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Scores:
+        """Read scores written by `save`.
+
+        Raises:
+            PlanError: the file is missing, corrupt, or of another format.
+        """
+        if not Path(path).is_file():
+            raise PlanError(f"no scores at {path}; run the score stage first")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                about = json.loads((file.metadata() or {}).get("tpvprune", "{}"))
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        except SafetensorError as error:
+            raise PlanError(f"{path} is no scores file: {error}") from error
+        check_format(about, SCORES_FORMAT, f"scores {path}")
+        values = {key[6:]: value for key, value in tensors.items() if key.startswith("value/")}
+        stderr = {key[7:]: value for key, value in tensors.items() if key.startswith("stderr/")}
+        about.pop("format")
+        return cls(values=values, stderr=stderr or None, **about)
+
+
+_SUFFIXES = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+
+
+def parse_amount(value: float | str, what: str) -> float:
+    """Read `0.5`, `"50%"`, `"1.2G"` or `41_000_000`; at most 1 is a fraction, above is absolute.
+
+    Raises:
+        BudgetError: the value is no positive number, or a percentage above 100.
+    """
+    text = str(value).strip().lower().replace("_", "")
+    try:
+        if text.endswith("%"):
+            amount = float(text[:-1]) / 100
+            if amount > 1:
+                raise BudgetError(f"{what}={value!r} is above 100%")
+        elif text and text[-1] in _SUFFIXES:
+            amount = float(text[:-1]) * _SUFFIXES[text[-1]]
+        else:
+            amount = float(text)
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise BudgetError(f"{what}={value!r} is no amount; write 0.5, '50%', '1.2G' or a whole number") from error
+    if isinstance(value, bool) or not math.isfinite(amount) or amount <= 0:
+        raise BudgetError(f"{what}={value!r} must be above zero")
+    return amount
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An upper bound on what the pruned model may cost, and what the planner must leave alone.
+
+    Give exactly one of `macs` and `params`.
+
+    Attributes:
+        macs: multiply-adds per example; a fraction of the dense model's (0.5, "50%") or absolute ("1.2G").
+        params: parameters, written the same way.
+        min_keep: least share of every group's units that stays.
+        round_to: kept widths are multiples of this many channels. None: 8 where a group has at least
+            64 channels, less in narrower ones, so that each has eight widths to choose from.
+        protect: layers whose outputs and inputs stay whole: exact name, glob, or `re:` regular expression.
+        per_group: least share kept for the groups that a pattern matches, in place of `min_keep`.
+
+    Raises:
+        BudgetError: no bound, two bounds, or a value out of range.
+    """
+
+    macs: float | str | None = None
+    params: float | str | None = None
+    min_keep: float = 0.1
+    round_to: int | None = None
+    protect: tuple[str, ...] = ()
+    per_group: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("macs", "params") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise BudgetError(f"a budget bounds one of macs and params, not {' and '.join(given) or 'nothing'}")
+        parse_amount(getattr(self, given[0]), given[0])
+        for name, share in {"min_keep": self.min_keep, **self.per_group}.items():
+            if not 0 < share <= 1:
+                raise BudgetError(f"{name}={share} is no share of units in (0, 1]")
+        if self.round_to is not None and self.round_to < 1:
+            raise BudgetError(f"round_to={self.round_to} must be at least 1")
+        if isinstance(self.protect, str):
+            raise BudgetError(f"protect={self.protect!r} is one string; give a list of patterns")
+        object.__setattr__(self, "protect", tuple(self.protect))
+
+    @property
+    def quantity(self) -> Literal["macs", "params"]:
+        """What is bounded."""
+        return "macs" if self.macs is not None else "params"
+
+    def bound(self, graph: Graph) -> int:
+        """The bound in absolute numbers for this graph."""
+        amount = parse_amount(getattr(self, self.quantity), self.quantity)
+        dense = graph.macs() if self.quantity == "macs" else graph.params()
+        return math.floor(amount * dense + 1e-9 * dense) if amount <= 1 else math.floor(amount)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What one model costs and how well it does.
+
+    Attributes:
+        params: number of parameters.
+        macs: multiply-adds per example.
+        latency_ms: median milliseconds of one forward pass; the report's environment says batch and device.
+        metrics: `kl` (nats, dense to this model) and `agreement` (share of equal top-1) on held-out
+            images, `top1` where labels were given.
+    """
+
+    params: int
+    macs: int
+    latency_ms: float | None
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was asked, what came out, and how it was measured.
+
+    Attributes:
+        asked: the budget in absolute numbers and as it was written.
+        got: the same quantity of the model that came out.
+        before: the dense model.
+        pruned: cut, not yet recovered.
+        recovered: after recovery; None if none was asked for.
+        drift: KL in nats, predicted from the scores' own first-order formula and measured.
+        steps: what was done, in order, with what each said of itself.
+        seconds: wall-clock seconds per stage.
+        data: how many images each stage saw and how many were skipped.
+        environment: versions, device, threads, batch size of the latency.
+    """
+
+    asked: Mapping[str, Any]
+    got: Mapping[str, Any]
+    before: Measure
+    pruned: Measure
+    recovered: Measure | None
+    drift: Mapping[str, float | None]
+    steps: tuple[Mapping[str, Any], ...]
+    seconds: Mapping[str, float]
+    data: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    format: int = 1
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready form."""
+        return asdict(self)

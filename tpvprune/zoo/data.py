@@ -1,0 +1,285 @@
+"""Images by name: a folder in any tree, an array file, or scikit-learn's digits.
+
+A `Pool` is an ordered set of images. The rule that keeps measuring honest: sorted by path, even
+positions are for scoring and recovery, odd positions only for measuring.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from tpvprune.errors import DataError
+
+logger = logging.getLogger(__name__)
+BAD_SHARE = 0.1
+_BROKEN = (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+
+class Pool(Dataset):  # type: ignore[type-arg]  # items are (tensor, int) or None for a broken image
+    """An ordered set of images with optional labels; items are `((channels, h, w), label or -1)`.
+
+    Attributes:
+        name: where the images come from, for messages and reports.
+        skipped: files that were no readable image.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        read: Callable[[int, bool], Tensor],
+        positions: Sequence[int],
+        labels: Sequence[int] | None = None,
+        skipped: list[str] | None = None,
+    ) -> None:
+        self.name, self.positions = name, list(positions)
+        self._read, self._labels = read, labels
+        self.skipped = [] if skipped is None else skipped
+        self.augment = False
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether items carry labels."""
+        return self._labels is not None
+
+    def __getitem__(self, item: int) -> tuple[Tensor, int] | None:
+        position = self.positions[item]
+        try:
+            image = self._read(position, self.augment)
+        except _BROKEN as error:
+            self.skipped.append(f"position {position}: {error}")
+            if len(self.skipped) > BAD_SHARE * len(self) + 1:
+                raise DataError(
+                    f"{self.name}: more than {BAD_SHARE:.0%} of the images cannot be read, "
+                    f"the last for this: {error}"
+                ) from error
+            return None
+        return image, -1 if self._labels is None else self._labels[position]
+
+    def _with(self, positions: Sequence[int]) -> Pool:
+        return Pool(self.name, self._read, positions, self._labels, self.skipped)
+
+    def split(self) -> tuple[Pool, Pool]:
+        """(even positions, odd positions): for scoring and recovery, for measuring."""
+        return self._with(self.positions[::2]), self._with(self.positions[1::2])
+
+    def sample(self, count: int | None, seed: int = 0) -> Pool:
+        """At most `count` images, drawn without replacement, in their old order."""
+        if count is None or count >= len(self):
+            return self
+        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
+        return self._with([self.positions[i] for i in sorted(chosen.tolist())])
+
+    def loader(
+        self, batch_size: int, *, shuffle: bool = False, augment: bool = False, workers: int = 0, seed: int = 0
+    ) -> Loader:
+        """Batches `(images (batch, channels, h, w), labels (batch,))`; broken images are left out."""
+        pool = self._with(self.positions)
+        pool.augment = augment
+        return Loader(pool, batch_size, shuffle, workers, seed)
+
+
+class Loader:
+    """A DataLoader that leaves broken images out; can be read again and again."""
+
+    def __init__(self, pool: Pool, batch_size: int, shuffle: bool, workers: int, seed: int) -> None:
+        self.pool = pool
+        generator = torch.Generator().manual_seed(seed)
+        self._inner = DataLoader(
+            pool, batch_size, shuffle, num_workers=workers, collate_fn=_collate, generator=generator
+        )
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self._inner:
+            if batch is not None:
+                yield batch
+
+
+def _collate(items: list[tuple[Tensor, int] | None]) -> tuple[Tensor, Tensor] | None:
+    good = [item for item in items if item is not None]
+    if not good:
+        return None
+    return torch.stack([image for image, _ in good]), torch.tensor([label for _, label in good])
+
+
+def input_size(model: nn.Module, size: int | None = None) -> tuple[int, int, int]:
+    """`(channels, height, width)` a model expects, with height and width replaced by `size` if given."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    channels = next((p.shape[1] for p in model.parameters() if p.ndim == 4), config.get("input_size", (3,))[0])
+    embed = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    height, width = config.get("input_size", (3, 224, 224))[1:]
+    if embed is not None:
+        height, width = embed
+    return (channels, size, size) if size else (channels, height, width)
+
+
+def open_pool(
+    source: str | Path, model: nn.Module, *, size: int | None = None, labels: str | Path | None = None
+) -> Pool:
+    """Open images by name.
+
+    Args:
+        source: a folder of images in any tree, an `.npz` / `.npy` array file, or `digits`.
+        model: says which preprocessing fits (timm's data configuration).
+        size: height and width in pixels, in place of the model's own.
+        labels: None, "folders" (a class per parent folder, alphabetical), or a class-map file with a folder
+            name per line in label order. Arrays and digits carry their own.
+
+    Raises:
+        DataError: nothing there, no image, more than 10 % unreadable, or labels that do not fit.
+    """
+    shape = input_size(model, size)
+    if str(source) == "digits":
+        return _digits(shape)
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix in (".npz", ".npy"):
+        return _arrays(path, shape[0])
+    if not path.is_dir():
+        raise DataError(f"no folder of images at {source}; give a folder, an .npz or .npy file, or 'digits'")
+    return _folder(path, model, shape, labels)
+
+
+def _digits(shape: tuple[int, int, int]) -> Pool:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError("the digits need scikit-learn; python -m pip install 'tpvprune[demo]'") from error
+    data = load_digits()
+    images = torch.from_numpy(data.images).float().unsqueeze(1) / 8 - 1
+    images = nn.functional.interpolate(images, size=shape[1:], mode="bilinear", align_corners=False)
+    images = images.expand(-1, shape[0], -1, -1)
+    return Pool("digits", _shifting(images), range(len(images)), data.target.tolist())
+
+
+def _shifting(images: Tensor) -> Callable[[int, bool], Tensor]:
+    """Read from a tensor; augmentation is a shift of up to an eighth of the side."""
+
+    def read(position: int, augment: bool) -> Tensor:
+        image = images[position]
+        if augment:
+            reach = max(1, image.shape[-1] // 8)
+            dy, dx = torch.randint(-reach, reach + 1, (2,)).tolist()
+            image = image.roll((dy, dx), (1, 2))
+        return image
+
+    return read
+
+
+def _arrays(path: Path, channels: int) -> Pool:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        images = loaded if isinstance(loaded, np.ndarray) else loaded["x"]
+        labels = None if isinstance(loaded, np.ndarray) or "y" not in loaded else loaded["y"].tolist()
+    except (ValueError, OSError, KeyError) as error:
+        raise DataError(
+            f"{path} cannot be read as arrays ({error}); save preprocessed images as x (and labels as y)"
+        ) from error
+    if images.ndim != 4 or images.shape[1] != channels or not np.issubdtype(images.dtype, np.floating):
+        raise DataError(
+            f"{path}: x is {images.dtype} {images.shape}; it must be preprocessed floats of shape "
+            f"(images, {channels}, height, width)"
+        )
+    return Pool(str(path), _shifting(torch.from_numpy(images).float()), range(len(images)), labels)
+
+
+def _folder(folder: Path, model: nn.Module, shape: tuple[int, int, int], labels: str | Path | None) -> Pool:
+    files, bad = [], []
+    for root, dirs, names in os.walk(folder):
+        dirs[:] = sorted(d for d in dirs if not d.startswith("."))
+        files += [Path(root) / name for name in names if not name.startswith(".")]
+    files.sort()
+    good = []
+    for file in files:
+        (good if _is_image(file) else bad).append(file)
+    if not good:
+        raise DataError(f"{folder} holds no image among {len(files)} files; give a folder of images")
+    if len(bad) > BAD_SHARE * len(files):
+        raise DataError(
+            f"{folder}: {len(bad)} of {len(files)} files are no images (first: {bad[0].relative_to(folder)}); "
+            f"at most {BAD_SHARE:.0%} are skipped, so take them out or give another folder"
+        )
+    if bad:
+        logger.warning("%s: skipped %d of %d files that are no images", folder, len(bad), len(files))
+    config = resolve_data_config({"input_size": shape}, model=model)
+    keep = {key: config[key] for key in ("input_size", "mean", "std", "interpolation")}
+    if shape[0] == 1:
+        keep["mean"], keep["std"] = keep["mean"][:1], keep["std"][:1]
+    plain = create_transform(**keep, crop_pct=config["crop_pct"])
+    varied = _augmentation(shape, keep)
+
+    def read(position: int, augment: bool) -> Tensor:
+        with Image.open(good[position]) as image:
+            out: Tensor = (varied if augment else plain)(image.convert("L" if shape[0] == 1 else "RGB"))
+        return out
+
+    return Pool(
+        str(folder), read, range(len(good)), _labels(good, folder, model, labels), [str(file) for file in bad]
+    )
+
+
+def _augmentation(shape: tuple[int, int, int], keep: dict[str, Any]) -> Callable[[Any], Tensor]:
+    """Flips and crops that keep most of the image: distillation needs variety, not difficulty."""
+    if shape[1] > 64:
+        varied: Callable[[Any], Tensor] = create_transform(
+            **keep, is_training=True, auto_augment=None, color_jitter=None, scale=(0.35, 1.0)
+        )
+        return varied
+    steps = [
+        transforms.Resize(shape[1:]),
+        transforms.RandomCrop(shape[1:], padding=shape[1] // 8, padding_mode="reflect"),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize(keep["mean"], keep["std"]),
+    ]
+    return transforms.Compose(steps)
+
+
+def _is_image(file: Path) -> bool:
+    try:
+        with Image.open(file):
+            return True
+    except _BROKEN:
+        return False
+
+
+def _labels(
+    files: list[Path], folder: Path, model: nn.Module, labels: str | Path | None
+) -> list[int] | None:
+    if labels is None:
+        return None
+    present = sorted({file.parent.name for file in files})
+    if str(labels) == "folders":
+        classes, origin = present, "class folders"
+    else:
+        path = Path(labels).expanduser()
+        if not path.is_file():
+            raise DataError(f"no class map at {labels}; give 'folders' or a file with a folder name per line")
+        classes, origin = [line.split()[0] for line in path.read_text().splitlines() if line.strip()], str(labels)
+    outputs = getattr(model, "num_classes", None)
+    if outputs is not None and len(classes) != outputs:
+        raise DataError(
+            f"{origin}: {len(classes)} classes, the model has {outputs}; give a class-map file that lists "
+            "all of them in label order"
+        )
+    number = {name: i for i, name in enumerate(classes)}
+    strange = [name for name in present if name not in number]
+    if strange:
+        raise DataError(f"{folder}: folder {strange[0]!r} is not in {origin}")
+    return [number[file.parent.name] for file in files]
