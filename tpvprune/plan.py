@@ -115,9 +115,7 @@ class Plan:
             PlanError: the plans speak of different models.
         """
         if self.graph.model_id != other.graph.model_id:
-            raise PlanError(
-                f"cannot compare plans of two models ({self.graph.model_id} and {other.graph.model_id})"
-            )
+            raise PlanError(f"cannot compare plans of two models ({self.graph.model_id} and {other.graph.model_id})")
         out = {}
         for group in self.graph.groups:
             a, b = self.mask(group.id), other.mask(group.id)

@@ -150,9 +150,7 @@ def _ladder(group: Group, values: Tensor, floor: int, step: int) -> _Ladder:
     return _Ladder(group, order, cumulative, [0, *(group.units - k for k in kept)])
 
 
-def _check_reachable(
-    graph: Graph, budget: Budget, bound: int, gone: dict[str, int], floors: dict[str, int]
-) -> None:
+def _check_reachable(graph: Graph, budget: Budget, bound: int, gone: dict[str, int], floors: dict[str, int]) -> None:
     keep = {}
     for group in graph.groups:
         mask = torch.ones(group.units, dtype=torch.bool)
@@ -164,7 +162,9 @@ def _check_reachable(
     dense = graph.macs() if budget.quantity == "macs" else graph.params()
     whole = [g.id for g in graph.groups if floors[g.id] == g.units]
     held = [f"min_keep={budget.min_keep:g}"]
-    held += [f"{len(whole)} protected groups ({', '.join(whole[:3])}{', ...' if len(whole) > 3 else ''})"] if whole else []
+    held += (
+        [f"{len(whole)} protected groups ({', '.join(whole[:3])}{', ...' if len(whole) > 3 else ''})"] if whole else []
+    )
     held += [f"{len(graph.skipped)} layers that cannot be pruned"] if graph.skipped else []
     raise BudgetError(
         f"{budget.quantity} <= {bound:,} cannot be reached: the floor is {floor:,} "

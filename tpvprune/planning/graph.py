@@ -238,9 +238,7 @@ def _tensors(value: Any) -> list[Tensor]:
 class _Builder:
     """Turns torch-pruning's groups into ours, one root layer at a time."""
 
-    def __init__(
-        self, model: nn.Module, walker: _Walker, usage: _Usage, blocks: list[AttentionBlock]
-    ) -> None:
+    def __init__(self, model: nn.Module, walker: _Walker, usage: _Usage, blocks: list[AttentionBlock]) -> None:
         self.model, self.walker, self.usage, self.blocks = model, walker, usage, blocks
         self.skipped: dict[str, str] = {}
         self.modules: dict[int, str] = {}
@@ -318,9 +316,7 @@ class _Builder:
         members = tuple(self._member(param, dim, role, e, u, width, bundles) for param, dim, role, e, u in parts)
         if not any(m.role == "consume" for m in members):
             raise _Unprunable("no convolution or linear layer consumes its outputs")
-        claims = {
-            (m.param, m.dim, e) for m in members for e in m.entries(width // bundles).flatten().tolist()
-        }
+        claims = {(m.param, m.dim, e) for m in members for e in m.entries(width // bundles).flatten().tolist()}
         if claims & self.taken:
             raise _Unprunable("some of its entries already belong to another group")
         self.taken |= claims

@@ -14,7 +14,7 @@ from tpvprune.batches import Batch, Progress, model_inputs
 from tpvprune.errors import InputError, PlanError
 from tpvprune.plan import Plan
 from tpvprune.scoring.activations import Tapped
-from tpvprune.scoring.heads import Head, Softmax, head_named
+from tpvprune.scoring.heads import Head, head_named
 from tpvprune.types import Graph, Scores, fingerprint
 
 logger = logging.getLogger(__name__)

@@ -64,8 +64,7 @@ class Pool(Dataset):  # type: ignore[type-arg]  # items are (tensor, int) or Non
             self.skipped.append(f"position {position}: {error}")
             if len(self.skipped) > BAD_SHARE * len(self) + 1:
                 raise DataError(
-                    f"{self.name}: more than {BAD_SHARE:.0%} of the images cannot be read, "
-                    f"the last for this: {error}"
+                    f"{self.name}: more than {BAD_SHARE:.0%} of the images cannot be read, the last for this: {error}"
                 ) from error
             return None
         return image, -1 if self._labels is None else self._labels[position]
@@ -229,9 +228,7 @@ def _folder(folder: Path, model: nn.Module, shape: tuple[int, int, int], labels:
             out: Tensor = (varied if augment else plain)(image.convert("L" if shape[0] == 1 else "RGB"))
         return out
 
-    return Pool(
-        str(folder), read, range(len(good)), _labels(good, folder, model, labels), [str(file) for file in bad]
-    )
+    return Pool(str(folder), read, range(len(good)), _labels(good, folder, model, labels), [str(file) for file in bad])
 
 
 def _augmentation(shape: tuple[int, int, int], keep: dict[str, Any]) -> Callable[[Any], Tensor]:
@@ -259,9 +256,7 @@ def _is_image(file: Path) -> bool:
         return False
 
 
-def _labels(
-    files: list[Path], folder: Path, model: nn.Module, labels: str | Path | None
-) -> list[int] | None:
+def _labels(files: list[Path], folder: Path, model: nn.Module, labels: str | Path | None) -> list[int] | None:
     if labels is None:
         return None
     present = sorted({file.parent.name for file in files})

@@ -50,8 +50,13 @@ def create_model(name: str, checkpoint: str | Path | None = None, args: Mapping[
         raise ModelError(f"model {name!r} cannot be built with {args or 'its defaults'}: {error}") from error
     if checkpoint is not None:
         load_weights(model, checkpoint)
-    object.__setattr__(model, _SOURCE, {"timm" if name not in CIFAR_RESNETS else "tpvprune": name, "args": args})
+    remember_source(model, {"timm" if name not in CIFAR_RESNETS else "tpvprune": name, "args": args})
     return model.eval()
+
+
+def remember_source(model: nn.Module, source: Mapping[str, Any]) -> None:
+    """Let a model carry how its dense original is built; copies and pruned copies carry it too."""
+    object.__setattr__(model, _SOURCE, dict(source))
 
 
 def _near(name: str) -> str:

@@ -1,0 +1,159 @@
+"""Save and load a pruned model without pickled code.
+
+A folder holds `plan.json` (what was removed), `model.safetensors` (what is left) and `tpvprune.json` (how to
+build the dense original, versions, digests). Loading builds the original with random weights, removes
+the same units, and fills in the weights: all of it, or nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import nn
+
+from tpvprune.errors import CheckpointError, ModelError, PlanError
+from tpvprune.files import write_bytes, write_text
+from tpvprune.plan import Plan, attach, plan_of
+from tpvprune.surgery.removal import apply, check_fits
+from tpvprune.types import read_json
+from tpvprune.version import __version__
+from tpvprune.zoo.models import build_source, remember_source, source_of
+
+FORMAT = 1
+ABOUT, WEIGHTS, PLAN = "tpvprune.json", "model.safetensors", "plan.json"
+
+
+def save(model: nn.Module, folder: str | PathLike[str]) -> None:
+    """Write a pruned model as plan, weights and description; each file appears whole or not at all.
+
+    Args:
+        model: from `apply`, `recover` or `load`; carries its plan.
+        folder: created if missing; a model saved there before is replaced.
+
+    Raises:
+        CheckpointError: the model carries no plan, or the folder cannot be written.
+    """
+    plan = plan_of(model)
+    if plan is None:
+        raise CheckpointError("this model carries no plan; save what apply(), recover() or load() returned")
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
+    weights = save_tensors(tensors)
+    plan_text = json.dumps(plan.to_json())
+    about = {
+        "format": FORMAT,
+        "model": _description(model, plan),
+        "versions": {"tpvprune": __version__, "torch": torch.__version__, "timm": timm.__version__},
+        "digest": {WEIGHTS: _digest(weights), PLAN: _digest(plan_text.encode())},
+        "params": plan.params,
+        "macs": plan.macs,
+    }
+    target = Path(folder)
+    try:
+        write_bytes(target / WEIGHTS, weights)
+        write_bytes(target / PLAN, plan_text.encode())
+        write_text(target / ABOUT, json.dumps(about, indent=2))  # last: it vouches for the other two
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {folder}: {error.strerror or error}; choose another folder") from error
+
+
+def _description(model: nn.Module, plan: Plan) -> dict[str, Any]:
+    """How to build the dense original, if that can be done by name; what it looked like, if not."""
+    source = source_of(model)
+    if source is not None:
+        try:
+            with torch.device("meta"):
+                check_fits(build_source(source), plan)
+            return source
+        except (PlanError, ModelError, NotImplementedError, RuntimeError):
+            pass
+    return {"class": f"{type(model).__module__}.{type(model).__qualname__}"}
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def load(folder: str | PathLike[str], *, skeleton: nn.Module | None = None) -> nn.Module:
+    """Rebuild a saved model, in eval mode on the CPU, without unpickling or importing anything named in it.
+
+    Args:
+        folder: written by `save`.
+        skeleton: the dense original with any weights, for a model that is not known by name. It is left
+            as it was.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, of another format or version, does not match the
+            others, or the skeleton is needed.
+        PlanError: the skeleton is not the dense original.
+    """
+    source = Path(folder)
+    about = _about(source)
+    contents = {name: _verified(source, name, about) for name in (WEIGHTS, PLAN)}
+    try:
+        plan = Plan.from_json(json.loads(contents[PLAN]))
+        tensors = load_tensors(contents[WEIGHTS])
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}") from error
+    if skeleton is None:
+        described = about["model"]
+        if "timm" not in described and "tpvprune" not in described:
+            raise CheckpointError(
+                f"{folder} holds a {described.get('class', 'model')}, which is not known by name; "
+                "build the dense original yourself and pass load(folder, skeleton=make_model())"
+            )
+        skeleton = build_source(described)
+    model = apply(skeleton, plan)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if expected != found:
+        wrong = next(n for n in {**expected, **found} if expected.get(n) != found.get(n))
+        raise CheckpointError(
+            f"{folder}: {wrong!r} is {found.get(wrong, 'missing')} in {WEIGHTS} and {expected.get(wrong, 'unknown')} "
+            "in the plan's model; nothing was loaded"
+        )
+    for module_name, module in model.named_modules():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            name = f"{module_name}.{key}" if module_name else key
+            if tensor is not None and name in tensors and tensor.dtype != tensors[name].dtype:
+                tensor.data = tensor.data.to(tensors[name].dtype)
+    model.load_state_dict(tensors, strict=True)
+    attach(model, plan)
+    if "class" not in about["model"]:
+        remember_source(model, about["model"])
+    return model.eval()
+
+
+def _about(source: Path) -> Mapping[str, Any]:
+    if not (source / ABOUT).is_file():
+        raise CheckpointError(f"{source} holds no {ABOUT}; give a folder that tpvprune saved")
+    try:
+        about = read_json(source / ABOUT, "description")
+    except PlanError as error:
+        raise CheckpointError(str(error)) from error
+    if not isinstance(about, Mapping) or about.get("format") != FORMAT:
+        raise CheckpointError(f"{source / ABOUT} is not of format {FORMAT}, the one this version of tpvprune reads")
+    if not isinstance(about.get("model"), Mapping) or not isinstance(about.get("digest"), Mapping):
+        raise CheckpointError(f"{source / ABOUT} lacks its model or its digests; save the model again")
+    return about
+
+
+def _verified(source: Path, name: str, about: Mapping[str, Any]) -> bytes:
+    try:
+        data = (source / name).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{source / name} cannot be read: {error.strerror or error}") from error
+    if _digest(data) != about["digest"].get(name):
+        raise CheckpointError(
+            f"{source / name} is not the file that was saved (its digest differs); copy or save the folder again"
+        )
+    return data

@@ -1,0 +1,114 @@
+"""`prune`: the verbs in order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from tpvprune import report as reporting
+from tpvprune.batches import Batch, Progress, inputs_of, repeatable
+from tpvprune.errors import DataError
+from tpvprune.plan import Plan
+from tpvprune.planning.allocate import allocate
+from tpvprune.planning.graph import trace
+from tpvprune.recovery.finetune import Finetune
+from tpvprune.recovery.reconstruct import Reconstruct
+from tpvprune.recovery.recover import CLOSED_FORM, recover
+from tpvprune.scoring.criteria import TPV, Criterion, score
+from tpvprune.surgery.removal import apply
+from tpvprune.types import Budget, Report, Scores
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """What `prune` gives back.
+
+    Attributes:
+        model: the smaller model.
+        plan: what was removed; `plan.graph` is the graph.
+        scores: reusable for any other budget.
+        report: what was asked, what came out.
+    """
+
+    model: nn.Module
+    plan: Plan
+    scores: Scores
+    report: Report
+
+
+def prune(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    budget: Budget,
+    *,
+    criterion: Criterion | None = None,
+    held_out: Iterable[Batch] | None = None,
+    reconstruct_with: Reconstruct | None = CLOSED_FORM,
+    finetune_with: Finetune | None = None,
+    progress: Progress | None = None,
+) -> Pruned:
+    """Trace, score, plan, cut, recover and measure. The model given is left as it was.
+
+    Args:
+        model: any module that returns one tensor.
+        batches: unlabeled; a list or a DataLoader.
+        budget: what the result may cost.
+        criterion: how to score; `TPV()` by default.
+        held_out: other batches to measure on, with labels or without. Without them the report measures
+            on the scoring batches and says so.
+        reconstruct_with: closed-form recovery; None leaves it out.
+        finetune_with: distillation; left out by default.
+        progress: called as `progress(stage, done, total)`.
+
+    Raises:
+        InputError: see the verbs; nothing of the model is changed.
+    """
+    repeatable(batches, "scoring and recovery both need them")
+    criterion = criterion or TPV()
+    seconds: dict[str, float] = {}
+
+    def timed(stage: str, since: float) -> float:
+        seconds[stage] = round(time.perf_counter() - since, 2)
+        return time.perf_counter()
+
+    clock = time.perf_counter()
+    first = next(iter(batches), None)
+    if first is None:
+        raise DataError("there is no batch; give at least one")
+    graph = trace(model, inputs_of(first)[:1], progress=progress)
+    clock = timed("trace", clock)
+    scores = score(model, batches, graph, criterion, progress=progress)
+    clock = timed("score", clock)
+    plan = allocate(scores, graph, budget)
+    clock = timed("plan", clock)
+    cut = apply(model, plan)
+    clock = timed("apply", clock)
+    small = None
+    if reconstruct_with is not None or finetune_with is not None:
+        small = recover(
+            cut,
+            batches,
+            teacher=model,
+            reconstruct_with=reconstruct_with,
+            finetune_with=finetune_with,
+            progress=progress,
+        )
+        clock = timed("recover", clock)
+    measured = batches if held_out is None else held_out
+    predicted = criterion.drift(model, measured, plan)[0] / 2 if isinstance(criterion, TPV) else None
+    report = reporting.build(
+        dense=model,
+        pruned=cut,
+        recovered=small,
+        plan=plan,
+        budget=budget,
+        batches=measured,
+        predicted=predicted if getattr(criterion, "head", None) == "softmax" else None,
+        seconds=seconds,
+        data={"scored": scores.samples, "measured_on": "scoring batches" if held_out is None else "held-out batches"},
+        progress=progress,
+    )
+    return Pruned(cut if small is None else small, plan, scores, report)

@@ -1,0 +1,55 @@
+"""The recovery verb: closed form, then (if asked) batch-norm statistics, then distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from tpvprune.batches import Batch, Progress, repeatable
+from tpvprune.recovery.batchnorm import reestimate_batchnorm
+from tpvprune.recovery.finetune import Finetune, Log, finetune
+from tpvprune.recovery.reconstruct import Reconstruct, reconstruct
+
+CLOSED_FORM = Reconstruct()
+DISTILLATION = Finetune()
+
+
+def recover(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    teacher: nn.Module,
+    reconstruct_with: Reconstruct | None = CLOSED_FORM,
+    batchnorm: bool = False,
+    finetune_with: Finetune | None = DISTILLATION,
+    finetune_batches: Iterable[Batch] | None = None,
+    progress: Progress | None = None,
+    log: Log | None = None,
+) -> nn.Module:
+    """A copy of a pruned model with as much of its accuracy back as unlabeled batches give.
+
+    Args:
+        model: from `apply`.
+        batches: unlabeled; a list or a DataLoader.
+        teacher: the dense model.
+        reconstruct_with: settings of the closed form; None leaves it out.
+        batchnorm: whether to re-estimate batch-norm statistics before fine-tuning.
+        finetune_with: settings of the distillation; None leaves it out.
+        finetune_batches: other (more, or augmented) batches for the distillation.
+        progress: called as `progress(stage, done, total)`.
+        log: receives the distillation's loss per epoch.
+
+    Raises:
+        PlanError: the model carries no plan, or the teacher is another model.
+        DataError: the batches are empty, or can be read once only and must be read more often.
+    """
+    repeatable(batches, "recovery reads them several times")
+    if reconstruct_with is not None:
+        model = reconstruct(model, batches, teacher, reconstruct_with, progress=progress)
+    if batchnorm:
+        model = reestimate_batchnorm(model, batches, progress=progress)
+    if finetune_with is not None:
+        source = batches if finetune_batches is None else finetune_batches
+        model = finetune(model, source, teacher, finetune_with, progress=progress, log=log)
+    return model

@@ -1,0 +1,216 @@
+"""Measure models before and after, honestly, and put it into a `Report`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tpvprune.batches import (
+    Batch,
+    Progress,
+    device_of,
+    evaluation_mode,
+    first_nonfinite,
+    inputs_of,
+    labels_of,
+    length_of,
+    single_tensor,
+)
+from tpvprune.errors import DataError, NonFiniteError
+from tpvprune.plan import Plan
+from tpvprune.types import Budget, Measure, Report
+
+PACKAGES = ("tpvprune", "torch", "torch-pruning", "timm", "numpy")
+
+
+@torch.no_grad()
+def compare(
+    models: Mapping[str, nn.Module],
+    dense: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    progress: Progress | None = None,
+) -> tuple[dict[str, dict[str, float]], int]:
+    """Drift of several models from the dense one, and accuracy where the batches hold labels.
+
+    Args:
+        models: by name; the dense one may be among them.
+        dense: the reference.
+        batches: held-out inputs, with labels (-1: none) or without.
+        progress: called as `progress("eval", batches_done, batches_to_do)`.
+
+    Returns:
+        Per model `kl` (nats, mean of KL(dense || model)), `agreement` (share of equal top-1) and `top1`
+        (if labelled); for outputs that are not `(batch, classes)` the mean squared distance `mse`.
+        And the number of images.
+
+    Raises:
+        DataError: there is no batch.
+        NonFiniteError: a model gives NaN or infinity.
+    """
+    sums = {name: dict[str, float]() for name in models}
+    images = labelled = 0
+    total = length_of(batches)
+    with evaluation_mode(dense, *models.values()):
+        for number, batch in enumerate(batches, 1):
+            inputs = inputs_of(batch).to(device_of(dense))
+            labels = labels_of(batch)
+            reference = _finite(dense, inputs)
+            images += len(inputs)
+            known = labels is not None and labels.ndim == 1 and bool((labels >= 0).all())
+            labelled += len(inputs) if known else 0
+            for name, model in models.items():
+                output = reference if model is dense else _finite(model, inputs)
+                for key, value in _distances(reference, output, labels if known else None).items():
+                    sums[name][key] = sums[name].get(key, 0.0) + value
+            if progress:
+                progress("eval", number, total)
+    if images == 0:
+        raise DataError("there is no image to measure on; give at least one batch")
+    counts = {"top1": labelled}
+    return {
+        name: {key: value / counts.get(key, images) for key, value in found.items()} for name, found in sums.items()
+    }, images
+
+
+def _finite(model: nn.Module, inputs: Tensor) -> Tensor:
+    output = single_tensor(model(inputs), model)
+    if not bool(torch.isfinite(output).all()):
+        raise NonFiniteError(first_nonfinite(model, inputs))
+    return output
+
+
+def _distances(reference: Tensor, output: Tensor, labels: Tensor | None) -> dict[str, float]:
+    """Sums over the batch."""
+    if output.ndim != 2:
+        return {"mse": float((output - reference).double().square().flatten(1).mean(1).sum())}
+    p, q = reference.double().log_softmax(1), output.double().log_softmax(1)
+    top = output.argmax(1)
+    sums = {
+        "kl": float(F.kl_div(q, p, reduction="sum", log_target=True)),
+        "agreement": float((top == reference.argmax(1)).sum()),
+    }
+    if labels is not None:
+        sums["top1"] = float((top == labels.to(top.device)).sum())
+    return sums
+
+
+@torch.no_grad()
+def latencies(models: Mapping[str, nn.Module], inputs: Tensor, *, rounds: int = 15) -> dict[str, float]:
+    """Median milliseconds of one eager forward pass of each model, taken in turns.
+
+    Args:
+        models: by name.
+        inputs: one batch, `(batch, ...)`.
+        rounds: timed passes of each model, after two that are not timed.
+    """
+    times: dict[str, list[float]] = {name: [] for name in models}
+    with evaluation_mode(*models.values()):
+        for number in range(rounds + 2):
+            for name, model in models.items():
+                _wait(inputs)
+                start = time.perf_counter()
+                model(inputs)
+                _wait(inputs)
+                if number >= 2:
+                    times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: round(statistics.median(taken), 3) for name, taken in times.items()}
+
+
+def _wait(inputs: Tensor) -> None:
+    if inputs.device.type == "cuda":
+        torch.cuda.synchronize(inputs.device)
+
+
+def environment(latency_batch: int, device: torch.device) -> dict[str, Any]:
+    """Versions, machine and how latency was taken."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "unknown"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "python": sys.version.split()[0],
+        "versions": versions,
+        "device": f"{device.type}: {name}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "latency": f"median of one eager forward pass, batch {latency_batch}",
+    }
+
+
+def build(
+    *,
+    dense: nn.Module,
+    pruned: nn.Module,
+    recovered: nn.Module | None,
+    plan: Plan,
+    budget: Budget,
+    batches: Iterable[Batch],
+    predicted: float | None,
+    seconds: Mapping[str, float],
+    data: Mapping[str, Any],
+    steps: Iterable[Mapping[str, Any]] = (),
+    progress: Progress | None = None,
+) -> Report:
+    """Measure the three models on the same held-out batches and write the report.
+
+    Args:
+        dense: the original.
+        pruned: from `apply`.
+        recovered: from `recover`, or None.
+        plan: what was removed.
+        budget: what was asked.
+        batches: images that the scorer did not see.
+        predicted: the scorer's first-order KL of the plan in nats, or None.
+        seconds: per stage so far.
+        data: what each stage saw.
+        steps: what was done, in order.
+        progress: see `compare`.
+
+    Raises:
+        DataError: there is no batch.
+        NonFiniteError: a model gives NaN or infinity.
+    """
+    start = time.perf_counter()
+    models = {"before": dense, "pruned": pruned} | ({"recovered": recovered} if recovered is not None else {})
+    metrics, images = compare(models, dense, batches, progress=progress)
+    sample = inputs_of(next(iter(batches))).to(device_of(dense))[:8]
+    milliseconds = latencies(models, sample)
+    graph = plan.graph
+    costs = {"before": (graph.params(), graph.macs()), "pruned": (plan.params, plan.macs)}
+    measures = {name: Measure(*costs.get(name, costs["pruned"]), milliseconds[name], metrics[name]) for name in models}
+    quantity = budget.quantity
+    whole = graph.macs() if quantity == "macs" else graph.params()
+    got = plan.macs if quantity == "macs" else plan.params
+    drift = {
+        "predicted_kl": predicted,
+        "pruned_kl": metrics["pruned"].get("kl"),
+        "pruned_agreement": metrics["pruned"].get("agreement"),
+        "recovered_kl": metrics.get("recovered", {}).get("kl"),
+        "recovered_agreement": metrics.get("recovered", {}).get("agreement"),
+    }
+    return Report(
+        asked={"quantity": quantity, "as_written": getattr(budget, quantity), "at_most": budget.bound(graph)},
+        got={"quantity": quantity, "value": got, "share": got / whole},
+        before=measures["before"],
+        pruned=measures["pruned"],
+        recovered=measures.get("recovered"),
+        drift=drift,
+        steps=tuple(steps),
+        seconds={**seconds, "eval": round(time.perf_counter() - start, 2)},
+        data={**data, "measured": images},
+        environment=environment(len(sample), device_of(dense)),
+    )
