@@ -1,5 +1,6 @@
 """tpvprune: prune any timm checkpoint or `nn.Module` from unlabeled batches."""
 
+from tpvprune.budget import Budget
 from tpvprune.checkpoint import load, save
 from tpvprune.errors import (
     BudgetError,
@@ -21,11 +22,12 @@ from tpvprune.recovery.batchnorm import reestimate_batchnorm
 from tpvprune.recovery.finetune import Finetune, finetune
 from tpvprune.recovery.reconstruct import Reconstruct, reconstruct
 from tpvprune.recovery.recover import recover
+from tpvprune.scores import Scores
 from tpvprune.scoring.criteria import TPV, score
 from tpvprune.scoring.heads import Logits, Softmax
 from tpvprune.surgery.masking import mask
 from tpvprune.surgery.removal import apply
-from tpvprune.types import Budget, Graph, Group, Measure, Member, Report, Scores
+from tpvprune.types import Graph, Group, Measure, Member, Report
 from tpvprune.version import __version__
 
 __all__ = [

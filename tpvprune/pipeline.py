@@ -10,6 +10,7 @@ from torch import nn
 
 from tpvprune import report as reporting
 from tpvprune.batches import Batch, Progress, inputs_of, repeatable
+from tpvprune.budget import Budget
 from tpvprune.errors import DataError
 from tpvprune.plan import Plan
 from tpvprune.planning.allocate import allocate
@@ -17,9 +18,10 @@ from tpvprune.planning.graph import trace
 from tpvprune.recovery.finetune import Finetune
 from tpvprune.recovery.reconstruct import Reconstruct
 from tpvprune.recovery.recover import CLOSED_FORM, recover
+from tpvprune.scores import Scores
 from tpvprune.scoring.criteria import TPV, Criterion, score
 from tpvprune.surgery.removal import apply
-from tpvprune.types import Budget, Report, Scores
+from tpvprune.types import Report
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,9 +26,10 @@ from tpvprune.batches import (
     length_of,
     single_tensor,
 )
+from tpvprune.budget import Budget
 from tpvprune.errors import DataError, NonFiniteError
 from tpvprune.plan import Plan
-from tpvprune.types import Budget, Measure, Report
+from tpvprune.types import Measure, Report
 
 PACKAGES = ("tpvprune", "torch", "torch-pruning", "timm", "numpy")
 

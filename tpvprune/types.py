@@ -1,7 +1,7 @@
 """The nouns that every stage shares: frozen values that can be saved, printed and loaded.
 
-Nothing here holds an `nn.Module`, so a `Graph` or `Scores` file can be read on a machine that has
-never seen the model.
+Nothing here holds an `nn.Module`, so a `Graph` can be read on a machine that has never seen the model.
+`Scores` and `Budget` have files of their own beside this one.
 """
 
 from __future__ import annotations
@@ -12,23 +12,19 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from tpvprune.errors import BudgetError, InputError, PlanError
-from tpvprune.files import read_text, write_bytes, write_text
+from tpvprune.errors import PlanError
+from tpvprune.files import read_text, write_text
 
 Role = Literal["produce", "affine", "consume", "stat", "work"]
 Kind = Literal["channel", "head", "weight"]
 ROLES: tuple[str, ...] = ("produce", "affine", "consume", "stat", "work")
 KINDS: tuple[str, ...] = ("channel", "head", "weight")
 GRAPH_FORMAT = 1
-SCORES_FORMAT = 1
 WORK = "#"  # marks a tensor that costs multiply-adds and holds no parameter, as the two products of attention
 REST = "#rest"  # the multiply-adds that belong to no layer, and that no plan changes
 
@@ -309,143 +305,6 @@ def read_json(path: str | PathLike[str], what: str) -> Any:
         raise PlanError(f"no {what} at {path}: {error.strerror or error}") from error
     except ValueError as error:
         raise PlanError(f"{path} is no {what}: {error}") from error
-
-
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """Importance of every unit: what the outputs are predicted to move when it alone is removed.
-
-    Attributes:
-        values: float64 `(units,)` per group. For `TPV` with the softmax head, half of a value is nats of KL.
-        stderr: standard error of each value, same shapes; None where the criterion has none.
-        criterion: how they were made, in words.
-        samples: examples seen.
-        probes: cotangents per example; "exact" if the sum over outputs was taken.
-        seed: seed of the probes.
-        model_id: fingerprint of the model scored.
-    """
-
-    values: Mapping[str, Tensor]
-    stderr: Mapping[str, Tensor] | None
-    criterion: str
-    samples: int
-    probes: int | str
-    seed: int
-    model_id: str
-
-    def __post_init__(self) -> None:
-        for name, value in self.values.items():
-            if value.ndim != 1 or not bool(torch.isfinite(value).all()):
-                raise PlanError(f"scores of group {name!r} are not finite values of shape (units,)")
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the scores as safetensors, with how they were made in the header."""
-        tensors = {f"value/{name}": value.contiguous() for name, value in self.values.items()}
-        tensors |= {f"stderr/{name}": value.contiguous() for name, value in (self.stderr or {}).items()}
-        about = {"format": SCORES_FORMAT, "criterion": self.criterion, "samples": self.samples}
-        about |= {"probes": self.probes, "seed": self.seed, "model_id": self.model_id}
-        write_bytes(path, save(tensors, metadata={"tpvprune": json.dumps(about)}))
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> Scores:
-        """Read scores written by `save`.
-
-        Raises:
-            PlanError: the file is missing, corrupt, or of another format.
-        """
-        if not Path(path).is_file():
-            raise PlanError(f"no scores at {path}; run the score stage first")
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                about = json.loads((file.metadata() or {}).get("tpvprune", "{}"))
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-        except SafetensorError as error:
-            raise PlanError(f"{path} is no scores file: {error}") from error
-        check_format(about, SCORES_FORMAT, f"scores {path}")
-        values = {key[6:]: value for key, value in tensors.items() if key.startswith("value/")}
-        stderr = {key[7:]: value for key, value in tensors.items() if key.startswith("stderr/")}
-        about.pop("format")
-        return cls(values=values, stderr=stderr or None, **about)
-
-
-_SUFFIXES = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
-
-
-def parse_amount(value: float | str, what: str) -> float:
-    """Read `0.5`, `"50%"`, `"1.2G"` or `41_000_000`; at most 1 is a fraction, above is absolute.
-
-    Raises:
-        BudgetError: the value is no positive number, or a percentage above 100.
-    """
-    text = str(value).strip().lower().replace("_", "")
-    try:
-        if text.endswith("%"):
-            amount = float(text[:-1]) / 100
-            if amount > 1:
-                raise BudgetError(f"{what}={value!r} is above 100%")
-        elif text and text[-1] in _SUFFIXES:
-            amount = float(text[:-1]) * _SUFFIXES[text[-1]]
-        else:
-            amount = float(text)
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise BudgetError(f"{what}={value!r} is no amount; write 0.5, '50%', '1.2G' or a whole number") from error
-    if isinstance(value, bool) or not math.isfinite(amount) or amount <= 0:
-        raise BudgetError(f"{what}={value!r} must be above zero")
-    return amount
-
-
-@dataclass(frozen=True)
-class Budget:
-    """An upper bound on what the pruned model may cost, and what the planner must leave alone.
-
-    Give exactly one of `macs` and `params`.
-
-    Attributes:
-        macs: multiply-adds per example; a fraction of the dense model's (0.5, "50%") or absolute ("1.2G").
-        params: parameters, written the same way.
-        min_keep: least share of every group's units that stays.
-        round_to: kept widths are multiples of this many channels. None: 8 where a group has at least
-            64 channels, less in narrower ones, so that each has eight widths to choose from.
-        protect: layers whose outputs and inputs stay whole: exact name, glob, or `re:` regular expression.
-        per_group: least share kept for the groups that a pattern matches, in place of `min_keep`.
-
-    Raises:
-        BudgetError: no bound, two bounds, or a value out of range.
-    """
-
-    macs: float | str | None = None
-    params: float | str | None = None
-    min_keep: float = 0.1
-    round_to: int | None = None
-    protect: tuple[str, ...] = ()
-    per_group: Mapping[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        given = [name for name in ("macs", "params") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise BudgetError(f"a budget bounds one of macs and params, not {' and '.join(given) or 'nothing'}")
-        parse_amount(getattr(self, given[0]), given[0])
-        for name, share in {"min_keep": self.min_keep, **self.per_group}.items():
-            if not 0 < share <= 1:
-                raise BudgetError(f"{name}={share} is no share of units in (0, 1]")
-        if self.round_to is not None and self.round_to < 1:
-            raise BudgetError(f"round_to={self.round_to} must be at least 1")
-        if isinstance(self.protect, str):
-            raise BudgetError(f"protect={self.protect!r} is one string; give a list of patterns")
-        object.__setattr__(self, "protect", tuple(self.protect))
-
-    @property
-    def quantity(self) -> Literal["macs", "params"]:
-        """What is bounded."""
-        return "macs" if self.macs is not None else "params"
-
-    def bound(self, graph: Graph) -> int:
-        """The bound in absolute numbers for this graph."""
-        amount = parse_amount(getattr(self, self.quantity), self.quantity)
-        dense = graph.macs() if self.quantity == "macs" else graph.params()
-        return math.floor(amount * dense + 1e-9 * dense) if amount <= 1 else math.floor(amount)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Small checkpoints for a first run without a download."""

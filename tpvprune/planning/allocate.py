@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tpvprune.budget import Budget
 from tpvprune.errors import BudgetError, PlanError
 from tpvprune.plan import Plan
 from tpvprune.planning.patterns import matching_groups
-from tpvprune.types import Budget, Graph, Group, Scores
+from tpvprune.scores import Scores
+from tpvprune.types import Graph, Group
 
 ROUND_WIDE = 8
 WIDTHS_TO_CHOOSE = 8
@@ -42,10 +44,10 @@ def allocate(scores: Scores, graph: Graph, budget: Budget) -> Plan:
     for group in graph.groups:
         if group.id not in scores.values or len(scores.values[group.id]) != group.units:
             raise PlanError(f"the scores lack group {group.id!r} with its {group.units} units; score again")
+    check_reachable(graph, budget)
     floors = _floors(graph, budget)
-    ladders = [_ladder(g, scores.values[g.id], floors[g.id], _step(g, budget)) for g in graph.groups]
     bound = budget.bound(graph)
-    _check_reachable(graph, budget, bound, {ladder.group.id: ladder.lowest for ladder in ladders}, floors)
+    ladders = [_ladder(g, scores.values[g.id], _kept_widths(g, floors[g.id], budget)) for g in graph.groups]
 
     cost = _Cost(graph, budget.quantity)
     taken: list[tuple[_Ladder, float]] = []
@@ -121,10 +123,6 @@ class _Ladder:
     taken: int = 0
 
     @property
-    def lowest(self) -> int:
-        return self.sizes[-1]
-
-    @property
     def left(self) -> bool:
         return self.taken + 1 < len(self.sizes)
 
@@ -142,19 +140,29 @@ class _Ladder:
         return mask
 
 
-def _ladder(group: Group, values: Tensor, floor: int, step: int) -> _Ladder:
+def _kept_widths(group: Group, floor: int, budget: Budget) -> list[int]:
+    """Units a group may keep, from all of them down: multiples of its step that are no less than the floor."""
+    step = _step(group, budget)
+    return [group.units, *(k for k in range(group.units - 1, floor - 1, -1) if k % step == 0)]
+
+
+def _ladder(group: Group, values: Tensor, widths: list[int]) -> _Ladder:
     order = values.double().argsort(stable=True)
     cumulative = torch.cat([torch.zeros(1, dtype=torch.float64), values.double()[order].cumsum(0)])
-    # Kept widths are multiples of the step; a width that is none stays whole or drops to the next multiple.
-    kept = [k for k in range(group.units - 1, floor - 1, -1) if k % step == 0 and k > 0]
-    return _Ladder(group, order, cumulative, [0, *(group.units - k for k in kept)])
+    return _Ladder(group, order, cumulative, [group.units - kept for kept in widths])
 
 
-def _check_reachable(graph: Graph, budget: Budget, bound: int, gone: dict[str, int], floors: dict[str, int]) -> None:
+def check_reachable(graph: Graph, budget: Budget) -> None:
+    """Refuse a budget that no plan can meet, before any scoring is done.
+
+    Raises:
+        BudgetError: the bound lies below the floor (names it and what holds it), or a pattern matches nothing.
+    """
+    floors, bound = _floors(graph, budget), budget.bound(graph)
     keep = {}
     for group in graph.groups:
         mask = torch.ones(group.units, dtype=torch.bool)
-        mask[: gone[group.id]] = False
+        mask[_kept_widths(group, floors[group.id], budget)[-1] :] = False
         keep[group.id] = mask
     floor = graph.macs(keep) if budget.quantity == "macs" else graph.params(keep)
     if floor <= bound:
@@ -162,10 +170,11 @@ def _check_reachable(graph: Graph, budget: Budget, bound: int, gone: dict[str, i
     dense = graph.macs() if budget.quantity == "macs" else graph.params()
     whole = [g.id for g in graph.groups if floors[g.id] == g.units]
     held = [f"min_keep={budget.min_keep:g}"]
-    held += (
-        [f"{len(whole)} protected groups ({', '.join(whole[:3])}{', ...' if len(whole) > 3 else ''})"] if whole else []
-    )
-    held += [f"{len(graph.skipped)} layers that cannot be pruned"] if graph.skipped else []
+    if whole:
+        named = ", ".join(whole[:3]) + (", ..." if len(whole) > 3 else "")
+        held.append(f"{len(whole)} protected groups ({named})")
+    if graph.skipped:
+        held.append(f"{len(graph.skipped)} layers that cannot be pruned")
     raise BudgetError(
         f"{budget.quantity} <= {bound:,} cannot be reached: the floor is {floor:,} "
         f"({floor / dense:.1%} of {dense:,}), held by {', '.join(held)}; ask for more than the floor, lower "

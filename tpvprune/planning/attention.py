@@ -97,6 +97,6 @@ def attention_blocks(model: nn.Module) -> Iterator[AttentionBlock]:
         reason = ""
         if not hasattr(module, "attn_dim"):
             reason = "this timm release reshapes attention to the input width; upgrade timm to prune its heads"
-        elif int(module.num_heads) < 2:  # type: ignore[arg-type]
+        elif int(module.num_heads) < 2:
             reason = "it has a single head"
         yield AttentionBlock(name, module, reason)

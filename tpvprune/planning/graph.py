@@ -55,10 +55,11 @@ def trace(model: nn.Module, example: Any, *, progress: Progress | None = None) -
     for name, parameter in twin.named_parameters():
         if not parameter.is_floating_point():
             raise ModelError(f"parameter {name!r} is {parameter.dtype}; only floating models can be traced")
-        parameter.requires_grad_(True)
     args, kwargs = _as_arguments(example, device_of(model))
     with evaluation_mode(twin):
-        usage = _Usage(twin, args, kwargs)
+        # torch's FLOP counter fails where a module is handed a parameter that wants a gradient.
+        usage = _Usage(twin.requires_grad_(False), args, kwargs)
+        twin.requires_grad_(True)
         blocks = list(attention_blocks(twin))
         walker = _Walker(twin, blocks, args, kwargs)
     builder = _Builder(twin, walker, usage, blocks)
@@ -176,7 +177,7 @@ class _Walker:
             return [*outputs, *cut]
 
         for block in blocks:
-            block.module.forward = block.cut_open(cut)  # type: ignore[method-assign]
+            block.module.forward = block.cut_open(cut)
         self.graph = torch_pruning.DependencyGraph()
         try:
             with warnings.catch_warnings(), torch.enable_grad():
@@ -197,7 +198,7 @@ class _Walker:
             ) from error
         finally:
             for block in blocks:
-                del block.module.forward  # type: ignore[method-assign]
+                del block.module.forward
 
     def _as_parameter(self, value: Any) -> Any:
         """A floating input as a leaf the walker recognises, so that channels tied to the input are seen."""

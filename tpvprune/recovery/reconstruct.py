@@ -14,6 +14,7 @@ import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,14 +111,14 @@ def _order(model: nn.Module, inputs: Tensor, layers: list[str]) -> tuple[list[st
     followers: dict[str, str] = {}
     handles = []
 
-    def after(name: str) -> object:
+    def after(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             calls[name] = calls.get(name, 0) + 1
             made[id(output)] = (name, output)
 
         return hook
 
-    def before(name: str) -> object:
+    def before(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             if args and id(args[0]) in made:
                 followers[made[id(args[0])][0]] = name
@@ -126,9 +127,9 @@ def _order(model: nn.Module, inputs: Tensor, layers: list[str]) -> tuple[list[st
 
     for name, module in model.named_modules():
         if name in layers:
-            handles.append(module.register_forward_hook(after(name)))  # type: ignore[arg-type]
+            handles.append(module.register_forward_hook(after(name)))
         elif isinstance(module, _BatchNorm) and module.running_mean is not None:
-            handles.append(module.register_forward_pre_hook(before(name)))  # type: ignore[arg-type]
+            handles.append(module.register_forward_pre_hook(before(name)))
     try:
         model(inputs)
     finally:
@@ -184,7 +185,7 @@ def _refit(
     ridge: float,
 ) -> None:
     """Refit one layer in place from (its input in the pruned network, the dense layer's output)."""
-    layer = model.get_submodule(name)
+    layer: Any = model.get_submodule(name)
     norm = model.get_submodule(follower) if follower is not None else None
     normal, groups = _Normal(), int(getattr(layer, "groups", 1))
     for value, target in pairs:
@@ -198,9 +199,9 @@ def _refit(
         normal.add(patches, residual.reshape(residual.shape[0], groups, -1).transpose(0, 1))
     biased = layer.bias is not None or norm is not None
     change, shift = normal.solve(ridge, biased)
-    weight: Tensor = layer.weight  # type: ignore[assignment]
+    weight: Tensor = layer.weight
     weight += change.reshape(weight.shape).to(weight.dtype)
-    if isinstance(layer.bias, Tensor):
+    if layer.bias is not None:
         layer.bias += shift.flatten().to(layer.bias.dtype)
     elif norm is not None:
         norm.running_mean -= shift.flatten().to(weight.dtype)  # type: ignore[operator]

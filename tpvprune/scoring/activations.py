@@ -76,6 +76,19 @@ def _axis(module: nn.Module) -> int:
     return 1 if channels_first or type(module).__name__.endswith("2d") else -1  # timm: LayerNorm2d, LayerScale2d
 
 
+_SCALES = ("LayerScale", "RmsNorm", "RMSNorm", "SimpleNorm", "Affine")
+
+
+def _scales(module: nn.Module) -> bool:
+    """Whether a layer's output is linear in its own parameters, so that output times gradient is their effect.
+
+    It is not where a block scales one of its branches by a parameter of its own and adds the other.
+    """
+    known = isinstance(module, (_ConvNd, _NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU))
+    alone = next(module.children(), None) is None
+    return known or (alone and type(module).__name__.startswith(_SCALES))
+
+
 def _fused_activation(module: nn.Module) -> nn.Module | None:
     """The first step after the affine part of a norm that carries its own activation (timm's `*Act` norms)."""
     inside = dict(module.named_children())
@@ -108,13 +121,14 @@ class Tapped:
             if member.role == "consume":
                 self.inputs[member.layer] = module
             elif over == "all" and member.role in ("produce", "affine"):
-                if isinstance(module, _LAYERS) or (member.role == "affine" and member.layer):
+                if isinstance(module, _LAYERS) or (member.role == "affine" and _scales(module)):
                     self.outputs[member.layer] = module
                 else:
                     self.left_out.add(member.param)
 
     @contextmanager
     def __call__(self) -> Iterator[Tapped]:
+        """Taps on, parameters without gradients, eval mode; everything is put back at the end."""
         flags = [(p, p.requires_grad) for p in self.model.parameters()]
         handles: list[Any] = []
         try:
@@ -152,9 +166,11 @@ class Tapped:
 
     def _on_output(self, key: str, axis: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            root = self._root(output)
             # A copy, because an in-place activation may follow.
-            tapped: Tensor = _Tap.apply(self._root(output), self.sink, key, axis, True)
-            return tapped
+            tapped: Tensor = _Tap.apply(root, self.sink, key, axis, True)
+            # The slope of a PReLU acts below zero only.
+            return torch.where(args[0] > 0, root, tapped) if isinstance(module, nn.PReLU) else tapped
 
         return hook
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from tpvprune.batches import Batch, Progress, model_inputs
 from tpvprune.errors import InputError, PlanError
 from tpvprune.plan import Plan
+from tpvprune.scores import Scores
 from tpvprune.scoring.activations import Tapped
 from tpvprune.scoring.heads import Head, head_named
-from tpvprune.types import Graph, Scores, fingerprint
+from tpvprune.types import Graph, fingerprint
 
 logger = logging.getLogger(__name__)
 

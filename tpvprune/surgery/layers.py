@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -34,5 +36,6 @@ def refresh(module: nn.Module) -> None:
     elif isinstance(module, nn.PReLU):
         module.num_parameters = module.weight.numel()
     elif hasattr(module, "attn_dim") and isinstance(getattr(module, "qkv", None), nn.Linear):
-        width = module.qkv.weight.shape[0] // 3  # type: ignore[union-attr]
-        module.num_heads, module.attn_dim = width // module.head_dim, width  # type: ignore[assignment,operator]
+        attention: Any = module
+        attention.attn_dim = attention.qkv.weight.shape[0] // 3
+        attention.num_heads = attention.attn_dim // attention.head_dim

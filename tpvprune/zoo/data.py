@@ -27,7 +27,7 @@ BAD_SHARE = 0.1
 _BROKEN = (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
-class Pool(Dataset):  # type: ignore[type-arg]  # items are (tensor, int) or None for a broken image
+class Pool(Dataset[Any]):
     """An ordered set of images with optional labels; items are `((channels, h, w), label or -1)`.
 
     Attributes:
@@ -199,12 +199,13 @@ def _arrays(path: Path, channels: int) -> Pool:
 
 
 def _folder(folder: Path, model: nn.Module, shape: tuple[int, int, int], labels: str | Path | None) -> Pool:
-    files, bad = [], []
+    files: list[Path] = []
+    bad: list[Path] = []
     for root, dirs, names in os.walk(folder):
         dirs[:] = sorted(d for d in dirs if not d.startswith("."))
         files += [Path(root) / name for name in names if not name.startswith(".")]
     files.sort()
-    good = []
+    good: list[Path] = []
     for file in files:
         (good if _is_image(file) else bad).append(file)
     if not good:

@@ -1,0 +1,417 @@
+"""The command line: one verb a stage, recipes, and a first use without a recipe.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or input.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import timm
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from tpvprune.batches import Progress
+from tpvprune.checkpoint import ABOUT, load
+from tpvprune.errors import InputError, RecipeError, TpvpruneError
+from tpvprune.files import write_text
+from tpvprune.recipe import Recipe, Suite, builtin_recipes, find_recipe, load_recipe, validate_recipe
+from tpvprune.report import compare, latencies
+from tpvprune.version import __version__
+from tpvprune.workflow import RECIPE, Run, stored_recipe
+from tpvprune.zoo.cifar import CIFAR_RESNETS
+from tpvprune.zoo.data import open_pool
+
+app = typer.Typer(
+    help="Prune any timm checkpoint from unlabeled images.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes_app = typer.Typer(help="List, show, copy and check recipes.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+Target = Annotated[str, typer.Argument(help="A recipe (name or YAML file), a run's folder, or a timm model name.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, as in budget.macs=0.4", show_default=False)]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the results; runs/NAME by default.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document for machines.")]
+Checkpoint = Annotated[str | None, typer.Option(help="Weights: .safetensors, .pth or .pth.tar, as timm loads them.")]
+Data = Annotated[str | None, typer.Option(help="Unlabeled images: a folder in any tree, .npz/.npy, or 'digits'.")]
+Labels = Annotated[str | None, typer.Option(help="'folders' or a class-map file; used for the accuracy line only.")]
+Macs = Annotated[str | None, typer.Option(help="Multiply-adds to keep at most: 0.5, 50% or 1.2G.")]
+Params = Annotated[str | None, typer.Option(help="Parameters to keep at most: 0.5, 50% or 3M.")]
+
+out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        out.print(f"tpvprune {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on the way.")] = False,
+) -> None:
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=err, show_time=False, show_path=False)],
+        force=True,
+    )
+    if not verbose:
+        warnings.filterwarnings("ignore", module=r"(torch|timm|accelerate|torchvision)\b")
+
+
+@app.command()
+def run(
+    target: Annotated[str, typer.Argument(help="A recipe: a built-in name or a YAML file; or a run's folder.")],
+    overrides: Overrides = None,
+    out_dir: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe from images to report. Run again to go on where it stopped."""
+    _finish(_resolve(target, overrides or [], out_dir), "report", as_json)
+
+
+@app.command()
+def prune(
+    model: Annotated[str, typer.Argument(help="A timm model name, or cifar_resnet20 and the like.")],
+    checkpoint: Checkpoint = None,
+    data: Data = None,
+    labels: Labels = None,
+    macs: Macs = None,
+    params: Params = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value of any recipe key, as in recover.finetune.epochs=3")
+    ] = None,
+    out_dir: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prune a model without a recipe."""
+    if data is None:
+        raise InputError("--data is missing; give a folder of images (labels are not needed)")
+    if macs is None and params is None:
+        raise InputError("no budget; give --macs 0.5 or --params 0.5")
+    flags = _flags(checkpoint=checkpoint, data=data, labels=labels, macs=macs, params=params)
+    _finish(_resolve_model(model, [*flags, *(overrides or [])], out_dir), "report", as_json)
+
+
+def _stage(name: str, text: str) -> None:
+    """Register one stage's verb: all of them read the same target and differ in where they stop."""
+
+    def command(
+        target: Target,
+        overrides: Overrides = None,
+        checkpoint: Checkpoint = None,
+        data: Data = None,
+        labels: Labels = None,
+        macs: Macs = None,
+        params: Params = None,
+        out_dir: Out = None,
+        as_json: AsJson = False,
+    ) -> None:
+        flags = _flags(checkpoint=checkpoint, data=data, labels=labels, macs=macs, params=params)
+        if name == "eval" and _is_saved_model(target):
+            _evaluate(Path(target), data, labels, as_json)
+        else:
+            _finish(_resolve(target, [*flags, *(overrides or [])], out_dir), name, as_json)
+
+    app.command(name, help=text)(command)
+
+
+_stage("trace", "Find what can be pruned together, and what cannot.")
+_stage("score", "Score every unit from unlabeled images (traces first if needed).")
+_stage("plan", "Choose what leaves under the budget (scores first if needed).")
+_stage("apply", "Cut the plan's units out and save the smaller model.")
+_stage("recover", "Bring accuracy back on unlabeled images.")
+_stage("eval", "Measure before, pruned and recovered on images the scorer did not see.")
+_stage("report", "Print the report of a run.")
+
+
+@recipes_app.command("ls")
+def recipes_ls(as_json: AsJson = False) -> None:
+    """List the built-in recipes."""
+    rows = []
+    for name in builtin_recipes():
+        recipe = load_recipe(name)
+        rows.append({"name": name, "description": recipe.description})
+    if as_json:
+        _print_json(rows)
+    else:
+        _print_table(["name", "description"], [[row["name"], row["description"]] for row in rows])
+
+
+@recipes_app.command("show")
+def recipes_show(target: Annotated[str, typer.Argument(help="A built-in name or a YAML file.")]) -> None:
+    """Print a recipe."""
+    out.print(find_recipe(target)[1].rstrip(), highlight=False, markup=False)
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    target: Annotated[str, typer.Argument(help="A built-in name or a YAML file.")],
+    path: Annotated[Path, typer.Argument(help="Where to; a file that exists is not overwritten.")],
+) -> None:
+    """Copy a recipe to edit it."""
+    if path.exists():
+        raise RecipeError(f"{path} exists; choose another name")
+    write_text(path, find_recipe(target)[1])
+    out.print(f"{target} -> {path}", highlight=False)
+
+
+@recipes_app.command("validate")
+def recipes_validate(
+    targets: Annotated[list[str], typer.Argument(help="Names, files, or folders searched for .yaml files.")],
+) -> None:
+    """Check recipes without running them."""
+    files: list[str] = []
+    for target in targets:
+        if Path(target).is_dir():
+            found = sorted(p for p in Path(target).rglob("*") if p.suffix in (".yaml", ".yml"))
+            if not found:
+                raise RecipeError(f"{target} holds no .yaml file")
+            files += map(str, found)
+        else:
+            files.append(target)
+    wrong = []
+    for file in files:
+        try:
+            load_recipe(file)
+        except RecipeError as error:
+            wrong.append(str(error))
+        else:
+            out.print(f"{file}: valid", highlight=False)
+    if wrong:
+        raise RecipeError("\n".join(wrong))
+
+
+def _flags(**flags: str | None) -> list[str]:
+    """Options as overrides; quoted as YAML strings, so that a path is never read as anything else."""
+    keys = {
+        "checkpoint": "model.checkpoint",
+        "data": "data.images",
+        "labels": "data.labels",
+        "macs": "budget.macs",
+        "params": "budget.params",
+    }
+    given = [f"{keys[name]}={json.dumps(value)}" for name, value in flags.items() if value is not None]
+    if flags.get("params") is not None and flags.get("macs") is None:
+        given.append("budget.macs=null")
+    return given
+
+
+def _resolve(target: str, overrides: Sequence[str], folder: Path | None) -> list[tuple[Recipe, Path]]:
+    """The recipe (or several) a target stands for, and the folder each result goes to."""
+    path = Path(target).expanduser()
+    if path.is_dir():
+        stored = stored_recipe(path)
+        if stored is None:
+            raise RecipeError(f"{target} is no folder of a run (it holds no {RECIPE})")
+        return [(_as_recipe(stored.model_dump(mode="json"), f"{path / RECIPE}", overrides), folder or path)]
+    if path.suffix not in (".yaml", ".yml") and target not in builtin_recipes() and _is_model(target):
+        return _resolve_model(target, overrides, folder)
+    recipe = load_recipe(target, overrides)
+    base = folder or Path("runs") / recipe.name
+    if isinstance(recipe, Recipe):
+        return [(recipe, base)]
+    return [pair for name in recipe.runs for pair in _resolve(name, (), base / Path(name).stem)]
+
+
+def _resolve_model(name: str, overrides: Sequence[str], folder: Path | None) -> list[tuple[Recipe, Path]]:
+    origin = "command line"
+    # A data section is only there once images are named, so labels alone do not make one.
+    recipe = _as_recipe({"name": name, "model": {"name": name}}, origin, overrides)
+    return [(recipe, folder or Path("runs") / name)]
+
+
+def _as_recipe(data: Mapping[str, Any], origin: str, overrides: Sequence[str]) -> Recipe:
+    recipe = validate_recipe(data, origin, overrides)
+    if isinstance(recipe, Suite):
+        raise RecipeError(f"{origin} is a list of recipes, not one run")
+    return recipe
+
+
+def _is_model(name: str) -> bool:
+    return timm.is_model(name) or name in CIFAR_RESNETS
+
+
+def _is_saved_model(target: str) -> bool:
+    return (Path(target) / ABOUT).is_file() and not (Path(target) / RECIPE).is_file()
+
+
+def _finish(runs: list[tuple[Recipe, Path]], stage: str, as_json: bool) -> None:
+    """Do the runs up to a stage and print what that stage found."""
+    found = []
+    for recipe, folder in runs:
+        if len(runs) > 1:
+            err.print(f"{recipe.name} -> {folder}", highlight=False)
+        with _progress() as progress:
+            job = Run(recipe, folder, progress=progress, log=_log_line)
+            told = job.until(stage)
+        found.append({"recipe": recipe.name, "out": str(folder), "stage": stage, **told})
+        if not as_json:
+            _print_stage(stage, told, folder)
+    if as_json:
+        _print_json(found[0] if len(found) == 1 else found)
+
+
+def _evaluate(folder: Path, data: str | None, labels: str | None, as_json: bool) -> None:
+    """Measure a saved model alone: what it costs, and accuracy where labels are given."""
+    if data is None:
+        raise InputError("--data is missing; give images to measure on")
+    model = load(folder)
+    batches = open_pool(data, model, labels=labels).loader(64)
+    with _progress() as progress:
+        metrics, images = compare({"model": model}, model, batches, progress=progress)
+    first = next(iter(batches))[0][:8]
+    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    told = {
+        "params": about["params"],
+        "macs": about["macs"],
+        "latency_ms": latencies({"model": model}, first)["model"],
+        "images": images,
+    }
+    if "top1" in metrics["model"]:
+        told["top1"] = metrics["model"]["top1"]
+    if as_json:
+        _print_json(told)
+    else:
+        _print_table(["measure", "value"], [[name, _number(value)] for name, value in told.items()])
+
+
+def _log_line(line: str) -> None:
+    err.print(line, highlight=False, markup=False)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress | None]:
+    """Bars on a terminal; nothing but the stage lines when piped."""
+    if not err.is_terminal:
+        yield None
+        return
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    with Bar(*columns, TimeRemainingColumn(), console=err, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def tell(stage: str, done: int, total: int | None) -> None:
+            if stage not in tasks or done <= 1:
+                for task in tasks.values():
+                    bar.update(task, visible=False)
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        yield tell
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+    """A rich table on a terminal, tab-separated plain lines when piped."""
+    if not out.is_terminal:
+        for row in (header, *rows):
+            sys.stdout.write("\t".join(row).rstrip() + "\n")
+        return
+    table = Table(title=title or None, title_justify="left")
+    for number, name in enumerate(header):
+        table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _print_stage(stage: str, told: Mapping[str, Any], folder: Path) -> None:
+    printer: Callable[[Mapping[str, Any], Path], None] = {
+        "trace": _print_trace,
+        "eval": _print_metrics,
+        "report": _print_report,
+    }.get(stage, _print_plain)
+    printer(told, folder)
+
+
+def _print_plain(told: Mapping[str, Any], folder: Path) -> None:
+    rows = [
+        [key.replace("_", " "), _number(value)] for key, value in told.items() if not isinstance(value, (dict, list))
+    ]
+    _print_table(["result", "value"], [*rows, ["folder", str(folder)]])
+
+
+def _print_trace(told: Mapping[str, Any], folder: Path) -> None:
+    _print_plain(told, folder)
+    if told["skipped"]:
+        _print_table(["stays whole", "because"], [[name, why] for name, why in told["skipped"].items()])
+
+
+def _print_metrics(told: Mapping[str, Any], folder: Path) -> None:
+    names = list(dict.fromkeys(key for metrics in told.values() for key in metrics))
+    rows = [[name, *(_number(told[m].get(name)) for m in told)] for name in names]
+    _print_table(["metric", *told], rows)
+
+
+def _print_report(told: Mapping[str, Any], folder: Path) -> None:
+    models = [name for name in ("before", "pruned", "recovered") if told.get(name)]
+    rows = [[key, *(_number(told[m][key]) for m in models)] for key in ("params", "macs", "latency_ms")]
+    for key in dict.fromkeys(k for m in models for k in told[m]["metrics"]):
+        rows.append([key, *(_number(told[m]["metrics"].get(key)) for m in models)])
+    _print_table(["measure", *models], rows, title=f"{folder}")
+    asked, got, drift = told["asked"], told["got"], told["drift"]
+    seconds = sum(told["seconds"].values())
+    data = told["data"]
+    out.print(
+        f"asked {asked['quantity']} <= {asked['at_most']:,} ({asked['as_written']}), "
+        f"got {got['value']:,} ({got['share']:.1%})\n"
+        f"KL to the dense model in nats: predicted {_number(drift['predicted_kl'])}, "
+        f"pruned {_number(drift['pruned_kl'])}, recovered {_number(drift['recovered_kl'])}\n"
+        f"scored on {data['scored']} images, measured on {data['measured']} others, "
+        f"{data.get('skipped', 0)} skipped; {seconds:.0f} s\n"
+        f"load it: tpvprune.load({str(folder)!r})",
+        highlight=False,
+        markup=False,
+    )
+
+
+def main() -> None:
+    """Entry point: runs the command and turns errors into messages and exit codes."""
+    try:
+        app()
+    except InputError as error:
+        _fail(error, 2)
+    except TpvpruneError as error:
+        _fail(error, 1)
+    except OSError as error:
+        _fail(error, 1)
+
+
+def _fail(error: Exception, code: int) -> None:
+    if "--json" in sys.argv:
+        _print_json({"error": type(error).__name__, "message": str(error)})
+    err.print(f"tpvprune: {error}", style="red" if err.is_terminal else None, highlight=False, markup=False)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,339 @@
+"""Recipes: everything a run needs, as strict YAML.
+
+Unknown keys, wrong values and YAML tags are errors that name the file, the key and the line. Nothing
+in a recipe can name code to import.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Optional, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from tpvprune.budget import Budget
+from tpvprune.errors import InputError, RecipeError
+from tpvprune.files import read_text
+from tpvprune.recovery.finetune import Finetune
+from tpvprune.recovery.reconstruct import Reconstruct
+from tpvprune.scoring.criteria import TPV
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _section_of(settings: type, name: str, /, **more: Any) -> Any:
+    """A strict recipe section with a settings dataclass's own fields and defaults, and `more` of its own."""
+    hints = get_type_hints(settings)
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        if field.name in more:
+            continue
+        fields[field.name] = (hints[field.name], field.default)
+    return create_model(name, __base__=_Strict, **fields, **more)
+
+
+class ModelSection(_Strict):
+    """Which network: a timm name or `cifar_resnet20` and the like, its weights, its arguments."""
+
+    name: str
+    checkpoint: str | None = None
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+class DataSection(_Strict):
+    """Unlabeled images: a folder, an `.npz` / `.npy` file or `digits`. `labels` are only measured with."""
+
+    images: str
+    labels: str | None = None
+    size: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    workers: int = Field(default=0, ge=0)
+
+
+class EvalSection(_Strict):
+    """Images to measure on. Without `images`: the odd positions of `data`, and scoring keeps to the even ones."""
+
+    images: str | None = None
+    labels: str | None = None
+    samples: int | None = Field(default=None, ge=1)
+
+
+ScoreSection: Any = _section_of(
+    TPV,
+    "ScoreSection",
+    criterion=(Literal["tpv"], "tpv"),
+    head=(Literal["softmax", "logits"], "softmax"),
+    samples=(int | None, Field(default=1280, ge=1)),
+)
+BudgetSection: Any = _section_of(
+    Budget,
+    "BudgetSection",
+    macs=(float | str | None, None),
+    params=(float | str | None, None),
+    per_group=(dict[str, float], Field(default_factory=dict)),
+)
+ReconstructSection: Any = _section_of(
+    Reconstruct, "ReconstructSection", samples=(int | None, Field(default=1000, ge=1))
+)
+FinetuneSection: Any = _section_of(
+    Finetune,
+    "FinetuneSection",
+    samples=(int | None, Field(default=None, ge=1)),
+    batch_size=(int | None, Field(default=None, ge=1)),
+    augment=(bool, True),
+)
+
+
+class RecoverSection(_Strict):
+    """What follows the cut; null leaves a step out."""
+
+    reconstruct: Optional[ReconstructSection] = Field(default_factory=ReconstructSection)  # noqa: UP045
+    batchnorm: bool = False
+    finetune: Optional[FinetuneSection] = None  # noqa: UP045
+
+
+class Recipe(_Strict):
+    """One run, fully described."""
+
+    name: str
+    description: str = ""
+    model: ModelSection
+    data: DataSection | None = None
+    eval: EvalSection = Field(default_factory=EvalSection)
+    score: ScoreSection = Field(default_factory=ScoreSection)
+    budget: BudgetSection = Field(default_factory=lambda: BudgetSection(macs=0.5))
+    recover: RecoverSection = Field(default_factory=RecoverSection)
+    device: str = "auto"
+    seed: int = 0
+
+    def criterion(self) -> TPV:
+        """How to score."""
+        return _settings(TPV, self.score, "score")
+
+    def limits(self) -> Budget:
+        """What the result may cost."""
+        return _settings(Budget, self.budget, "budget")
+
+    def closed_form(self) -> Reconstruct | None:
+        """How to refit, or None."""
+        section = self.recover.reconstruct
+        return None if section is None else _settings(Reconstruct, section, "recover.reconstruct")
+
+    def distillation(self) -> Finetune | None:
+        """How to fine-tune, or None."""
+        section = self.recover.finetune
+        return None if section is None else _settings(Finetune, section, "recover.finetune")
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class Suite(_Strict):
+    """A list of recipes that are run one after the other."""
+
+    name: str
+    description: str = ""
+    runs: tuple[str, ...] = Field(min_length=1)
+
+
+def _settings(kind: type, section: Any, where: str) -> Any:
+    try:
+        return kind(**{f.name: getattr(section, f.name) for f in dataclasses.fields(kind)})
+    except InputError as error:
+        raise RecipeError(f"{where}: {error}") from error
+
+
+def builtin_recipes() -> dict[str, str]:
+    """Name and YAML text of every recipe that ships with the package."""
+    folder = resources.files("tpvprune.recipes")
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+    return {file.name[: -len(".yaml")]: file.read_text(encoding="utf-8") for file in files}
+
+
+def find_recipe(target: str) -> tuple[str, str]:
+    """(where it is from, YAML text) of a recipe's file or built-in name.
+
+    Raises:
+        RecipeError: neither is there (with near names).
+    """
+    path = Path(target).expanduser()
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        try:
+            return str(path), read_text(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"recipe {target} cannot be read: {error}") from error
+    builtin = builtin_recipes()
+    if target in builtin:
+        return f"{target} (built-in)", builtin[target]
+    near = difflib.get_close_matches(target, builtin, n=3)
+    hint = f"did you mean {', '.join(near)}?" if near else f"built-in are {', '.join(builtin)}"
+    raise RecipeError(f"there is no recipe {target!r}; {hint}")
+
+
+def load_recipe(target: str, overrides: Sequence[str] = ()) -> Recipe | Suite:
+    """Read and validate a recipe or a suite.
+
+    Args:
+        target: a YAML file or a built-in name.
+        overrides: `key=value`, dotted keys, YAML values: `budget.macs=0.4`, `recover.finetune=null`.
+
+    Raises:
+        RecipeError: names the file, the key and the line.
+    """
+    origin, text = find_recipe(target)
+    return parse_recipe(text, origin, overrides)
+
+
+def parse_recipe(text: str, origin: str, overrides: Sequence[str] = ()) -> Recipe | Suite:
+    """Validate YAML text; `origin` names it in errors.
+
+    Raises:
+        RecipeError: names the origin, the key and the line.
+    """
+    data, lines = _read_yaml(text, origin)
+    return validate_recipe(data, origin, overrides, lines)
+
+
+def validate_recipe(
+    data: Mapping[str, Any],
+    origin: str,
+    overrides: Sequence[str] = (),
+    lines: Mapping[tuple[str, ...], int] | None = None,
+) -> Recipe | Suite:
+    """Apply overrides to plain data and validate it.
+
+    Raises:
+        RecipeError: names the origin, the key and, where known, the line.
+    """
+    kind: type[Recipe] | type[Suite] = Suite if "runs" in data else Recipe
+    merged = copy.deepcopy(dict(data))
+    set_by: dict[tuple[str, ...], str] = {}
+    for override in overrides:
+        keys, value = _read_override(override)
+        if kind is Suite:
+            raise RecipeError(f"{origin} is a list of recipes; override a single one, not the list ({override})")
+        _put(merged, keys, value)
+        set_by[keys] = override
+    try:
+        recipe = kind.model_validate(merged)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, kind, origin, set_by, lines or {})) from error
+    if isinstance(recipe, Recipe):
+        try:
+            recipe.criterion(), recipe.limits(), recipe.closed_form(), recipe.distillation()
+        except RecipeError as error:
+            raise RecipeError(f"{_place(str(error), origin, set_by, lines or {})}: {error}") from error
+    return recipe
+
+
+def _place(
+    message: str, origin: str, set_by: Mapping[tuple[str, ...], str], lines: Mapping[tuple[str, ...], int]
+) -> str:
+    """Where the value that a settings class refused (`section: ... key=value ...`) was written."""
+    section = tuple(message.partition(":")[0].split("."))
+    for written in (set_by, lines):
+        for path in written:
+            if path[: len(section)] == section and len(path) > len(section) and f"{path[-1]}=" in message:
+                return f"override {set_by[path]!r}" if path in set_by else f"{origin}, line {lines[path]}"
+    return f"{origin}, line {lines[section]}" if section in lines else origin
+
+
+def _read_yaml(text: str, origin: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """Plain data and the line (from 1) of every key."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        lines: dict[tuple[str, ...], int] = {}
+        if node is not None:
+            _walk(node, (), lines, origin)
+        data = yaml.safe_load(text)
+    except yaml.constructor.ConstructorError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise RecipeError(
+            f"{origin}, line {line}: {error.problem}; recipes are plain data, a tag that would run code is refused"
+        ) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        raise RecipeError(f"{origin}{where}: not YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{origin}: a recipe is a mapping with name, model, ...; this is {type(data).__name__}")
+    return data, lines
+
+
+def _walk(node: yaml.Node, path: tuple[str, ...], lines: dict[tuple[str, ...], int], origin: str) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*path, str(key.value))
+            if here in lines:
+                raise RecipeError(f"{origin}, line {key.start_mark.line + 1}: key {'.'.join(here)!r} stands twice")
+            lines[here] = key.start_mark.line + 1
+            _walk(value, here, lines, origin)
+    elif isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value):
+            here = (*path, str(number))
+            lines[here] = value.start_mark.line + 1
+            _walk(value, here, lines, origin)
+
+
+def _read_override(override: str) -> tuple[tuple[str, ...], Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"override {override!r} is not key=value, as in budget.macs=0.4")
+    try:
+        return tuple(key.strip().split(".")), yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: the value is no YAML: {error}") from error
+
+
+def _put(data: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
+    for key in keys[:-1]:
+        if not isinstance(data.get(key), dict):
+            data[key] = {}
+        data = data[key]
+    data[keys[-1]] = value
+
+
+def _explain(
+    error: ValidationError,
+    kind: type[BaseModel],
+    origin: str,
+    set_by: Mapping[tuple[str, ...], str],
+    lines: Mapping[tuple[str, ...], int],
+) -> str:
+    """One line a mistake: file, line or override, key, what is wrong, near keys."""
+    told: dict[str, None] = {}
+    for problem in error.errors():
+        path = tuple(str(part) for part in problem["loc"])
+        known = next((path[:end] for end in range(len(path), 0, -1) if path[:end] in lines or path[:end] in set_by), ())
+        by = next((set_by[path[:end]] for end in range(len(path), 0, -1) if path[:end] in set_by), None)
+        where = f"override {by!r}" if by else f"{origin}, line {lines[known]}" if known else origin
+        # Alternatives of a union stand behind the key and mean nothing to the reader.
+        key = ".".join(known if known and problem["type"] != "missing" else path)
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(path[-1], _fields_at(kind, path[:-1]), n=1)
+            text = f"unknown key {'.'.join(path)!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+        elif problem["type"] == "missing":
+            text = f"key {key!r} is missing"
+        else:
+            text = f"key {key!r}: {problem['msg'][0].lower()}{problem['msg'][1:]} (got {problem['input']!r})"
+        told[f"{where}: {text}"] = None
+    return "\n".join(told)
+
+
+def _fields_at(kind: Any, path: tuple[str, ...]) -> list[str]:
+    for part in path:
+        field = kind.model_fields.get(part)
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        kind = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        if kind is None:
+            return []
+    return list(kind.model_fields)

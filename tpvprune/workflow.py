@@ -1,0 +1,358 @@
+"""Run a recipe in a folder, stage by stage, so that a second run goes on where the first one stopped.
+
+Each stage writes its result into the folder whole or not at all, and is done once `stages.json` says so
+for the same recipe sections, weights and earlier stages. Changing a key redoes the stages it matters to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune import report as reporting
+from tpvprune.batches import Progress
+from tpvprune.checkpoint import ABOUT, load, save
+from tpvprune.errors import DataError, ModelError, RecipeError, TpvpruneError
+from tpvprune.files import read_text, write_text
+from tpvprune.plan import Plan
+from tpvprune.planning.allocate import allocate, check_reachable
+from tpvprune.planning.graph import trace
+from tpvprune.recipe import Recipe, Suite, parse_recipe
+from tpvprune.recovery.recover import recover
+from tpvprune.scores import Scores
+from tpvprune.scoring.criteria import score
+from tpvprune.surgery.removal import apply
+from tpvprune.types import Graph, read_json
+from tpvprune.version import __version__
+from tpvprune.zoo.data import Loader, Pool, input_size, open_pool
+from tpvprune.zoo.models import checkpoint_path, create_model
+
+STAGES = ("trace", "score", "plan", "apply", "recover", "eval", "report")
+SECTIONS = {
+    "trace": ("model",),
+    "score": ("data", "eval", "score", "device", "seed"),
+    "plan": ("budget",),
+    "apply": (),
+    "recover": ("recover",),
+    "eval": (),
+    "report": (),
+}
+PRODUCTS = {
+    "trace": "graph.json",
+    "score": "scores.safetensors",
+    "plan": "plan.json",
+    "apply": f"pruned/{ABOUT}",
+    "recover": ABOUT,
+    "eval": "report.json",
+    "report": "report.json",
+}
+RECIPE, STATE = "recipe.yaml", "stages.json"
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Images:
+    scored: Pool
+    measured: Pool
+
+
+class Run:
+    """One recipe in one folder.
+
+    Args:
+        recipe: what to do.
+        folder: where results go; made if missing. It must be empty or hold a run of the same recipe.
+        progress: called as `progress(stage, done, total)`.
+        log: receives one line at the end of each stage.
+
+    Raises:
+        RecipeError: the folder holds something else.
+    """
+
+    def __init__(
+        self, recipe: Recipe, folder: str | Path, *, progress: Progress | None = None, log: Log | None = None
+    ) -> None:
+        self.recipe, self.folder = recipe, Path(folder)
+        self.progress, self.log = progress, log or (lambda line: None)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise RecipeError(f"{self.folder} is a file; choose another --out")
+        if self.folder.is_dir() and any(self.folder.iterdir()):
+            before = stored_recipe(self.folder)
+            if before is None:
+                raise RecipeError(f"{self.folder} holds files that are no run of tpvprune; choose another --out")
+            if (before.name, before.model.name) != (recipe.name, recipe.model.name):
+                raise RecipeError(
+                    f"{self.folder} holds a run of {before.name!r} ({before.model.name}); "
+                    f"choose another --out for {recipe.name!r} ({recipe.model.name})"
+                )
+
+    def until(self, last: str) -> dict[str, Any]:
+        """Do all stages up to `last` that are not done yet; what that stage says of itself.
+
+        Raises:
+            TpvpruneError: whatever a stage raises; stages done before it stay done.
+        """
+        self._check_inputs(last)
+        write_text(self.folder / RECIPE, self.recipe.to_yaml())
+        state = self._state()
+        key = ""
+        for number, stage in enumerate(STAGES[: STAGES.index(last) + 1]):
+            key = self._key(stage, key)
+            known = state.get(stage, {})
+            if known.get("key") == key and self._path(stage).is_file():
+                continue
+            for later in STAGES[number:]:  # what was made from an older result must not pass for current
+                state.pop(later, None)
+                if later != "report":
+                    self._path(later).unlink(missing_ok=True)
+            self._write_state(state)
+            start = time.perf_counter()
+            told = getattr(self, f"_{stage}")()
+            seconds = round(time.perf_counter() - start, 2)
+            state[stage] = {"key": key, "seconds": seconds, "told": told}
+            self._write_state(state)
+            self.log(f"{stage}: {_one_line(told)} ({seconds:.1f} s)")
+        return dict(state[last]["told"])
+
+    def _check_inputs(self, last: str) -> None:
+        """Open what is named, and see whether the budget can be met, before anything is written."""
+        _ = self.dense
+        if last != "trace":
+            _ = self.images
+        if STAGES.index(last) >= STAGES.index("plan"):
+            check_reachable(self._traced, self.recipe.limits())
+
+    @cached_property
+    def _traced(self) -> Graph:
+        if self._state().get("trace", {}).get("key") == self._key("trace", "") and self._path("trace").is_file():
+            return self.graph
+        return trace(self.dense, self._example(), progress=self.progress)
+
+    def _path(self, stage: str) -> Path:
+        return self.folder / PRODUCTS[stage]
+
+    def _state(self) -> dict[str, Any]:
+        try:
+            state = read_json(self.folder / STATE, "state")
+        except TpvpruneError:
+            return {}
+        return state if isinstance(state, dict) else {}
+
+    def _write_state(self, state: dict[str, Any]) -> None:
+        write_text(self.folder / STATE, json.dumps(state, indent=1))
+
+    def _key(self, stage: str, before: str) -> str:
+        recipe = self.recipe.model_dump(mode="json")
+        parts: dict[str, Any] = {name: recipe[name] for name in SECTIONS[stage]}
+        if stage == "trace" and self.recipe.model.checkpoint is not None:
+            parts["weights"] = self._weights_digest
+        return hashlib.sha256(json.dumps([__version__, stage, before, parts]).encode()).hexdigest()
+
+    @cached_property
+    def _weights_digest(self) -> str:
+        return hashlib.sha256(checkpoint_path(str(self.recipe.model.checkpoint)).read_bytes()).hexdigest()
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the run happens."""
+        wanted = self.recipe.device
+        try:
+            device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ModelError(
+                f"device {wanted!r} cannot be used: {str(error).splitlines()[0]}; try device=cpu"
+            ) from error
+        return device
+
+    @cached_property
+    def dense(self) -> nn.Module:
+        """The original model with its weights."""
+        section = self.recipe.model
+        return create_model(section.name, section.checkpoint, section.args).to(self.device)
+
+    @cached_property
+    def images(self) -> _Images:
+        """What is scored on and what is measured on; the two share no image."""
+        data, held = self.recipe.data, self.recipe.eval
+        if data is None:
+            raise DataError("no images are named; set data.images (--data) to a folder, an array file or 'digits'")
+        if held.images is None:
+            scored, measured = open_pool(
+                data.images, self.dense, size=data.size, labels=held.labels or data.labels
+            ).split()
+            if not len(measured):
+                raise DataError(f"{data.images} holds a single image; one to score on and one to measure on are needed")
+        else:
+            scored = open_pool(data.images, self.dense, size=data.size, labels=data.labels)
+            measured = open_pool(held.images, self.dense, size=data.size, labels=held.labels)
+        return _Images(scored, measured.sample(held.samples, self.recipe.seed))
+
+    def _loader(
+        self, pool: Pool, *, batch_size: int | None = None, train: bool = False, augment: bool = False
+    ) -> Loader:
+        data = self.recipe.data
+        assert data is not None
+        return pool.loader(
+            batch_size or data.batch_size, shuffle=train, augment=augment, workers=data.workers, seed=self.recipe.seed
+        )
+
+    @property
+    def graph(self) -> Graph:
+        """From the trace stage."""
+        return Graph.load(self._path("trace"))
+
+    @property
+    def plan(self) -> Plan:
+        """From the plan stage."""
+        return Plan.load(self._path("plan"))
+
+    def _example(self) -> Tensor:
+        size = self.recipe.data.size if self.recipe.data else None
+        return torch.zeros(1, *input_size(self.dense, size), device=self.device)
+
+    def _trace(self) -> dict[str, Any]:
+        graph = self._traced
+        graph.save(self._path("trace"))
+        return {
+            "groups": len(graph.groups),
+            "units": graph.units,
+            "params": graph.params(),
+            "macs": graph.macs(),
+            "skipped": dict(graph.skipped),
+        }
+
+    def _score(self) -> dict[str, Any]:
+        pool = self.images.scored.sample(self.recipe.score.samples, self.recipe.seed)
+        scores = score(self.dense, self._loader(pool), self.graph, self.recipe.criterion(), progress=self.progress)
+        scores.save(self._path("score"))
+        return {"criterion": scores.criterion, "images": scores.samples, "skipped_images": len(pool.skipped)}
+
+    def _plan(self) -> dict[str, Any]:
+        graph = self.graph
+        plan = allocate(Scores.load(self._path("score")), graph, self.recipe.limits())
+        plan.save(self._path("plan"))
+        return {
+            "removed": plan.removed,
+            "of": graph.units,
+            "params": plan.params,
+            "macs": plan.macs,
+            "share_of_params": round(plan.params / graph.params(), 4),
+            "share_of_macs": round(plan.macs / graph.macs(), 4),
+        }
+
+    def _apply(self) -> dict[str, Any]:
+        small = apply(self.dense, self.plan)
+        save(small, self.folder / "pruned")
+        return {"params": sum(p.numel() for p in small.parameters()), "folder": str(self.folder / "pruned")}
+
+    def _recover(self) -> dict[str, Any]:
+        small = load(self.folder / "pruned").to(self.device)
+        closed, distil, section = self.recipe.closed_form(), self.recipe.distillation(), self.recipe.recover
+        told: dict[str, Any] = {"steps": []}
+        if closed is not None or section.batchnorm:
+            samples = section.reconstruct.samples if section.reconstruct is not None else self.recipe.score.samples
+            pool = self.images.scored.sample(samples, self.recipe.seed)
+            small = recover(
+                small,
+                self._loader(pool),
+                teacher=self.dense,
+                reconstruct_with=closed,
+                batchnorm=section.batchnorm,
+                finetune_with=None,
+                progress=self.progress,
+            )
+            told["steps"] += ["reconstruct"] if closed is not None else []
+            told["steps"] += ["batchnorm"] if section.batchnorm else []
+            told["reconstruct_images"] = len(pool)
+        if distil is not None:
+            tuning: Any = section.finetune
+            told["epochs"] = []
+            pool = self.images.scored.sample(tuning.samples, self.recipe.seed)
+            torch.manual_seed(self.recipe.seed)
+            small = recover(
+                small,
+                self._loader(pool, batch_size=tuning.batch_size, train=True, augment=tuning.augment),
+                teacher=self.dense,
+                reconstruct_with=None,
+                finetune_with=distil,
+                progress=self.progress,
+                log=told["epochs"].append,
+            )
+            told["steps"].append("finetune")
+            told["finetune_images"] = len(pool)
+        save(small, self.folder)
+        return told
+
+    def _eval(self) -> dict[str, Any]:
+        plan, state = self.plan, self._state()
+        batches = self._loader(self.images.measured)
+        criterion = self.recipe.criterion()
+        predicted = criterion.drift(self.dense, batches, plan, self.progress)[0] / 2
+        recovered = bool(state["recover"]["told"]["steps"])
+        scored = state["score"]["told"]["images"]
+        report = reporting.build(
+            dense=self.dense,
+            pruned=load(self.folder / "pruned").to(self.device),
+            recovered=load(self.folder).to(self.device) if recovered else None,
+            plan=plan,
+            budget=self.recipe.limits(),
+            batches=batches,
+            predicted=predicted if criterion.head == "softmax" else None,
+            seconds={stage: state[stage]["seconds"] for stage in STAGES if stage in state},
+            data={
+                "scored": scored,
+                "skipped": len(set(self.images.scored.skipped) | set(self.images.measured.skipped)),
+                "measured_on": f"{self.images.measured.name}, images the scorer did not see",
+                **{k: v for k, v in state["recover"]["told"].items() if k.endswith("_images")},
+            },
+            steps=[{"stage": stage, **state[stage]["told"]} for stage in STAGES if stage in state],
+            progress=self.progress,
+        )
+        write_text(self._path("eval"), json.dumps(report.to_json(), indent=1))
+        return {"before": report.before.metrics, "pruned": report.pruned.metrics} | (
+            {"recovered": report.recovered.metrics} if report.recovered else {}
+        )
+
+    def _report(self) -> dict[str, Any]:
+        found = read_json(self._path("report"), "report")
+        return dict(found)
+
+
+def _one_line(told: dict[str, Any]) -> str:
+    """The plain values of what a stage said, and the lengths of the others."""
+
+    def short(value: Any) -> str:
+        if isinstance(value, dict) and value and all(isinstance(v, (int, float)) for v in value.values()):
+            return "(" + ", ".join(f"{k} {short(v)}" for k, v in value.items()) + ")"
+        if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+            return "+".join(value)
+        if isinstance(value, (dict, list)):
+            return str(len(value))
+        return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+    return "; ".join(f"{key.replace('_', ' ')} {short(value)}" for key, value in told.items())
+
+
+def stored_recipe(folder: str | Path) -> Recipe | None:
+    """The recipe a run folder was made with; None if it is no run folder.
+
+    Raises:
+        RecipeError: the recipe there was damaged.
+    """
+    path = Path(folder) / RECIPE
+    if not path.is_file():
+        return None
+    recipe = parse_recipe(read_text(path), str(path))
+    if isinstance(recipe, Suite):
+        raise RecipeError(f"{path} is a list of recipes, not one run")
+    return recipe
