@@ -362,8 +362,8 @@ def _print_plain(told: Mapping[str, Any], folder: Path) -> None:
 
 def _print_trace(told: Mapping[str, Any], folder: Path) -> None:
     _print_plain(told, folder)
-    if told["skipped"]:
-        _print_table(["stays whole", "because"], [[name, why] for name, why in told["skipped"].items()])
+    if told["stays_whole"]:
+        _print_table(["stays whole", "because"], [[name, why] for name, why in told["stays_whole"].items()])
 
 
 def _print_metrics(told: Mapping[str, Any], folder: Path) -> None:

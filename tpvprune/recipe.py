@@ -97,7 +97,7 @@ class RecoverSection(_Strict):
 
     reconstruct: Optional[ReconstructSection] = Field(default_factory=ReconstructSection)  # noqa: UP045
     batchnorm: bool = False
-    finetune: Optional[FinetuneSection] = None  # noqa: UP045
+    finetune: Optional[FinetuneSection] = Field(default_factory=FinetuneSection)  # noqa: UP045
 
 
 class Recipe(_Strict):

@@ -120,7 +120,8 @@ class Run:
             seconds = round(time.perf_counter() - start, 2)
             state[stage] = {"key": key, "seconds": seconds, "told": told}
             self._write_state(state)
-            self.log(f"{stage}: {_one_line(told)} ({seconds:.1f} s)")
+            if stage != "report":
+                self.log(f"{stage}: {_one_line(told)} ({seconds:.1f} s)")
         return dict(state[last]["told"])
 
     def _check_inputs(self, last: str) -> None:
@@ -228,7 +229,7 @@ class Run:
             "units": graph.units,
             "params": graph.params(),
             "macs": graph.macs(),
-            "skipped": dict(graph.skipped),
+            "stays_whole": dict(graph.skipped),
         }
 
     def _score(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from tpvprune.types import WORK, Group, Member
 
@@ -100,3 +101,12 @@ def attention_blocks(model: nn.Module) -> Iterator[AttentionBlock]:
         elif int(module.num_heads) < 2:
             reason = "it has a single head"
         yield AttentionBlock(name, module, reason)
+
+
+def unknown_attention(model: nn.Module) -> Iterator[str]:
+    """Names of attention modules of no known class: their forward reshapes to a width that was fixed when built."""
+    known = {block.name for block in attention_blocks(model)}
+    for name, module in model.named_modules():
+        projects = any(isinstance(child, (nn.Linear, _ConvNd)) for child in module.children())
+        if isinstance(getattr(module, "num_heads", None), int) and projects and name not in known:
+            yield name

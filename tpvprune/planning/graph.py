@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tpvprune.batches import Progress, device_of, evaluation_mode
 from tpvprune.errors import ModelError
-from tpvprune.planning.attention import AttentionBlock, attention_blocks
+from tpvprune.planning.attention import AttentionBlock, attention_blocks, unknown_attention
 from tpvprune.types import REST, WORK, Graph, Group, Member, Role, fingerprint
 
 ROOTS = (_ConvNd, nn.Linear, nn.Embedding)
@@ -255,6 +255,7 @@ class _Builder:
             if isinstance(module, ROOTS) and id(module) in self.modules and self.modules[id(module)] == name
         }
         self.blocked = {f"{b.name}.qkv": b.reason for b in blocks if not hasattr(b.module, "attn_dim")}
+        self.fixed = set(unknown_attention(model))
         self.taken: set[tuple[str, int, int]] = set()
 
     def groups(self, progress: Progress | None) -> list[Group]:
@@ -325,9 +326,15 @@ class _Builder:
 
     def _sides(self, module: Any, side: str, node: Any) -> tuple[list[tuple[str, int, Role]], int, bool]:
         """Tensors a layer loses entries of, the channel groups it imposes, and whether it pools over channels."""
-        if isinstance(module, nn.Parameter):
+        loose = isinstance(module, nn.Parameter)
+        name = self.parameters.get(id(module), "") if loose else self.modules[id(module)]
+        owner = name.rpartition(".")[0]
+        if owner in self.fixed:
+            raise _Unprunable(
+                f"{owner!r} is attention of a kind not known yet ({type(self.model.get_submodule(owner)).__name__})"
+            )
+        if loose:
             return self._loose(module, node)
-        name = self.modules[id(module)]
         if name in self.blocked:
             raise _Unprunable(self.blocked[name])
         own = [k for k, p in module.named_parameters(recurse=False) if p is not None]

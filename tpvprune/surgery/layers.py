@@ -27,9 +27,10 @@ def refresh(module: nn.Module) -> None:
         left = module.weight if module.weight is not None else module.running_mean
         if left is not None:
             module.num_features = left.shape[0]
-    elif isinstance(module, nn.LayerNorm):
-        if module.weight is not None and len(module.normalized_shape) == 1:
-            module.normalized_shape = (module.weight.shape[0],)
+    elif isinstance(getattr(module, "normalized_shape", None), tuple):  # layer norms, RMS norms
+        norm: Any = module
+        if norm.weight is not None and len(norm.normalized_shape) == 1:
+            norm.normalized_shape = (norm.weight.shape[0],)
     elif isinstance(module, nn.GroupNorm):
         if module.weight is not None:
             module.num_channels = module.weight.shape[0]

@@ -1,0 +1,91 @@
+"""Contract suites for people who write a head or a criterion of their own.
+
+Each raises `AssertionError` naming the promise that does not hold, so that one line in a test is enough:
+
+    check_head(MyHead(), torch.randn(4, 10))
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.batches import Batch
+from tpvprune.scoring.criteria import Criterion
+from tpvprune.scoring.heads import Head
+from tpvprune.types import Graph
+
+DRAWS = 4000
+STANDARD_ERRORS = 5.0
+
+
+def check_head(head: Head, output: Tensor) -> None:
+    """Check a head on one batch of outputs.
+
+    Args:
+        head: yours.
+        output: `(batch, ...)`; a few samples with a few entries each.
+
+    Raises:
+        AssertionError: a shape is wrong, a seed does not repeat, samples are not independent, or the
+            random cotangents do not have the second moment that the exact ones sum to.
+    """
+    wide = output.double()
+    first = head.cotangent(wide, torch.Generator().manual_seed(1))
+    assert first.shape == wide.shape, f"cotangent is {tuple(first.shape)}, the output {tuple(wide.shape)}"
+    again = head.cotangent(wide, torch.Generator().manual_seed(1))
+    assert torch.equal(first, again), "the same seed gives another cotangent; draw from the generator given"
+    flat = wide.flatten(1).shape
+    metric = torch.zeros(flat[0], flat[1], flat[1], dtype=torch.float64)
+    for u in head.exact(wide):
+        assert u.shape == wide.shape, f"an exact cotangent is {tuple(u.shape)}, the output {tuple(wide.shape)}"
+        metric += torch.einsum("bi,bj->bij", u.flatten(1), u.flatten(1))
+    generator = torch.Generator().manual_seed(2)
+    draws = torch.stack([head.cotangent(wide, generator).flatten(1) for _ in range(DRAWS)])
+    products = torch.einsum("nbi,nbj->nbij", draws, draws)
+    error = products.std(0) / DRAWS**0.5
+    gap = (products.mean(0) - metric).abs()
+    assert bool((gap <= STANDARD_ERRORS * error + 1e-9).all()), "E[u u^T] is not what exact() sums to"
+    if flat[0] > 1:
+        cross = torch.einsum("ni,nj->nij", draws[:, 0], draws[:, 1])
+        limit = STANDARD_ERRORS * cross.std(0) / DRAWS**0.5 + 1e-9
+        assert bool((cross.mean(0).abs() <= limit).all()), "cotangents of different samples are correlated"
+
+
+def check_criterion(criterion: Criterion, model: nn.Module, batches: Iterable[Batch], graph: Graph) -> None:
+    """Check a criterion on a small model.
+
+    Args:
+        criterion: yours.
+        model: any model.
+        batches: a list of its inputs.
+        graph: traced from the model.
+
+    Raises:
+        AssertionError: scores are missing, misshapen, not finite or not repeatable, or the model, its gradients,
+            modes, hooks or the global random state were changed.
+    """
+    state = copy.deepcopy(model.state_dict())
+    flags = [(p.requires_grad, p.grad is None) for p in model.parameters()]
+    modes = [m.training for m in model.modules()]
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()]
+    random = torch.get_rng_state()
+    scores = criterion.measure(model, batches, graph)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), f"{name!r} was changed"
+    assert flags == [(p.requires_grad, p.grad is None) for p in model.parameters()], "gradients or their flags changed"
+    assert modes == [m.training for m in model.modules()], "train / eval modes were changed"
+    now = [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()]
+    assert hooks == now, "hooks were left behind"
+    assert torch.equal(random, torch.get_rng_state()), "the global random state was used; take a generator"
+    assert scores.model_id == graph.model_id, "model_id is not the graph's"
+    for group in graph.groups:
+        value = scores.values.get(group.id)
+        assert value is not None, f"group {group.id!r} has no scores"
+        assert value.shape == (group.units,), f"group {group.id!r} needs shape ({group.units},), not {value.shape}"
+    repeated = criterion.measure(model, batches, graph)
+    for name, value in scores.values.items():
+        assert torch.allclose(value, repeated.values[name]), f"scores of {name!r} do not repeat"
