@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpvprune.errors import DataError, ModelError
+from tpvprune.errors import DataError, ModelError, NonFiniteError
 
 Batch = Any
 Progress = Callable[[str, int, "int | None"], None]
@@ -122,7 +122,22 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def first_nonfinite(model: nn.Module, inputs: Tensor) -> str:
+def finite_output(model: nn.Module, inputs: Tensor) -> Tensor:
+    """One forward pass, `(batch, ...)`.
+
+    Raises:
+        ModelError: the output is not one tensor with a row a sample.
+        NonFiniteError: it holds NaN or infinity; names the first module that made them.
+    """
+    output = single_tensor(model(inputs), model)
+    if output.shape[0] != inputs.shape[0]:
+        raise ModelError(f"the model gives {output.shape[0]} outputs for {inputs.shape[0]} inputs")
+    if not bool(torch.isfinite(output).all()):
+        raise NonFiniteError(_first_nonfinite(model, inputs))
+    return output
+
+
+def _first_nonfinite(model: nn.Module, inputs: Tensor) -> str:
     """Run once more and say which module first turned finite values into NaN or infinity."""
     if inputs.is_floating_point() and not bool(torch.isfinite(inputs).all()):
         return "the input batch holds NaN or infinity; check the images and their normalisation"

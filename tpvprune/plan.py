@@ -155,6 +155,8 @@ class Plan:
             keep = {}
             for name, units in data["keep"].items():
                 mask = torch.zeros(graph[name].units, dtype=torch.bool)
+                if any(unit < 0 for unit in units):
+                    raise PlanError(f"the plan names unit {min(units)} of group {name!r}; plan again")
                 mask[torch.tensor(units, dtype=torch.int64)] = True
                 keep[name] = mask
             return cls(keep, graph, dict(data["made_by"]))

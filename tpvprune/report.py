@@ -20,14 +20,13 @@ from tpvprune.batches import (
     Progress,
     device_of,
     evaluation_mode,
-    first_nonfinite,
+    finite_output,
     inputs_of,
     labels_of,
     length_of,
-    single_tensor,
 )
 from tpvprune.budget import Budget
-from tpvprune.errors import DataError, NonFiniteError
+from tpvprune.errors import DataError
 from tpvprune.plan import Plan
 from tpvprune.types import Measure, Report
 
@@ -66,12 +65,12 @@ def compare(
         for number, batch in enumerate(batches, 1):
             inputs = inputs_of(batch).to(device_of(dense))
             labels = labels_of(batch)
-            reference = _finite(dense, inputs)
+            reference = finite_output(dense, inputs)
             images += len(inputs)
             known = labels is not None and labels.ndim == 1 and bool((labels >= 0).all())
             labelled += len(inputs) if known else 0
             for name, model in models.items():
-                output = reference if model is dense else _finite(model, inputs)
+                output = reference if model is dense else finite_output(model, inputs)
                 for key, value in _distances(reference, output, labels if known else None).items():
                     sums[name][key] = sums[name].get(key, 0.0) + value
             if progress:
@@ -82,13 +81,6 @@ def compare(
     return {
         name: {key: value / counts.get(key, images) for key, value in found.items()} for name, found in sums.items()
     }, images
-
-
-def _finite(model: nn.Module, inputs: Tensor) -> Tensor:
-    output = single_tensor(model(inputs), model)
-    if not bool(torch.isfinite(output).all()):
-        raise NonFiniteError(first_nonfinite(model, inputs))
-    return output
 
 
 def _distances(reference: Tensor, output: Tensor, labels: Tensor | None) -> dict[str, float]:

@@ -73,4 +73,7 @@ class Scores:
         values = {key[6:]: value for key, value in tensors.items() if key.startswith("value/")}
         stderr = {key[7:]: value for key, value in tensors.items() if key.startswith("stderr/")}
         about.pop("format")
-        return cls(values=values, stderr=stderr or None, **about)
+        try:
+            return cls(values=values, stderr=stderr or None, **about)
+        except TypeError as error:
+            raise PlanError(f"scores {path} are incomplete ({error}); score again") from error

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune import report as reporting
-from tpvprune.batches import Progress
+from tpvprune.batches import Progress, finite_output
 from tpvprune.checkpoint import ABOUT, load, save
 from tpvprune.errors import DataError, ModelError, RecipeError, TpvpruneError
 from tpvprune.files import read_text, write_text
@@ -128,7 +128,9 @@ class Run:
         """Open what is named, and see whether the budget can be met, before anything is written."""
         _ = self.dense
         if last != "trace":
-            _ = self.images
+            first = next(iter(self._loader(self.images.scored)))[0].to(self.device)
+            with torch.no_grad():
+                finite_output(self.dense, first)
         if STAGES.index(last) >= STAGES.index("plan"):
             check_reachable(self._traced, self.recipe.limits())
 
@@ -312,7 +314,7 @@ class Run:
             seconds={stage: state[stage]["seconds"] for stage in STAGES if stage in state},
             data={
                 "scored": scored,
-                "skipped": len(set(self.images.scored.skipped) | set(self.images.measured.skipped)),
+                "skipped": len(self.images.scored.skipped | self.images.measured.skipped),
                 "measured_on": f"{self.images.measured.name}, images the scorer did not see",
                 **{k: v for k, v in state["recover"]["told"].items() if k.endswith("_images")},
             },

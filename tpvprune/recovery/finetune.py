@@ -131,9 +131,12 @@ def finetune(
     steps = settings.epochs * math.ceil(per_epoch / settings.accumulate)
     warm = round(settings.warmup * steps)
     schedule = CosineLRScheduler(
-        optimizer, t_initial=steps, lr_min=0.0, warmup_t=warm, warmup_lr_init=settings.lr * 0.01, warmup_prefix=False,
+        optimizer,
+        t_initial=max(2, steps),  # timm takes a single step for a mistake
+        warmup_t=warm,
+        warmup_lr_init=settings.lr * 0.01,
         t_in_epochs=False,
-    )  # fmt: skip
+    )
     wrapped, stepper = accelerator.prepare(student, optimizer)
     update = done = 0
     with evaluation_mode(teacher):

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from tpvprune.batches import evaluation_mode, first_nonfinite, single_tensor
-from tpvprune.errors import ModelError, NonFiniteError, PlanError
+from tpvprune.batches import evaluation_mode, finite_output
+from tpvprune.errors import ModelError, PlanError
 from tpvprune.types import Graph, Group
 
 
@@ -183,11 +183,7 @@ class Tapped:
         self.roots: list[Tensor] = []
         self.sink.batch = inputs.shape[0]
         with torch.enable_grad():
-            output = single_tensor(self.model(inputs), self.model)
-        if output.shape[0] != inputs.shape[0]:
-            raise ModelError(f"the model gives {output.shape[0]} outputs for {inputs.shape[0]} inputs")
-        if not bool(torch.isfinite(output).all()):
-            raise NonFiniteError(first_nonfinite(self.model, inputs))
+            output = finite_output(self.model, inputs)
         if not output.requires_grad:
             raise ModelError("no layer of the graph is on the way to the model's output")
         return output

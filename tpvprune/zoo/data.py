@@ -6,9 +6,11 @@ positions are for scoring and recovery, odd positions only for measuring.
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +29,33 @@ BAD_SHARE = 0.1
 _BROKEN = (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
+@dataclass(frozen=True)
+class _Broken:
+    """Stands in a batch for an image that could not be read."""
+
+    name: str
+    why: str
+
+
 class Pool(Dataset[Any]):
     """An ordered set of images with optional labels; items are `((channels, h, w), label or -1)`.
 
     Attributes:
         name: where the images come from, for messages and reports.
-        skipped: files that were no readable image.
+        skipped: what could not be read, name to reason; shared by all pools cut from one source.
     """
 
     def __init__(
         self,
         name: str,
         read: Callable[[int, bool], Tensor],
-        positions: Sequence[int],
+        names: Sequence[str],
         labels: Sequence[int] | None = None,
-        skipped: list[str] | None = None,
+        skipped: dict[str, str] | None = None,
     ) -> None:
-        self.name, self.positions = name, list(positions)
-        self._read, self._labels = read, labels
-        self.skipped = [] if skipped is None else skipped
+        self.name, self.positions = name, list(range(len(names)))
+        self._read, self._names, self._labels = read, names, labels
+        self.skipped = {} if skipped is None else skipped
         self.augment = False
 
     def __len__(self) -> int:
@@ -56,21 +66,33 @@ class Pool(Dataset[Any]):
         """Whether items carry labels."""
         return self._labels is not None
 
-    def __getitem__(self, item: int) -> tuple[Tensor, int] | None:
+    def __getitem__(self, item: int) -> tuple[Tensor, int] | _Broken:
         position = self.positions[item]
         try:
             image = self._read(position, self.augment)
         except _BROKEN as error:
-            self.skipped.append(f"position {position}: {error}")
-            if len(self.skipped) > BAD_SHARE * len(self) + 1:
-                raise DataError(
-                    f"{self.name}: more than {BAD_SHARE:.0%} of the images cannot be read, the last for this: {error}"
-                ) from error
-            return None
+            return _Broken(self._names[position], str(error))
         return image, -1 if self._labels is None else self._labels[position]
 
+    def skip(self, broken: _Broken) -> None:
+        """Count an unreadable image.
+
+        Raises:
+            DataError: more than 10 % of the source cannot be read.
+        """
+        self.skipped[broken.name] = broken.why
+        total = len(self._names) + sum(name not in self._names for name in self.skipped)
+        if len(self.skipped) > BAD_SHARE * total:
+            raise DataError(
+                f"{self.name}: {len(self.skipped)} of {total} images cannot be read, the last is {broken.name} "
+                f"({broken.why}); at most {BAD_SHARE:.0%} are skipped, so take them out or give other images"
+            )
+        logger.warning("%s: skipped %s: %s", self.name, broken.name, broken.why)
+
     def _with(self, positions: Sequence[int]) -> Pool:
-        return Pool(self.name, self._read, positions, self._labels, self.skipped)
+        twin = copy.copy(self)
+        twin.positions = list(positions)
+        return twin
 
     def split(self) -> tuple[Pool, Pool]:
         """(even positions, odd positions): for scoring and recovery, for measuring."""
@@ -93,7 +115,7 @@ class Pool(Dataset[Any]):
 
 
 class Loader:
-    """A DataLoader that leaves broken images out; can be read again and again."""
+    """A DataLoader that leaves broken images out and counts them; can be read again and again."""
 
     def __init__(self, pool: Pool, batch_size: int, shuffle: bool, workers: int, seed: int) -> None:
         self.pool = pool
@@ -106,16 +128,19 @@ class Loader:
         return len(self._inner)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in self._inner:
-            if batch is not None:
-                yield batch
+        for images, labels, broken in self._inner:
+            for one in broken:
+                if one.name not in self.pool.skipped:
+                    self.pool.skip(one)
+            if images is not None:
+                yield images, labels
 
 
-def _collate(items: list[tuple[Tensor, int] | None]) -> tuple[Tensor, Tensor] | None:
-    good = [item for item in items if item is not None]
-    if not good:
-        return None
-    return torch.stack([image for image, _ in good]), torch.tensor([label for _, label in good])
+def _collate(items: list[Any]) -> tuple[Tensor | None, Tensor, list[_Broken]]:
+    broken = [item for item in items if isinstance(item, _Broken)]
+    good = [item for item in items if not isinstance(item, _Broken)]
+    images = torch.stack([image for image, _ in good]) if good else None
+    return images, torch.tensor([label for _, label in good]), broken
 
 
 def input_size(model: nn.Module, size: int | None = None) -> tuple[int, int, int]:
@@ -164,7 +189,7 @@ def _digits(shape: tuple[int, int, int]) -> Pool:
     images = torch.from_numpy(data.images).float().unsqueeze(1) / 8 - 1
     images = nn.functional.interpolate(images, size=shape[1:], mode="bilinear", align_corners=False)
     images = images.expand(-1, shape[0], -1, -1)
-    return Pool("digits", _shifting(images), range(len(images)), data.target.tolist())
+    return Pool("digits", _shifting(images), list(map(str, range(len(images)))), data.target.tolist())
 
 
 def _shifting(images: Tensor) -> Callable[[int, bool], Tensor]:
@@ -195,7 +220,7 @@ def _arrays(path: Path, channels: int) -> Pool:
             f"{path}: x is {images.dtype} {images.shape}; it must be preprocessed floats of shape "
             f"(images, {channels}, height, width)"
         )
-    return Pool(str(path), _shifting(torch.from_numpy(images).float()), range(len(images)), labels)
+    return Pool(str(path), _shifting(torch.from_numpy(images).float()), list(map(str, range(len(images)))), labels)
 
 
 def _folder(folder: Path, model: nn.Module, shape: tuple[int, int, int], labels: str | Path | None) -> Pool:
@@ -229,7 +254,9 @@ def _folder(folder: Path, model: nn.Module, shape: tuple[int, int, int], labels:
             out: Tensor = (varied if augment else plain)(image.convert("L" if shape[0] == 1 else "RGB"))
         return out
 
-    return Pool(str(folder), read, range(len(good)), _labels(good, folder, model, labels), [str(file) for file in bad])
+    names = [str(file.relative_to(folder)) for file in good]
+    skipped = {str(file.relative_to(folder)): "no image" for file in bad}
+    return Pool(str(folder), read, names, _labels(good, folder, model, labels), skipped)
 
 
 def _augmentation(shape: tuple[int, int, int], keep: dict[str, Any]) -> Callable[[Any], Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import logging
 import pickle
+import pickletools
+import warnings
 import zipfile
 from collections.abc import Mapping
 from importlib import resources
@@ -20,6 +22,18 @@ from tpvprune.errors import CheckpointError, ModelError
 from tpvprune.zoo.cifar import CIFAR_RESNETS, CifarResNet
 
 BUILTIN = "builtin:"
+_UNREADABLE = (
+    SafetensorError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+)
 _SOURCE = "_tpvprune_source"
 
 
@@ -96,6 +110,19 @@ def build_source(source: Mapping[str, Any]) -> nn.Module:
     return create_model(name, args=source.get("args"))
 
 
+def _needs_code(path: Path) -> bool:
+    """Whether a refused file is a whole pickle that names things to import, and not just damaged; runs nothing."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                data = next(archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
+        else:
+            data = path.read_bytes()
+        return any(op.name in ("GLOBAL", "STACK_GLOBAL", "INST") for op, _, _ in pickletools.genops(data))
+    except (ValueError, OSError, StopIteration, zipfile.BadZipFile, IndexError, KeyError, UnicodeDecodeError):
+        return False
+
+
 def checkpoint_path(checkpoint: str | Path) -> Path:
     """The file a checkpoint's name stands for.
 
@@ -123,16 +150,18 @@ def load_weights(model: nn.Module, checkpoint: str | Path) -> None:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        state = timm.models.load_state_dict(str(path), weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); the file is damaged or no checkpoint") from error
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        if "weights_only" in str(error) or "allowlisted" in str(error) or "Unsupported" in str(error):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of old pickle protocols; what matters is raised
+            state = timm.models.load_state_dict(str(path), weights_only=True)
+    except _UNREADABLE as error:
+        if isinstance(error.__cause__ or error, pickle.UnpicklingError) and _needs_code(path):
             raise CheckpointError(
                 f"{path} holds pickled objects that would have to run code to load; "
                 "save its state dict as .safetensors and give that"
             ) from error
-        raise CheckpointError(f"{path} cannot be read ({error}); the file is damaged or no checkpoint") from error
+        raise CheckpointError(
+            f"{path} cannot be read ({type(error.__cause__ or error).__name__}); the file is damaged or no checkpoint"
+        ) from error
     finally:
         logger.setLevel(level)
     if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
