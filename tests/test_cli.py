@@ -1,0 +1,356 @@
+"""The command line as a user meets it: real files in, exit codes, messages and files out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import tpvprune as tp
+from tpvprune import cli
+
+CLASSES = 3
+SMALL = [f"model.args.num_classes={CLASSES}", "data.size=32", "data.batch_size=8", "recover.finetune.epochs=1"]
+
+
+class RunsCode:
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.fixture
+def weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return timm.create_model("test_resnet", num_classes=CLASSES).state_dict()
+
+
+@pytest.fixture
+def place(tmp_path: Path, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a checkpoint and images of three classes, as the current directory."""
+    save_file(weights, tmp_path / "weights.safetensors")
+    make_images(tmp_path / "images", 24)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def make_images(folder: Path, count: int) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        inside = folder / f"class{i % CLASSES}"
+        inside.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (36, 40, 3), dtype=np.uint8)).save(inside / f"{i:03d}.png")
+
+
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error of one command."""
+    monkeypatch.setattr(sys, "argv", ["tpvprune", *words])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    told = capsys.readouterr()
+    return code, told.out, told.err
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    return lambda *words: call(capsys, monkeypatch, *words)
+
+
+def prune_words(*more: str, checkpoint: str | None = "weights.safetensors", data: str = "images") -> list[str]:
+    words = ["prune", "test_resnet", "--data", data, "--out", "out"]
+    words += ["--checkpoint", checkpoint] if checkpoint else []
+    for item in SMALL:
+        words += ["--set", item]
+    return [*words, *more]
+
+
+def test_version_and_module_entry_point():
+    said = subprocess.run([sys.executable, "-m", "tpvprune", "--version"], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == f"tpvprune {tp.__version__}"
+
+
+def test_prune_end_to_end_without_a_recipe(place, run):
+    code, told, _ = run(*prune_words("--macs", "0.5", "--labels", "folders"))
+    assert code == 0
+    report = json.loads((place / "out/report.json").read_text())
+    assert {"asked", "got", "before", "pruned", "recovered", "drift", "seconds", "environment"} <= set(report)
+    assert report["got"]["value"] == report["recovered"]["macs"] <= report["asked"]["at_most"]
+    for model in ("before", "pruned", "recovered"):
+        assert {"params", "macs", "latency_ms", "metrics"} == set(report[model])
+        assert {"kl", "agreement", "top1"} == set(report[model]["metrics"])
+    assert report["before"]["metrics"]["kl"] == pytest.approx(0, abs=1e-12)
+    assert report["drift"]["predicted_kl"] > 0
+    assert report["data"]["scored"] == report["data"]["measured"] == 12
+    assert set(report["seconds"]) == {"trace", "score", "plan", "apply", "recover", "eval"}
+    assert f"{report['recovered']['macs']:,}" in told
+
+    small = tp.load(place / "out")
+    assert sum(p.numel() for p in small.parameters()) == report["recovered"]["params"]
+    assert small(torch.zeros(2, 3, 32, 32)).shape == (2, CLASSES)
+
+
+def test_piped_output_is_plain_and_json_is_one_document(place, run):
+    code, told, _ = run(*prune_words("--macs", "0.6", "--set", "recover.finetune=null"))
+    assert code == 0
+    assert told.splitlines()[0] == "measure\tbefore\tpruned\trecovered"
+    assert not any(char in told for char in "┃│━╭")
+    code, told, _ = run("report", "out", "--json")
+    assert code == 0
+    assert json.loads(told)["got"]["quantity"] == "macs"
+
+
+def test_without_labels_no_accuracy_is_claimed(place, run):
+    code, told, _ = run(*prune_words("--params", "0.5", "--set", "recover.finetune=null", "--json"))
+    assert code == 0
+    report = json.loads(told)
+    assert report["got"]["quantity"] == "params"
+    assert "top1" not in report["before"]["metrics"]
+
+
+def test_a_finished_run_is_not_done_again_and_a_changed_key_redoes_what_it_matters_to(place, run):
+    assert run(*prune_words("--macs", "0.6", "--set", "recover.finetune=null"))[0] == 0
+    first = {p.name: p.stat().st_mtime_ns for p in (place / "out").iterdir()}
+    code, _, said = run("run", "out")
+    assert code == 0
+    assert "score:" not in said
+    again = {p.name: p.stat().st_mtime_ns for p in (place / "out").iterdir()}
+    for name in ("graph.json", "scores.safetensors", "plan.json", "model.safetensors", "report.json"):
+        assert first[name] == again[name], name
+
+    code, told, said = run("plan", "out", "budget.macs=0.4", "--json")
+    assert code == 0
+    assert json.loads(told)["share_of_macs"] <= 0.4
+    assert "score:" not in said, "scores are reused for another budget"
+    with pytest.raises(tp.CheckpointError):  # the model there was made for the old plan
+        tp.load(place / "out")
+    assert run("recover", "out")[0] == 0
+    assert sum(p.numel() for p in tp.load(place / "out").parameters()) == tp.Plan.load(place / "out/plan.json").params
+
+
+def test_an_interrupted_run_goes_on_at_the_stage_it_stopped_in(place, run, monkeypatch):
+    words = prune_words("--macs", "0.6")
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tpvprune.recovery.recover.finetune", interrupted)
+        code, _, _ = run(*words)
+    assert code not in (0, 2)
+    assert not (place / "out/tpvprune.json").exists(), "nothing half-made may pass for a result"
+    plan = (place / "out/plan.json").stat().st_mtime_ns
+    code, _, said = run(*words)
+    assert code == 0
+    assert "score:" not in said
+    assert "recover:" in said
+    interrupted_state = tp.load(place / "out").state_dict()
+    assert plan <= (place / "out/plan.json").stat().st_mtime_ns
+
+    assert run(*words[:5], "whole", *words[6:])[0] == 0
+    for name, tensor in tp.load(place / "whole").state_dict().items():
+        torch.testing.assert_close(interrupted_state[name], tensor, rtol=0, atol=0)
+
+
+def test_each_stage_has_a_verb_and_stops_there(place, run):
+    flags = ["--checkpoint", "weights.safetensors", "--data", "images", "--out", "out"]
+    made = {
+        "trace": "graph.json",
+        "score": "scores.safetensors",
+        "plan": "plan.json",
+        "apply": "pruned/tpvprune.json",
+        "recover": "tpvprune.json",
+        "eval": "report.json",
+    }
+    left = list(made.values())
+    for verb, product in made.items():
+        assert not (place / "out" / product).exists()
+        code, told, _ = run(verb, "test_resnet", *SMALL, *flags, "--macs", "0.6", "--json")
+        assert code == 0
+        assert json.loads(told)["stage"] == verb
+        left.remove(product)
+        assert (place / "out" / product).exists()
+        assert not any((place / "out" / later).exists() for later in left)
+    assert run("report", "out")[0] == 0
+
+
+def test_trace_lists_what_stays_whole_and_needs_no_images(place, run):
+    code, told, _ = run("trace", "test_resnet", SMALL[0], "--out", "out")
+    assert code == 0
+    assert "fc\tits outputs are the model's outputs" in told
+
+
+def test_a_saved_model_is_measured_alone(place, run):
+    assert run(*prune_words("--macs", "0.6", "--set", "recover.finetune=null"))[0] == 0
+    code, told, _ = run("eval", "out/pruned", "--data", "images", "--labels", "folders", "--json")
+    assert code == 0
+    measured = json.loads(told)
+    assert measured["images"] == 24
+    assert 0 <= measured["top1"] <= 1
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights.pth.tar"])
+def test_checkpoints_as_timm_writes_them(place, run, weights, name):
+    torch.save({"state_dict": weights, "args": argparse.Namespace(lr=0.1), "epoch": 3}, place / name)
+    code, _, _ = run("trace", "test_resnet", SMALL[0], "--checkpoint", name, "--out", "out")
+    assert code == 0
+
+
+def test_unreadable_images_are_skipped_and_counted(place, run):
+    (place / "images/class0/notes.png").write_text("no image")
+    whole = place / "images/class1/001.png"
+    whole.write_bytes(whole.read_bytes()[:200])
+    code, told, _ = run(*prune_words("--macs", "0.6", "--set", "recover.finetune=null", "--json"))
+    assert code == 0
+    assert json.loads(told)["data"]["skipped"] == 2
+
+
+def bad_checkpoints(place: Path, weights: dict[str, torch.Tensor]) -> None:
+    rng = np.random.default_rng(1)
+    (place / "corrupt.safetensors").write_bytes(rng.bytes(500))
+    (place / "corrupt.pth").write_bytes(rng.bytes(500))
+    torch.save({"state_dict": weights, "extra": RunsCode(place / "ran")}, place / "code.pth")
+    (place / "code.pkl.pth").write_bytes(pickle.dumps(RunsCode(place / "ran")))
+    poisoned = {name: tensor.clone() for name, tensor in weights.items()}
+    poisoned["layer2.0.conv1.weight"][0] = float("nan")
+    save_file(poisoned, place / "nan.safetensors")
+    save_file({"something.else": torch.zeros(3)}, place / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "phrases"),
+    [
+        ("missing.safetensors", ["no checkpoint at missing.safetensors", ".pth.tar"]),
+        ("corrupt.safetensors", ["corrupt.safetensors", "damaged"]),
+        ("corrupt.pth", ["corrupt.pth", "damaged"]),
+        ("code.pth", ["code.pth", "run code", ".safetensors"]),
+        ("code.pkl.pth", ["code.pkl.pth", "run code"]),
+        ("other.safetensors", ["lacks", "something.else"]),
+        ("nan.safetensors", ["NaN", "layer2.0.conv1", "check its weights"]),
+    ],
+)
+def test_bad_checkpoints_exit_2_and_write_nothing(place, run, weights, checkpoint, phrases):
+    bad_checkpoints(place, weights)
+    code, told, said = run(*prune_words("--macs", "0.5", checkpoint=checkpoint))
+    assert code == 2
+    assert told == ""
+    for phrase in phrases:
+        assert phrase in said
+    assert not (place / "out").exists()
+    assert not (place / "ran").exists(), "the checkpoint's code ran"
+
+
+def test_weights_of_another_shape_name_the_tensor(place, run):
+    words = [w for w in prune_words("--macs", "0.5") if "num_classes" not in w]
+    words = [w for i, w in enumerate(words) if not (w == "--set" and words[i + 1 : i + 2] == ["--set"])]
+    code, _, said = run(*words)
+    assert code == 2
+    assert "'fc.weight' is (3, 96), the model has (1000, 96)" in said
+    assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "phrases"),
+    [
+        (["prune", "tst_resnet", "--data", "images", "--macs", "0.5"], ["no model 'tst_resnet'", "test_resnet"]),
+        (["prune", "test_resnet", "--data", "nowhere", "--macs", "0.5"], ["nowhere", "give a folder"]),
+        (["prune", "test_resnet", "--data", "empty", "--macs", "0.5"], ["empty holds no image"]),
+        (["prune", "test_resnet", "--data", "mixed", "--macs", "0.5"], ["5 of 29 files are no images", "10%"]),
+        (["prune", "test_resnet", "--data", "images", "--macs", "0.0001"], ["cannot be reached", "the floor is"]),
+        (["prune", "test_resnet", "--data", "images", "--macs", "half"], ["macs='half' is no amount", "50%"]),
+        (["prune", "test_resnet", "--data", "images"], ["--macs 0.5"]),
+        (["prune", "test_resnet", "--macs", "0.5"], ["--data is missing"]),
+        (["prune", "test_resnet", "--data", "images", "--macs", "0.5", "--labels", "folders"], ["3 classes", "1000"]),
+        (
+            ["prune", "test_resnet", "--data", "images", "--macs", "0.5", "--set", "budget.mac=1"],
+            ["did you mean 'macs'"],
+        ),
+        (
+            ["prune", "test_resnet", "--data", "images", "--macs", "0.5", "--set", "budget.protect=[layr1]"],
+            ["'layr1' matches no layer", "layer1"],
+        ),
+        (["prune", "test_resnet", "--data", "images", "--macs", "0.5", "--set", "device=abacus"], ["abacus"]),
+        (["run", "quickstrt"], ["no recipe 'quickstrt'", "quickstart"]),
+        (["run", "images"], ["no folder of a run"]),
+        (["frobnicate"], ["frobnicate"]),
+        (["run", "quickstart", "--frobnicate"], ["frobnicate"]),
+    ],
+)
+def test_bad_input_exits_2_names_the_thing_and_writes_nothing(place, run, words, phrases):
+    (place / "empty").mkdir()
+    make_images(place / "mixed", 24)
+    for i in range(5):
+        (place / "mixed" / f"{i}.jpg").write_text("no image")
+    code, told, said = run(*words, *([] if words[0] == "frobnicate" else ["--out", "out"]))
+    assert code == 2
+    assert told == ""
+    for phrase in phrases:
+        assert phrase in said
+    assert not (place / "out").exists()
+
+
+def test_errors_are_json_when_json_is_asked_for(place, run):
+    code, told, _ = run("prune", "tst_resnet", "--data", "images", "--macs", "0.5", "--json")
+    assert code == 2
+    assert json.loads(told)["error"] == "ModelError"
+
+
+def test_a_folder_of_something_else_is_left_alone(place, run):
+    code, _, said = run(*prune_words("--macs", "0.5")[:-2], "--macs", "0.5", "--out", "images")
+    assert code == 2
+    assert "choose another --out" in said
+    assert sorted(p.name for p in (place / "images").iterdir()) == ["class0", "class1", "class2"]
+
+
+def test_recipes_are_listed_shown_copied_and_validated(place, run):
+    code, told, _ = run("recipes", "ls", "--json")
+    assert code == 0
+    assert {"quickstart", "quickstart_cnn", "quickstart_vit"} <= {row["name"] for row in json.loads(told)}
+    code, shown, _ = run("recipes", "show", "quickstart_cnn")
+    assert code == 0
+    assert run("recipes", "copy", "quickstart_cnn", "mine.yaml")[0] == 0
+    assert (place / "mine.yaml").read_text().strip() == shown.strip()
+    code, _, said = run("recipes", "copy", "quickstart_vit", "mine.yaml")
+    assert code == 2
+    assert "exists" in said
+    (place / "deep/er").mkdir(parents=True)
+    (place / "deep/er/bad.yaml").write_text("name: x\nmodel: {nam: y}\n")
+    assert run("recipes", "validate", "mine.yaml", "quickstart")[0] == 0
+    code, _, said = run("recipes", "validate", "deep")
+    assert code == 2
+    assert "bad.yaml, line 2" in said
+
+
+def test_quickstart_cnn_in_short(place, run):
+    short = ["score.samples=64", "eval.samples=100", "recover.finetune=null", "recover.reconstruct.samples=128"]
+    code, told, _ = run("run", "quickstart_cnn", *short, "--out", "out", "--json")
+    assert code == 0
+    report = json.loads(told)
+    assert report["got"]["share"] <= 0.5
+    assert report["before"]["metrics"]["top1"] > 0.9
+    assert report["recovered"]["metrics"]["kl"] < report["pruned"]["metrics"]["kl"]
+
+
+@pytest.mark.slow
+def test_quickstart_as_the_readme_says(place, run):
+    code, told, _ = run("run", "quickstart", "--json")
+    assert code == 0
+    for report in json.loads(told):
+        assert report["got"]["share"] <= 0.5
+        assert report["recovered"]["metrics"]["top1"] > report["before"]["metrics"]["top1"] - 0.02
+        assert (place / report["out"] / "model.safetensors").is_file()

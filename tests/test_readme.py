@@ -1,0 +1,43 @@
+"""What the README says is what happens."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tpvprune import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_blocks_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert (tmp_path / "out/tpvprune.json").is_file()
+    assert sum(p.numel() for p in names["again"].parameters()) < sum(p.numel() for p in names["model"].parameters())
+
+
+def test_the_verbs_named_exist():
+    known = {command.name or command.callback.__name__ for command in cli.app.registered_commands} | {"recipes"}
+    named = set(re.findall(r"\| `tpvprune (\w+)", README)) | {"score", "plan", "apply", "recover", "eval", "report"}
+    assert named <= known
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    commands = [block.strip() for block in blocks("bash")]
+    test_command = next(c for c in commands if "pytest" in c)
+    assert test_command in (ROOT / ".ci/run").read_text(encoding="utf-8")
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target

@@ -1,0 +1,118 @@
+"""Recipes: strict keys, errors with file, key and line, overrides, and the built-in ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import tpvprune as tp
+from tpvprune.recipe import Recipe, Suite, builtin_recipes, load_recipe, parse_recipe
+from tpvprune.zoo.models import create_model
+
+FULL = """
+name: mine
+model: {name: resnet18}
+data:
+  images: photos
+budget:
+  macs: 50%
+  protect: [layer1]
+recover:
+  finetune:
+    epochs: 2
+"""
+
+
+def test_every_builtin_recipe_validates_and_its_model_can_be_built():
+    assert {"quickstart", "quickstart_cnn", "quickstart_vit"} <= set(builtin_recipes())
+    for name in builtin_recipes():
+        recipe = load_recipe(name)
+        assert recipe.name == name
+        assert recipe.description
+        if isinstance(recipe, Suite):
+            assert all(isinstance(load_recipe(part), Recipe) for part in recipe.runs)
+        else:
+            create_model(recipe.model.name, recipe.model.checkpoint, recipe.model.args)
+
+
+def test_settings_come_out_as_the_library_takes_them():
+    recipe = parse_recipe(FULL, "mine.yaml")
+    assert recipe.limits() == tp.Budget(macs="50%", protect=("layer1",))
+    assert recipe.criterion() == tp.TPV()
+    assert recipe.distillation() == tp.Finetune(epochs=2)
+    assert recipe.closed_form() == tp.Reconstruct()
+
+
+def test_the_resolved_recipe_reads_back_as_itself():
+    recipe = parse_recipe(FULL, "mine.yaml", ["score.probes=exact", "budget.per_group={layer2: 0.5}"])
+    assert parse_recipe(recipe.to_yaml(), "resolved.yaml") == recipe
+
+
+def test_overrides_replace_switch_off_and_make_sections():
+    recipe = parse_recipe(FULL, "mine.yaml", ["budget.macs=1.2G", "recover.finetune=null", "eval.samples=7"])
+    assert recipe.limits().macs == "1.2G"
+    assert recipe.distillation() is None
+    assert recipe.eval.samples == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "phrases"),
+    [
+        ("name: a\nmodel: {name: b}\nbudgt: {macs: 0.5}\n", ["f.yaml, line 3", "'budgt'", "did you mean 'budget'"]),
+        ("name: a\nmodel:\n  nam: b\n", ["line 3", "'model.nam'", "did you mean 'name'", "'model.name' is missing"]),
+        ("name: a\nmodel: {name: b}\nbudget:\n  macs: [1]\n", ["line 4", "'budget.macs'"]),
+        ("name: a\nmodel: {name: b}\nbudget:\n  macs: much\n", ["line 4", "macs='much' is no amount"]),
+        ("name: a\nmodel: {name: b}\nscore:\n  probes: 0\n", ["line 4", "probes=0"]),
+        ("name: a\nmodel: {name: b}\nrecover:\n  finetune:\n    lr: -1\n", ["line 5", "lr=-1"]),
+        ("name: a\nmodel: {name: b}\nscore: {head: sofmax}\n", ["line 3", "'score.head'"]),
+        ("name: a\nname: b\nmodel: {name: b}\n", ["line 2", "'name' stands twice"]),
+        ("name: a\nmodel: [\n", ["line 3", "not YAML"]),
+        ("- a\n", ["a recipe is a mapping"]),
+        ("", ["a recipe is a mapping"]),
+        ("model: {name: b}\n", ["'name' is missing"]),
+        ("name: a\nmodel: !!python/object/apply:os.getcwd []\n", ["line 2", "run code is refused"]),
+        ("name: a\nruns: []\n", ["line 2", "'runs'"]),
+    ],
+)
+def test_mistakes_name_the_file_the_line_and_the_key(text, phrases):
+    with pytest.raises(tp.RecipeError) as caught:
+        parse_recipe(text, "f.yaml")
+    for phrase in ["f.yaml", *phrases]:
+        assert phrase in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "phrase"),
+    [
+        ("budget.mac=0.4", "did you mean 'macs'"),
+        ("budget.macs", "is not key=value"),
+        ("recover.finetune.epochs=many", "'recover.finetune.epochs'"),
+        ("budget.macs=[", "is no YAML"),
+        ("recover.finetune.clip=0", "clip=0"),
+    ],
+)
+def test_wrong_overrides_are_named(override, phrase):
+    with pytest.raises(tp.RecipeError) as caught:
+        parse_recipe(FULL, "mine.yaml", [override])
+    assert override.partition("=")[0] in str(caught.value)
+    assert phrase in str(caught.value)
+
+
+def test_a_suite_takes_no_override():
+    with pytest.raises(tp.RecipeError, match="list of recipes"):
+        load_recipe("quickstart", ["budget.macs=0.4"])
+
+
+def test_a_missing_file_and_a_misspelt_name(tmp_path: Path):
+    with pytest.raises(tp.RecipeError, match="cannot be read"):
+        load_recipe(str(tmp_path / "none.yaml"))
+    with pytest.raises(tp.RecipeError, match="did you mean quickstart"):
+        load_recipe("quickstat")
+
+
+def test_recipes_are_plain_yaml_without_tags():
+    for text in builtin_recipes().values():
+        assert "!" not in text
+        assert isinstance(yaml.safe_load(text), dict)
