@@ -192,6 +192,7 @@ def test_each_stage_has_a_verb_and_stops_there(place, run):
 def test_trace_lists_what_stays_whole_and_needs_no_images(place, run):
     code, told, _ = run("trace", "test_resnet", SMALL[0], "--out", "out")
     assert code == 0
+    assert "layer1.0.conv1\tchannel\t32\tlayer1.0.conv2" in told
     assert "fc\tits outputs are the model's outputs" in told
 
 

@@ -28,8 +28,9 @@ from tpvprune.errors import InputError, RecipeError, TpvpruneError
 from tpvprune.files import write_text
 from tpvprune.recipe import Recipe, Suite, builtin_recipes, find_recipe, load_recipe, validate_recipe
 from tpvprune.report import compare, latencies
+from tpvprune.types import Graph
 from tpvprune.version import __version__
-from tpvprune.workflow import RECIPE, Run, stored_recipe
+from tpvprune.workflow import PRODUCTS, RECIPE, Run, stored_recipe
 from tpvprune.zoo.cifar import CIFAR_RESNETS
 from tpvprune.zoo.data import open_pool
 
@@ -362,6 +363,9 @@ def _print_plain(told: Mapping[str, Any], folder: Path) -> None:
 
 def _print_trace(told: Mapping[str, Any], folder: Path) -> None:
     _print_plain(told, folder)
+    graph = Graph.load(folder / PRODUCTS["trace"])
+    rows = [[g.id, g.kind, str(g.units), ", ".join(m.layer for m in g.of_role("consume"))] for g in graph.groups]
+    _print_table(["group", "unit", "units", "read by"], rows)
     if told["stays_whole"]:
         _print_table(["stays whole", "because"], [[name, why] for name, why in told["stays_whole"].items()])
 

@@ -12,7 +12,8 @@ import copy
 import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tpvprune.batches import Progress, device_of, evaluation_mode
 from tpvprune.errors import ModelError
 from tpvprune.planning.attention import AttentionBlock, attention_blocks, unknown_attention
+from tpvprune.planning.verify import is_rearranged, strays
 from tpvprune.types import REST, WORK, Graph, Group, Member, Role, fingerprint
 
 ROOTS = (_ConvNd, nn.Linear, nn.Embedding)
@@ -61,10 +63,17 @@ def trace(model: nn.Module, example: Any, *, progress: Progress | None = None) -
         usage = _Usage(twin.requires_grad_(False), args, kwargs)
         twin.requires_grad_(True)
         blocks = list(attention_blocks(twin))
-        walker = _Walker(twin, blocks, args, kwargs)
+        walker = _Walker(twin, blocks, args, kwargs, usage.widest)
     builder = _Builder(twin, walker, usage, blocks)
     groups = builder.groups(progress)
     shapes = {name: tuple(p.shape) for name, p in twin.named_parameters()}
+    with evaluation_mode(twin):
+        for group in [g for g in groups if g.kind == "channel" and is_rearranged(g, shapes)]:
+            layer = strays(twin, group, lambda: twin(*args, **kwargs))
+            if layer is not None:
+                groups.remove(group)
+                reason = f"its channels reach {layer!r} in an order that cannot be followed"
+                builder.skipped |= {m.layer: reason for m in group.of_role("produce") if m.layer}
     buffers = {name: tuple(b.shape) for name, b in twin.named_buffers()}
     shapes |= {m.param: buffers[m.param] for g in groups for m in g.of_role("stat")}
     reuse = dict(usage.reuse)
@@ -116,6 +125,7 @@ class _Usage:
         if first is None or first.ndim == 0 or first.shape[0] == 0:
             raise ModelError("the example input holds no tensor with a batch dimension")
         self.batch = first.shape[0]
+        self.widest = 1
         uses: dict[str, int] = {}
         handles = [m.register_forward_hook(self._hook(n, uses)) for n, m in model.named_modules() if n]
         counter = FlopCounterMode(display=False)
@@ -144,6 +154,8 @@ class _Usage:
     def _hook(self, name: str, uses: dict[str, int]) -> Any:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             self.order.setdefault(name, len(self.order))
+            for tensor in _tensors((inputs, output)):
+                self.widest = max(self.widest, tensor.numel() // self.batch)
             if inputs and isinstance(inputs[0], Tensor) and inputs[0].ndim == 3:
                 self.tokens[name] = inputs[0].shape[1]
             if isinstance(module, _ConvNd):
@@ -156,11 +168,36 @@ class _Usage:
         return hook
 
 
+class _Bounded(list[Any]):
+    """Index mappings that stop a walk in which indices multiply: around a cycle of reshapes it would not end.
+
+    No more entries belong to a group than the widest activation of one example has.
+    """
+
+    def __init__(self, mappings: list[Any], most: int) -> None:
+        super().__init__(mappings)
+        self.most = most
+
+    def __iter__(self) -> Iterator[Any]:
+        return (mapping and partial(self._checked, mapping) for mapping in super().__iter__())
+
+    def _checked(self, mapping: Any, entries: Any) -> Any:
+        mapped = mapping(entries)
+        if len(mapped) > self.most:
+            raise OverflowError("indices multiply")
+        return mapped
+
+
 class _Walker:
     """torch-pruning's dependency graph of a model, with attention blocks cut open."""
 
     def __init__(
-        self, model: nn.Module, blocks: list[AttentionBlock], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        model: nn.Module,
+        blocks: list[AttentionBlock],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        widest: int,
     ) -> None:
         cut: list[Tensor] = []
         self.inputs: list[nn.Parameter] = []
@@ -199,6 +236,9 @@ class _Walker:
         finally:
             for block in blocks:
                 del block.module.forward
+        for node in self.graph.module2node.values():
+            for dependency in node.dependencies:
+                dependency.index_mapping = _Bounded(dependency.index_mapping, widest)
 
     def _as_parameter(self, value: Any) -> Any:
         """A floating input as a leaf the walker recognises, so that channels tied to the input are seen."""

@@ -1,0 +1,359 @@
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import tpvprune as tp
+from tests.helpers import NAMES, assert_same_state, built, plan_without, random_gone
+from tpvprune.planning.graph import _Bounded
+
+MUST_TRACE = {"test_resnet", "test_efficientnet", "test_vit", "test_byobnet"}
+RUNAWAY = {"test_maxvit": "the dependency graph walks its partitions for minutes"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_groups_are_those_written_by_hand(name: str) -> None:
+    b = built(name)
+    assert sum(p.numel() for p in b.model.parameters()) < 10_000
+    assert [g.id for g in b.graph.groups] == [e.id for e in b.case.groups]
+    for group, expected in zip(b.graph.groups, b.case.groups, strict=True):
+        assert (group.kind, group.units, group.exact_mask) == (expected.kind, expected.units, expected.exact_mask)
+        members = [(m.param, m.dim, m.role) for m in group.members]
+        assert len(members) == len(set(members))
+        assert set(members) == expected.members
+        for member in group.members:
+            index = b.case.index.get((group.id, member.param, member.role))
+            wanted = index if index is not None else [[unit] for unit in range(group.units)]
+            assert member.entries(group.units).tolist() == wanted, (group.id, member.param)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_cannot_be_pruned_is_listed_with_its_reason(name: str) -> None:
+    b = built(name)
+    assert set(b.graph.skipped) == set(b.case.skipped)
+    for layer, reason in b.case.skipped.items():
+        assert reason in b.graph.skipped[layer]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_layer_with_outputs_is_in_a_group_or_skipped(name: str) -> None:
+    b = built(name)
+    writes = {m.layer for g in b.graph.groups for m in g.of_role("produce", "affine")}
+    layers = {n for n, m in b.model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
+    assert layers <= writes | set(b.graph.skipped)
+
+
+def macs_of(model: nn.Module, inputs: Tensor) -> float:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.requires_grad_(False)(inputs)
+    return counter.get_total_flops() / 2 / len(inputs)
+
+
+def params_of(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_counted_cost_is_that_of_the_model_that_comes_out(name: str) -> None:
+    b = built(name)
+    assert b.graph.params() == params_of(b.model)
+    assert b.graph.macs() == macs_of(copy.deepcopy(b.model), b.inputs)
+    for seed, share in ((0, 0.5), (1, 0.2), (2, 0.9)):
+        plan = plan_without(b.graph, random_gone(b.graph, seed, share))
+        small = tp.apply(b.model, plan)
+        assert plan.params == params_of(small) < b.graph.params()
+        assert plan.macs == macs_of(small, b.inputs) < b.graph.macs()
+
+
+def slow_unless_required(name: str) -> object:
+    return pytest.param(name, marks=[] if name in MUST_TRACE else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [slow_unless_required(n) for n in timm.list_models("test_*")])
+def test_timm_models_cost_what_the_graph_says(name: str) -> None:
+    if name in RUNAWAY:
+        pytest.skip(f"{name}: {RUNAWAY[name]}")
+    model = timm.create_model(name, pretrained=False, num_classes=7).eval()
+    inputs = torch.randn(1, 3, *model.pretrained_cfg["input_size"][1:], generator=torch.Generator().manual_seed(0))
+    try:
+        graph = tp.trace(model, inputs)
+    except tp.ModelError as why:
+        assert name not in MUST_TRACE
+        pytest.skip(f"{name}: {why}")
+    if not graph.groups:
+        assert name not in MUST_TRACE
+        pytest.skip(f"{name}: {next(iter(graph.skipped.values()))}")
+    plan = plan_without(graph, random_gone(graph, 0, 0.3))
+    small = tp.apply(model, plan)
+    assert graph.params() == params_of(model)
+    assert graph.macs() == macs_of(model, inputs)
+    assert plan.params == params_of(small)
+    assert plan.macs == macs_of(small, inputs)
+
+
+def test_macs_are_per_example(conv_bn) -> None:
+    one = tp.trace(conv_bn.model, conv_bn.inputs[:1])
+    assert one.macs() == conv_bn.graph.macs()
+    assert one.model_id == conv_bn.graph.model_id
+
+
+@pytest.mark.parametrize("name", ["conv_bn", "vit"])
+def test_tracing_leaves_the_model_as_it_was(name: str) -> None:
+    model = copy.deepcopy(built(name).model).train()
+    next(model.parameters()).requires_grad_(False)
+    state = copy.deepcopy(model.state_dict())
+    before = [(p.requires_grad, p.grad) for p in model.parameters()]
+    rng = torch.get_rng_state()
+    tp.trace(model, built(name).inputs)
+    assert_same_state(model.state_dict(), state)
+    assert [(p.requires_grad, p.grad) for p in model.parameters()] == before
+    assert all(m.training for m in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+    assert not any("forward" in m.__dict__ for m in model.modules())
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_progress_is_told(residual) -> None:
+    told = []
+    tp.trace(residual.model, residual.inputs, progress=lambda *what: told.append(what))
+    assert told
+    assert told[-1][0] == "trace"
+    assert told[-1][1] == told[-1][2] == len(told)
+
+
+def test_products_outside_layers_count_and_stay() -> None:
+    class Gram(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.fc = nn.Linear(9, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.up((x.mT @ x).flatten(1)).relu())
+
+    model, x = Gram(), torch.randn(2, 5, 3)
+    graph = tp.trace(model, x)
+    assert graph.macs() == macs_of(model, x) == 3 * 5 * 3 + 9 * 8 + 8 * 2
+    plan = plan_without(graph, {"up": [0, 1]})
+    assert plan.macs == macs_of(tp.apply(model, plan), x)
+    assert plan.params == graph.params() - 2 * (9 + 1 + 2)
+
+
+def test_a_parameter_may_be_handed_to_a_module() -> None:
+    class Adds(nn.Module):
+        def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+            return x + shift
+
+    class Handed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.shift, self.adds, self.fc = (
+                nn.Linear(3, 6),
+                nn.Parameter(torch.ones(1, 6)),
+                Adds(),
+                nn.Linear(6, 2),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.adds(self.up(x), self.shift.expand(len(x), -1)).relu())
+
+    assert tp.trace(Handed(), torch.randn(2, 3)).macs() == 3 * 6 + 6 * 2
+
+
+def test_a_walk_in_which_indices_multiply_is_stopped() -> None:
+    none, doubles = _Bounded([None, lambda entries: entries * 2], most=4)
+    assert none is None
+    assert doubles([1, 2]) == [1, 2, 1, 2]
+    with pytest.raises(OverflowError):
+        doubles([1, 2, 3])
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = nn.Linear(4, 6), nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.fc(torch.relu(self.a(x) + self.b(y)))
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_examples_may_be_several_arguments(as_dict: bool) -> None:
+    x, y = torch.randn(2, 4), torch.randn(2, 5)
+    graph = tp.trace(TwoInputs(), {"x": x, "y": y} if as_dict else (x, y))
+    assert [g.id for g in graph.groups] == ["a"]
+    assert {m.param for m in graph["a"].of_role("produce")} == {"a.weight", "a.bias", "b.weight", "b.bias"}
+
+
+class Unused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.spare, self.fc = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.first(x).relu())
+
+
+def test_unused_layers_are_skipped_with_the_reason() -> None:
+    graph = tp.trace(Unused(), torch.randn(2, 4))
+    assert graph.skipped["spare"] == "it is not used in the forward pass"
+    assert graph.params() == params_of(Unused())
+
+
+class TwoOutputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.fc = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.first(x)
+        return self.fc(hidden.relu()), hidden
+
+
+def test_hidden_features_that_are_returned_too_stay_whole() -> None:
+    graph = tp.trace(TwoOutputs(), torch.randn(2, 4))
+    assert not graph.groups
+    assert graph.skipped["first"] == "its outputs are the model's outputs"
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "match"),
+    [
+        (nn.Linear(4, 3), torch.randn(2, 5), "does not run on an example of shape \\(2, 5\\)"),
+        (nn.Linear(4, 3), "picture", "the example input is a str"),
+        (nn.Linear(4, 3), torch.randn(0, 4), "no tensor with a batch dimension"),
+    ],
+)
+def test_what_cannot_be_traced_is_refused(model: nn.Module, example: object, match: str) -> None:
+    with pytest.raises(tp.ModelError, match=match):
+        tp.trace(model, example)
+
+
+def test_a_frozen_model_can_be_traced(conv_bn) -> None:
+    model = copy.deepcopy(conv_bn.model).requires_grad_(False)
+    assert [g.id for g in tp.trace(model, conv_bn.inputs).groups] == ["conv1", "conv2"]
+
+
+class ManyHeads(nn.Module):
+    """timm's attention with and without the parts it may have."""
+
+    def __init__(self, **kwargs: object) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, 12)
+        self.attn = timm.layers.Attention(12, num_heads=3, **kwargs)
+        self.fc = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.attn(self.embed(x)).mean(1))
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"qkv_bias": True},
+        {"qk_norm": True, "norm_layer": nn.LayerNorm},
+        {"scale_norm": True, "norm_layer": nn.LayerNorm},
+    ],
+    ids=str,
+)
+def test_heads_leave_together(kwargs: dict[str, object]) -> None:
+    model = ManyHeads(**kwargs).double().eval()
+    inputs = torch.randn(2, 7, 5, dtype=torch.float64)
+    graph = tp.trace(model, inputs)
+    group = graph["attn"]
+    assert (group.kind, group.units) == ("head", 3)
+    assert group.exact_mask == ("scale_norm" not in kwargs)
+    plan = plan_without(graph, {"attn": [1]})
+    small = tp.apply(model, plan)
+    assert (small.attn.num_heads, small.attn.attn_dim) == (2, 8)
+    assert plan.macs == macs_of(small, inputs)
+    same = torch.allclose(small(inputs), tp.mask(model, plan)(inputs), rtol=0, atol=1e-10)
+    assert same == group.exact_mask
+
+
+def test_attention_with_one_head_is_skipped() -> None:
+    class OneHead(ManyHeads):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = timm.layers.Attention(12, num_heads=1)
+
+    graph = tp.trace(OneHead(), torch.randn(2, 7, 5))
+    assert graph.skipped["attn"] == "it has a single head"
+
+
+def test_attention_of_an_unknown_kind_keeps_the_width_its_forward_was_written_for() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.qkv, self.proj, self.fc = (nn.Linear(*s) for s in ((5, 8), (8, 24), (8, 8), (8, 3)))
+            self.num_heads = 2
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x)
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+            x = x + self.proj(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).reshape(x.shape[0], -1, 8))
+            return self.fc(x.mean(1))
+
+    graph = tp.trace(nn.Sequential(nn.Identity(), Own()), torch.randn(2, 7, 5))
+    assert not graph.groups
+    assert "attention of a kind not known yet" in graph.skipped["1.embed"]
+
+
+class Flattened(nn.Module):
+    """Channels that are flattened where they lie first or last, with a norm that pools or none."""
+
+    def __init__(self, last: bool, norm: bool) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 6, 2, 2), last
+        self.norm = nn.GroupNorm(2, 6) if norm else nn.Identity()
+        self.hidden, self.fc = nn.Linear(24, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x)).relu()
+        return self.fc(self.hidden((x.movedim(1, -1) if self.last else x).flatten(1)).relu())
+
+
+class FlattenedTokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.hidden, self.fc = nn.Linear(12, 6), nn.Linear(24, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).reshape(len(x), 4, 12)
+        return self.fc(self.hidden(self.embed(x).relu().flatten(1)).relu())
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+def test_flattened_channels_are_followed_where_they_lie_first_only(last: bool, norm: bool) -> None:
+    graph = tp.trace(Flattened(last, norm), torch.randn(2, 3, 4, 4))
+    assert [g.id for g in graph.groups] == (["hidden"] if last else ["conv", "hidden"])
+    assert ("conv" in graph.skipped) == last
+
+
+def test_channels_that_are_flattened_in_another_order_are_skipped_with_the_reason() -> None:
+    model = FlattenedTokens()
+    state = copy.deepcopy(model.state_dict())
+    graph = tp.trace(model, torch.randn(2, 3, 4, 4))
+    assert [g.id for g in graph.groups] == ["hidden"]
+    assert graph.skipped["embed"] == "its channels reach 'hidden' in an order that cannot be followed"
+    assert_same_state(model.state_dict(), state)
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def test_tracing_warns_of_nothing(quiet: None, residual) -> None:
+    tp.trace(residual.model, residual.inputs)

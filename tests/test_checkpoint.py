@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import tpvprune as tp
+from tests import tolerances
+from tests.cases import CASES
+from tests.helpers import NAMES, assert_same_state, built, gap, outputs, plan_without, random_gone
+from tpvprune.plan import plan_of
+from tpvprune.zoo.models import create_model
+
+FILES = {"tpvprune.json", "plan.json", "model.safetensors"}
+
+
+def skeleton(name: str) -> nn.Module:
+    """The same architecture with other weights."""
+    model = CASES[name]().model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    return model
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    b = built("conv_bn")
+    tp.save(tp.apply(b.model, plan_without(b.graph, random_gone(b.graph, 0))), tmp_path / "out")
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_plain_module_comes_back_with_a_skeleton(name: str, tmp_path: Path) -> None:
+    b = built(name)
+    small = tp.apply(b.model, plan_without(b.graph, random_gone(b.graph, 0)))
+    tp.save(small, tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == FILES
+    bones = skeleton(name)
+    state = {k: v.clone() for k, v in bones.state_dict().items()}
+    back = tp.load(tmp_path / "out", skeleton=bones)
+    assert_same_state(bones.state_dict(), state)
+    assert_same_state(back.state_dict(), small.state_dict())
+    assert torch.equal(outputs(back, b.inputs), outputs(small, b.inputs))
+    assert plan_of(back).diff(plan_of(small)) == {}
+    assert not back.training
+    assert tp.apply(back, tp.Plan({}, tp.trace(back, b.inputs)))
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("test_resnet", timm.create_model),
+        ("test_vit", timm.create_model),
+        ("test_resnet", create_model),
+        ("test_vit", create_model),
+        ("cifar_resnet20", create_model),
+    ],
+)
+def test_a_model_known_by_name_comes_back_by_name(name: str, make: Callable[..., nn.Module], tmp_path: Path) -> None:
+    model = make(name, args={"num_classes": 7}) if make is create_model else make(name, num_classes=7).eval()
+    side = model.pretrained_cfg["input_size"][1] if "vit" in name else 32
+    inputs = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    graph = tp.trace(model, inputs[:1])
+    small = tp.apply(model, plan_without(graph, random_gone(graph, 0)))
+    tp.save(small, tmp_path)
+    back = tp.load(tmp_path)
+    assert type(back) is type(model)
+    assert_same_state(back.state_dict(), small.state_dict())
+    assert gap(outputs(back, inputs), outputs(small, inputs)) < tolerances.FLOAT32
+    tp.save(back, tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    assert_same_state(tp.load(tmp_path / "again").state_dict(), small.state_dict())
+
+
+def test_a_composed_plan_is_saved_whole(tmp_path: Path) -> None:
+    b = built("residual")
+    once = tp.apply(b.model, plan_without(b.graph, {"stem": [0], "a1": [1]}))
+    twice = tp.apply(once, plan_without(tp.trace(once, b.inputs), {"stem": [2], "b1": [0]}))
+    tp.save(twice, tmp_path)
+    back = tp.load(tmp_path, skeleton=skeleton("residual"))
+    assert_same_state(back.state_dict(), twice.state_dict())
+
+
+def test_recovered_models_and_other_precisions_survive(tmp_path: Path) -> None:
+    b = built("conv_bn")
+    small = tp.apply(b.model, plan_without(b.graph, {"conv1": [0]}))
+    for number, model in enumerate((tp.reconstruct(small, [b.inputs], b.model), small.half())):
+        tp.save(model, tmp_path / str(number))
+        back = tp.load(tmp_path / str(number), skeleton=skeleton("conv_bn"))
+        assert_same_state(back.state_dict(), model.state_dict())
+        assert [p.dtype for p in back.parameters()] == [p.dtype for p in model.parameters()]
+
+
+def test_saving_again_replaces(saved: Path) -> None:
+    b = built("conv_bn")
+    other = tp.apply(b.model, plan_without(b.graph, {"conv2": [4]}))
+    tp.save(other, saved)
+    assert_same_state(tp.load(saved, skeleton=skeleton("conv_bn")).state_dict(), other.state_dict())
+    assert {p.name for p in saved.iterdir()} == FILES
+
+
+def test_a_model_without_a_plan_is_not_saved(tmp_path: Path, mlp) -> None:
+    with pytest.raises(tp.CheckpointError, match="carries no plan"):
+        tp.save(mlp.model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, mlp) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(tp.CheckpointError, match="cannot write to"):
+        tp.save(tp.apply(mlp.model, tp.Plan({}, mlp.graph)), tmp_path / "file")
+
+
+def test_a_plain_module_needs_a_skeleton(saved: Path) -> None:
+    with pytest.raises(tp.CheckpointError, match=r"ConvBN.*skeleton=make_model\(\)"):
+        tp.load(saved)
+
+
+@pytest.mark.parametrize("other", ["mlp", "residual"])
+def test_a_wrong_skeleton_is_refused(saved: Path, other: str) -> None:
+    with pytest.raises(tp.InputError, match="does not fit"):
+        tp.load(saved, skeleton=skeleton(other))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "plan.json"])
+@pytest.mark.parametrize("how", ["flip", "cut", "append", "empty"])
+def test_tampered_files_are_refused(saved: Path, name: str, how: str) -> None:
+    data = bytearray((saved / name).read_bytes())
+    if how == "flip":
+        data[-3] ^= 1
+    elif how == "append":
+        data += b" "
+    else:
+        data = data[: len(data) // 2] if how == "cut" else bytearray()
+    (saved / name).write_bytes(data)
+    with pytest.raises(tp.CheckpointError, match=f"{name} is not the file that was saved"):
+        tp.load(saved, skeleton=skeleton("conv_bn"))
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_missing_files_are_named(saved: Path, name: str) -> None:
+    (saved / name).unlink()
+    with pytest.raises(tp.CheckpointError, match=name):
+        tp.load(saved, skeleton=skeleton("conv_bn"))
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(tp.CheckpointError, match=r"gone holds no tpvprune\.json"):
+        tp.load(tmp_path / "gone")
+
+
+def rewrite(folder: Path, name: str, data: bytes) -> None:
+    """Replace a file and its digest, as somebody would who wants to be believed."""
+    (folder / name).write_bytes(data)
+    about = json.loads((folder / "tpvprune.json").read_text())
+    about["digest"][name] = hashlib.sha256(data).hexdigest()
+    (folder / "tpvprune.json").write_text(json.dumps(about))
+
+
+def refused(folder: Path, error: type[Exception] = tp.CheckpointError) -> str:
+    bones = skeleton("conv_bn")
+    state = {k: v.clone() for k, v in bones.state_dict().items()}
+    with pytest.raises(error) as caught:
+        tp.load(folder, skeleton=bones)
+    assert_same_state(bones.state_dict(), state)
+    return str(caught.value)
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, ("raise SystemExit('code from a checkpoint was run')",)
+
+
+def test_pickles_are_not_unpickled(saved: Path) -> None:
+    rewrite(saved, "model.safetensors", pickle.dumps(Bomb()))
+    assert "cannot be read" in refused(saved)
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
+def test_weights_that_do_not_match_the_plan_are_refused(saved: Path, change: str, tmp_path: Path) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    if change == "missing":
+        del tensors["fc.bias"]
+    elif change == "extra":
+        tensors["fc.extra"] = torch.ones(1)
+    else:
+        tensors["fc.bias"] = torch.ones(5)
+    save_file(tensors, tmp_path / "other")
+    rewrite(saved, "model.safetensors", (tmp_path / "other").read_bytes())
+    message = refused(saved)
+    assert "fc." in message
+    assert "nothing was loaded" in message
+
+
+def test_a_plan_that_is_none_is_refused(saved: Path) -> None:
+    rewrite(saved, "plan.json", b"{}")
+    assert "cannot be read" in refused(saved)
+    rewrite(saved, "plan.json", b"\xff")
+    assert "cannot be read" in refused(saved)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"format": 2}, {"format": None}, {"model": None}, {"model": 3}, {"digest": None}, {"digest": {}}],
+    ids=str,
+)
+def test_a_damaged_description_is_refused(saved: Path, change: dict[str, object]) -> None:
+    about = json.loads((saved / "tpvprune.json").read_text())
+    (saved / "tpvprune.json").write_text(json.dumps(about | change))
+    refused(saved)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", "\0"])
+def test_a_description_that_is_none_is_refused(saved: Path, text: str) -> None:
+    (saved / "tpvprune.json").write_text(text)
+    refused(saved)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"timm": "no_such_model"},
+        {"timm": 3},
+        {"timm": "test_resnet", "args": {"nonsense": 1}},
+        {"timm": "x", "args": 2},
+    ],
+)
+def test_a_model_name_that_is_none_is_refused(saved: Path, model: dict[str, object]) -> None:
+    about = json.loads((saved / "tpvprune.json").read_text())
+    (saved / "tpvprune.json").write_text(json.dumps(about | {"model": model}))
+    with pytest.raises(tp.InputError):
+        tp.load(saved)

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import tpvprune as tp
+from tests.helpers import assert_same_state, built, outputs
+from tpvprune.plan import plan_of
+
+
+def batches(name: str, count: int = 3, seed: int = 0) -> list[torch.Tensor]:
+    shape = built(name).inputs.shape[1:]
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(8, *shape, generator=generator, dtype=torch.float64) for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", ["mlp", "residual", "vit", "grouped"])
+def test_prune_is_its_verbs_in_order(name: str) -> None:
+    b, data, budget = built(name), batches(name), tp.Budget(macs=0.6)
+    model, rng = copy.deepcopy(b.model).train(), torch.get_rng_state()
+    result = tp.prune(model, data, budget)
+    assert_same_state(model.state_dict(), b.model.state_dict())
+    assert all(m.training for m in model.modules())
+    assert torch.equal(torch.get_rng_state(), rng)
+    scores = tp.score(b.model, data, b.graph)
+    plan = tp.allocate(scores, b.graph, budget)
+    by_hand = tp.reconstruct(tp.apply(b.model, plan), data, b.model)
+    assert result.plan.diff(plan) == {}
+    assert_same_state(result.model.state_dict(), by_hand.state_dict())
+    assert plan_of(result.model).macs <= 0.6 * b.graph.macs()
+    assert all(torch.equal(result.scores.values[g], v) for g, v in scores.values.items())
+
+
+def test_the_report_says_what_was_asked_and_what_came_out() -> None:
+    b, data = built("residual"), batches("residual")
+    labelled = [(x, outputs(b.model, x).argmax(1)) for x in batches("residual", 2, seed=5)]
+    result = tp.prune(b.model, data, tp.Budget(params="70%"), held_out=labelled)
+    report = result.report
+    bound = int(0.7 * b.graph.params())
+    assert report.asked == {"quantity": "params", "as_written": "70%", "at_most": bound}
+    assert report.got["value"] == sum(p.numel() for p in result.model.parameters()) <= bound
+    assert report.got["share"] == pytest.approx(report.got["value"] / b.graph.params())
+    assert (report.before.params, report.before.macs) == (b.graph.params(), b.graph.macs())
+    assert report.pruned.params == report.recovered.params == result.plan.params
+    assert report.before.metrics == {"kl": 0.0, "agreement": 1.0, "top1": 1.0}
+    assert report.recovered.metrics["kl"] < report.pruned.metrics["kl"]
+    assert report.data == {"scored": 24, "measured_on": "held-out batches", "measured": 16}
+    assert set(report.seconds) == {"trace", "score", "plan", "apply", "recover", "eval"}
+    x = torch.cat([batch for batch, _ in labelled])
+    p, q = outputs(b.model, x).log_softmax(1), outputs(result.model, x).log_softmax(1)
+    assert report.drift["recovered_kl"] == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-9)
+    wanted = tp.TPV().drift(b.model, labelled, result.plan)[0] / 2
+    assert report.drift["predicted_kl"] == pytest.approx(wanted, rel=1e-9)
+    assert json.loads(json.dumps(report.to_json()))["format"] == 1
+
+
+def test_stages_can_be_left_out_or_added() -> None:
+    b, data = built("mlp"), batches("mlp")
+    bare = tp.prune(b.model, data, tp.Budget(macs=0.6), reconstruct_with=None)
+    assert bare.report.recovered is None
+    assert bare.report.drift["recovered_kl"] is None
+    assert_same_state(bare.model.state_dict(), tp.apply(b.model, bare.plan).state_dict())
+    tuned = tp.prune(b.model, data, tp.Budget(macs=0.6), finetune_with=tp.Finetune(epochs=1))
+    assert "top1" not in tuned.report.before.metrics
+    stages: list[str] = []
+    logits = tp.TPV(head="logits")
+    plain = tp.prune(b.model, data, tp.Budget(macs=0.6), criterion=logits, progress=lambda s, *_: stages.append(s))
+    assert plain.report.drift["predicted_kl"] is None
+    assert list(dict.fromkeys(stages)) == ["trace", "score", "reconstruct", "eval"]
+    assert plain.report.data["measured_on"] == "scoring batches"
+
+
+def test_outputs_that_are_no_logits_are_measured_by_distance() -> None:
+    class Map(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.conv2 = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 2, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv2(self.conv1(x).relu())
+
+    result = tp.prune(Map().eval(), [torch.randn(4, 3, 7, 7)], tp.Budget(macs=0.6), criterion=tp.TPV(head="logits"))
+    assert set(result.report.before.metrics) == {"mse"}
+    assert result.report.before.metrics["mse"] == 0 < result.report.pruned.metrics["mse"]
+
+
+def test_what_cannot_be_read_twice_or_is_empty_is_refused(mlp) -> None:
+    with pytest.raises(tp.DataError, match="read once only"):
+        tp.prune(mlp.model, iter(batches("mlp")), tp.Budget(macs=0.6))
+    with pytest.raises(tp.DataError, match="at least one"):
+        tp.prune(mlp.model, [], tp.Budget(macs=0.6))
+    with pytest.raises(tp.DataError, match="there is no batch"):
+        tp.prune(mlp.model, batches("mlp"), tp.Budget(macs=0.6), held_out=[])
+
+
+def test_iterative_pruning_is_a_loop_over_the_verbs() -> None:
+    b, data = built("residual"), batches("residual")
+    small = b.model
+    for share in (0.8, 0.6, 0.45):
+        graph = tp.trace(small, data[0][:1])
+        budget = tp.Budget(macs=int(share * b.graph.macs()))
+        plan = tp.allocate(tp.score(small, data, graph), graph, budget)
+        small = tp.reconstruct(tp.apply(small, plan), data, b.model)
+    whole = plan_of(small)
+    assert whole.graph.model_id == b.graph.model_id
+    assert whole.macs <= 0.45 * b.graph.macs()
+    assert whole.params == sum(p.numel() for p in small.parameters())
+    shapes = {n: p.shape for n, p in tp.apply(b.model, whole).named_parameters()}
+    assert shapes == {n: p.shape for n, p in small.named_parameters()}

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import tpvprune as tp
+from tpvprune.zoo.data import input_size, open_pool
+from tpvprune.zoo.models import create_model
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return create_model("cifar_resnet20", args={"num_classes": 2})
+
+
+def picture(path: Path, shade: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (40, 36), (shade, shade, shade)).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for i in range(10):
+        picture(tmp_path / "images" / ("cat" if i % 3 else "dog") / f"{i:02d}.png", 20 * i)
+    (tmp_path / "images" / ".hidden").write_text("not looked at")
+    return tmp_path / "images"
+
+
+def test_a_folder_is_read_in_the_order_of_its_paths(folder: Path, model: nn.Module) -> None:
+    pool = open_pool(folder, model)
+    assert len(pool) == 10
+    assert not pool.labelled
+    image, label = pool[0]
+    assert image.shape == (3, 32, 32)
+    assert label == -1
+    shades = [float(pool[i][0].mean()) for i in range(10)]
+    cats, dogs = shades[:6], shades[6:]
+    assert cats == sorted(cats)
+    assert dogs == sorted(dogs)
+
+
+def test_even_positions_are_scored_and_odd_ones_measured(folder: Path, model: nn.Module) -> None:
+    pool = open_pool(folder, model)
+    score, measure = pool.split()
+    assert (score.positions, measure.positions) == ([0, 2, 4, 6, 8], [1, 3, 5, 7, 9])
+    assert not set(score.sample(3, seed=1).positions) & set(measure.positions)
+
+
+def test_samples_are_seeded_and_in_order(folder: Path, model: nn.Module) -> None:
+    pool = open_pool(folder, model)
+    a, b, c = pool.sample(4, seed=1), pool.sample(4, seed=1), pool.sample(4, seed=2)
+    assert a.positions == b.positions == sorted(a.positions)
+    assert a.positions != c.positions
+    assert pool.sample(None) is pool.sample(99) is pool
+
+
+def test_labels_come_from_folders_or_a_class_map(folder: Path, model: nn.Module, tmp_path: Path) -> None:
+    by_folder = open_pool(folder, model, labels="folders")
+    assert [by_folder[i][1] for i in range(10)] == [0] * 6 + [1] * 4
+    (tmp_path / "map.txt").write_text("dog a dog\ncat a cat\n")
+    by_map = open_pool(folder, model, labels=tmp_path / "map.txt")
+    assert [by_map[i][1] for i in range(10)] == [1] * 6 + [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [("dog\n", "1 classes, the model has 2"), ("dog\ncow\n", "folder 'cat' is not in"), (None, "no class map")],
+)
+def test_labels_that_do_not_fit_are_refused(
+    folder: Path, model: nn.Module, tmp_path: Path, text: str | None, match: str
+) -> None:
+    if text is not None:
+        (tmp_path / "map.txt").write_text(text)
+    with pytest.raises(tp.DataError, match=match):
+        open_pool(folder, model, labels=tmp_path / "map.txt")
+
+
+def test_files_that_are_no_images_are_skipped_up_to_a_tenth(folder: Path, model: nn.Module) -> None:
+    (folder / "cat" / "notes.txt").write_text("no image")
+    pool = open_pool(folder, model)
+    assert len(pool) == 10
+    assert [Path(name).name for name in pool.skipped] == ["notes.txt"]
+    (folder / "cat" / "more.txt").write_text("no image")
+    with pytest.raises(tp.DataError, match=r"2 of 12 files are no images \(first: cat.more.txt\)"):
+        open_pool(folder, model)
+
+
+def test_images_that_break_later_are_left_out_of_their_batch(folder: Path, model: nn.Module) -> None:
+    pool = open_pool(folder, model)
+    broken = sorted(folder.rglob("*.png"))[3]
+    broken.write_bytes(broken.read_bytes()[:60])
+    batches = list(pool.loader(4))
+    assert [len(x) for x, _ in batches] == [3, 4, 2]
+    assert len(pool.skipped) == 1
+
+
+def test_loaders_can_be_read_again_and_shuffle_by_seed(folder: Path, model: nn.Module) -> None:
+    pool = open_pool(folder, model, labels="folders")
+    loader = pool.loader(4)
+    first, again = (torch.cat([x for x, _ in loader]) for _ in range(2))
+    assert torch.equal(first, again)
+    assert len(loader) == 3
+    orders = [torch.cat([x for x, _ in pool.loader(4, shuffle=True, seed=s)]) for s in (1, 1, 2)]
+    assert torch.equal(orders[0], orders[1])
+    assert not torch.equal(orders[0], orders[2])
+
+
+def test_arrays_are_taken_as_they_are(tmp_path: Path, model: nn.Module) -> None:
+    x, y = np.random.default_rng(0).normal(size=(5, 3, 8, 8)).astype("float32"), np.arange(5) % 2
+    np.savez(tmp_path / "both.npz", x=x, y=y)
+    np.save(tmp_path / "only.npy", x)
+    both, only = open_pool(tmp_path / "both.npz", model), open_pool(tmp_path / "only.npy", model)
+    assert both[3][1] == 1
+    assert only[3][1] == -1
+    assert np.array_equal(both[3][0].numpy(), x[3])
+
+
+@pytest.mark.parametrize("bad", ["grey", "integers", "pickled", "text", "unnamed"])
+def test_bad_arrays_are_refused(tmp_path: Path, model: nn.Module, bad: str) -> None:
+    path = tmp_path / "x.npz"
+    if bad == "grey":
+        np.savez(path, x=np.zeros((4, 1, 8, 8), "float32"))
+    elif bad == "integers":
+        np.savez(path, x=np.zeros((4, 3, 8, 8), "uint8"))
+    elif bad == "pickled":
+        np.savez(path, x=np.array([{}, 2], dtype=object))
+    elif bad == "unnamed":
+        np.savez(path, images=np.zeros((4, 3, 8, 8), "float32"))
+    else:
+        path.write_text("no array")
+    with pytest.raises(tp.DataError, match="preprocessed"):
+        open_pool(path, model)
+
+
+def test_nothing_there_is_told(tmp_path: Path, model: nn.Module) -> None:
+    with pytest.raises(tp.DataError, match="no folder of images at"):
+        open_pool(tmp_path / "gone", model)
+    with pytest.raises(tp.DataError, match="holds no image among 0 files"):
+        open_pool(tmp_path, model)
+
+
+def test_the_size_is_that_of_the_model_unless_given(model: nn.Module) -> None:
+    assert input_size(model) == (3, 32, 32)
+    assert input_size(model, 48) == (3, 48, 48)
+    assert input_size(create_model("test_vit", args={"img_size": 64})) == (3, 64, 64)
+    assert input_size(create_model("test_resnet", args={"in_chans": 1})) == (1, 160, 160)
+
+
+def test_digits_are_there_without_a_download(model: nn.Module) -> None:
+    pytest.importorskip("sklearn")
+    pool = open_pool("digits", model, size=16)
+    assert len(pool) == 1797
+    image, label = pool[7]
+    assert image.shape == (3, 16, 16)
+    assert label == 7
