@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import timm
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
@@ -26,12 +25,12 @@ from tpvprune.batches import Progress
 from tpvprune.checkpoint import ABOUT, load
 from tpvprune.errors import InputError, RecipeError, TpvpruneError
 from tpvprune.files import write_text
-from tpvprune.recipe import Recipe, Suite, builtin_recipes, find_recipe, load_recipe, validate_recipe
+from tpvprune.recipe import Recipe, builtin_recipes, find_recipe, load_recipe
 from tpvprune.report import compare, latencies
+from tpvprune.targets import flags, is_saved_model, resolve, resolve_model
 from tpvprune.types import Graph
 from tpvprune.version import __version__
-from tpvprune.workflow import PRODUCTS, RECIPE, Run, stored_recipe
-from tpvprune.zoo.cifar import CIFAR_RESNETS
+from tpvprune.workflow import PRODUCTS, Run
 from tpvprune.zoo.data import open_pool
 
 app = typer.Typer(
@@ -88,7 +87,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe from images to report. Run again to go on where it stopped."""
-    _finish(_resolve(target, overrides or [], out_dir), "report", as_json)
+    _finish(resolve(target, overrides or [], out_dir), "report", as_json)
 
 
 @app.command()
@@ -110,8 +109,8 @@ def prune(
         raise InputError("--data is missing; give a folder of images (labels are not needed)")
     if macs is None and params is None:
         raise InputError("no budget; give --macs 0.5 or --params 0.5")
-    flags = _flags(checkpoint=checkpoint, data=data, labels=labels, macs=macs, params=params)
-    _finish(_resolve_model(model, [*flags, *(overrides or [])], out_dir), "report", as_json)
+    given = flags(checkpoint=checkpoint, data=data, labels=labels, macs=macs, params=params)
+    _finish(resolve_model(model, [*given, *(overrides or [])], out_dir), "report", as_json)
 
 
 def _stage(name: str, text: str) -> None:
@@ -128,11 +127,11 @@ def _stage(name: str, text: str) -> None:
         out_dir: Out = None,
         as_json: AsJson = False,
     ) -> None:
-        flags = _flags(checkpoint=checkpoint, data=data, labels=labels, macs=macs, params=params)
-        if name == "eval" and _is_saved_model(target):
+        given = flags(checkpoint=checkpoint, data=data, labels=labels, macs=macs, params=params)
+        if name == "eval" and is_saved_model(target):
             _evaluate(Path(target), data, labels, as_json)
         else:
-            _finish(_resolve(target, [*flags, *(overrides or [])], out_dir), name, as_json)
+            _finish(resolve(target, [*given, *(overrides or [])], out_dir), name, as_json)
 
     app.command(name, help=text)(command)
 
@@ -201,60 +200,6 @@ def recipes_validate(
             out.print(f"{file}: valid", highlight=False)
     if wrong:
         raise RecipeError("\n".join(wrong))
-
-
-def _flags(**flags: str | None) -> list[str]:
-    """Options as overrides; quoted as YAML strings, so that a path is never read as anything else."""
-    keys = {
-        "checkpoint": "model.checkpoint",
-        "data": "data.images",
-        "labels": "data.labels",
-        "macs": "budget.macs",
-        "params": "budget.params",
-    }
-    given = [f"{keys[name]}={json.dumps(value)}" for name, value in flags.items() if value is not None]
-    if flags.get("params") is not None and flags.get("macs") is None:
-        given.append("budget.macs=null")
-    return given
-
-
-def _resolve(target: str, overrides: Sequence[str], folder: Path | None) -> list[tuple[Recipe, Path]]:
-    """The recipe (or several) a target stands for, and the folder each result goes to."""
-    path = Path(target).expanduser()
-    if path.is_dir():
-        stored = stored_recipe(path)
-        if stored is None:
-            raise RecipeError(f"{target} is no folder of a run (it holds no {RECIPE})")
-        return [(_as_recipe(stored.model_dump(mode="json"), f"{path / RECIPE}", overrides), folder or path)]
-    if path.suffix not in (".yaml", ".yml") and target not in builtin_recipes() and _is_model(target):
-        return _resolve_model(target, overrides, folder)
-    recipe = load_recipe(target, overrides)
-    base = folder or Path("runs") / recipe.name
-    if isinstance(recipe, Recipe):
-        return [(recipe, base)]
-    return [pair for name in recipe.runs for pair in _resolve(name, (), base / Path(name).stem)]
-
-
-def _resolve_model(name: str, overrides: Sequence[str], folder: Path | None) -> list[tuple[Recipe, Path]]:
-    origin = "command line"
-    # A data section is only there once images are named, so labels alone do not make one.
-    recipe = _as_recipe({"name": name, "model": {"name": name}}, origin, overrides)
-    return [(recipe, folder or Path("runs") / name)]
-
-
-def _as_recipe(data: Mapping[str, Any], origin: str, overrides: Sequence[str]) -> Recipe:
-    recipe = validate_recipe(data, origin, overrides)
-    if isinstance(recipe, Suite):
-        raise RecipeError(f"{origin} is a list of recipes, not one run")
-    return recipe
-
-
-def _is_model(name: str) -> bool:
-    return timm.is_model(name) or name in CIFAR_RESNETS
-
-
-def _is_saved_model(target: str) -> bool:
-    return (Path(target) / ABOUT).is_file() and not (Path(target) / RECIPE).is_file()
 
 
 def _finish(runs: list[tuple[Recipe, Path]], stage: str, as_json: bool) -> None:

@@ -19,15 +19,14 @@ from typing import Any
 import torch
 import torch_pruning
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.utils.flop_counter import FlopCounterMode
 
 from tpvprune.batches import Progress, device_of, evaluation_mode
 from tpvprune.errors import ModelError
 from tpvprune.planning.attention import AttentionBlock, attention_blocks, unknown_attention
+from tpvprune.planning.cost import Usage, tensors_of
 from tpvprune.planning.verify import is_rearranged, strays
 from tpvprune.types import REST, WORK, Graph, Group, Member, Role, fingerprint
 
@@ -60,7 +59,7 @@ def trace(model: nn.Module, example: Any, *, progress: Progress | None = None) -
     args, kwargs = _as_arguments(example, device_of(model))
     with evaluation_mode(twin):
         # torch's FLOP counter fails where a module is handed a parameter that wants a gradient.
-        usage = _Usage(twin.requires_grad_(False), args, kwargs)
+        usage = Usage(twin.requires_grad_(False), args, kwargs)
         twin.requires_grad_(True)
         blocks = list(attention_blocks(twin))
         walker = _Walker(twin, blocks, args, kwargs, usage.widest)
@@ -114,60 +113,6 @@ def _as_arguments(example: Any, device: torch.device) -> tuple[tuple[Any, ...], 
     )
 
 
-class _Usage:
-    """How often each weight is used per example, in which order layers run, and all multiply-adds."""
-
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.order: dict[str, int] = {}
-        self.tokens: dict[str, int] = {}
-        self.reuse: dict[str, int] = {}
-        first = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
-        if first is None or first.ndim == 0 or first.shape[0] == 0:
-            raise ModelError("the example input holds no tensor with a batch dimension")
-        self.batch = first.shape[0]
-        self.widest = 1
-        uses: dict[str, int] = {}
-        handles = [m.register_forward_hook(self._hook(n, uses)) for n, m in model.named_modules() if n]
-        counter = FlopCounterMode(display=False)
-        try:
-            # The plain attention kernel is made of matrix products, which every counter knows.
-            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-                model(*args, **kwargs)
-        except Exception as error:
-            shape = tuple(first.shape)
-            raise ModelError(
-                f"{type(model).__name__} does not run on an example of shape {shape}: {error}; "
-                "check the input size and channels"
-            ) from error
-        finally:
-            for handle in handles:
-                handle.remove()
-        names = {id(p): n for n, p in model.named_parameters()}
-        for name, used in uses.items():
-            weight = names[id(model.get_submodule(name).weight)]
-            self.reuse[weight] = self.reuse.get(weight, 0) + self._per_example(used)
-        self.total = self._per_example(counter.get_total_flops() // 2)
-
-    def _per_example(self, count: int) -> int:
-        return count // self.batch if count % self.batch == 0 else round(count / self.batch)
-
-    def _hook(self, name: str, uses: dict[str, int]) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            self.order.setdefault(name, len(self.order))
-            for tensor in _tensors((inputs, output)):
-                self.widest = max(self.widest, tensor.numel() // self.batch)
-            if inputs and isinstance(inputs[0], Tensor) and inputs[0].ndim == 3:
-                self.tokens[name] = inputs[0].shape[1]
-            if isinstance(module, _ConvNd):
-                source = inputs[0] if module.transposed else output
-                width = module.in_channels if module.transposed else module.out_channels
-                uses[name] = uses.get(name, 0) + source.numel() // width
-            elif isinstance(module, nn.Linear):
-                uses[name] = uses.get(name, 0) + output.numel() // module.out_features
-
-        return hook
-
-
 class _Bounded(list[Any]):
     """Index mappings that stop a walk in which indices multiply: around a cycle of reshapes it would not end.
 
@@ -207,7 +152,7 @@ class _Walker:
         kwargs = {key: self._as_parameter(value) for key, value in kwargs.items()}
 
         def run(model: nn.Module, _: Any) -> list[Tensor]:
-            outputs = [o for o in _tensors(model(*args, **kwargs)) if o.grad_fn is not None]
+            outputs = [o for o in tensors_of(model(*args, **kwargs)) if o.grad_fn is not None]
             if not outputs:
                 raise ModelError(f"{type(model).__name__} returns no differentiable tensor; it cannot be traced")
             self.output_nodes.update(o.grad_fn for o in outputs)
@@ -268,18 +213,10 @@ class _Walker:
         ]
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    return [t for v in value for t in _tensors(v)] if isinstance(value, (list, tuple)) else []
-
-
 class _Builder:
     """Turns torch-pruning's groups into ours, one root layer at a time."""
 
-    def __init__(self, model: nn.Module, walker: _Walker, usage: _Usage, blocks: list[AttentionBlock]) -> None:
+    def __init__(self, model: nn.Module, walker: _Walker, usage: Usage, blocks: list[AttentionBlock]) -> None:
         self.model, self.walker, self.usage, self.blocks = model, walker, usage, blocks
         self.skipped: dict[str, str] = {}
         self.modules: dict[int, str] = {}

@@ -54,7 +54,7 @@ def create_model(name: str, checkpoint: str | Path | None = None, args: Mapping[
     try:
         if name in CIFAR_RESNETS:
             model: nn.Module = CifarResNet(CIFAR_RESNETS[name], **args)
-        elif timm.is_model(name):
+        elif is_model(name):
             model = timm.create_model(name, pretrained=False, **args)
         else:
             raise ModelError(f"there is no model {name!r}{_near(name)}")
@@ -71,6 +71,11 @@ def create_model(name: str, checkpoint: str | Path | None = None, args: Mapping[
 def remember_source(model: nn.Module, source: Mapping[str, Any]) -> None:
     """Let a model carry how its dense original is built; copies and pruned copies carry it too."""
     object.__setattr__(model, _SOURCE, dict(source))
+
+
+def is_model(name: str) -> bool:
+    """Whether `create_model` knows a name."""
+    return timm.is_model(name) or name in CIFAR_RESNETS
 
 
 def _near(name: str) -> str:

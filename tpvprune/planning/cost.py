@@ -1,0 +1,88 @@
+"""Count what a network costs by running it once, so that every plan's cost follows from tensor shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.conv import _ConvNd
+from torch.utils.flop_counter import FlopCounterMode
+
+from tpvprune.errors import ModelError
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors in nested lists, tuples and mappings."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [t for v in value for t in tensors_of(v)] if isinstance(value, (list, tuple)) else []
+
+
+class Usage:
+    """What one forward pass uses, and how often.
+
+    Attributes:
+        order: the number of each module's first call.
+        tokens: length of the sequence each module reads, where its input is `(batch, tokens, channels)`.
+        reuse: multiply-adds per entry of each weight and example.
+        total: all multiply-adds per example.
+        widest: entries per example of the largest tensor between modules.
+
+    Raises:
+        ModelError: the model cannot be run on these arguments.
+    """
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.order: dict[str, int] = {}
+        self.tokens: dict[str, int] = {}
+        self.reuse: dict[str, int] = {}
+        first = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+        if first is None or first.ndim == 0 or first.shape[0] == 0:
+            raise ModelError("the example input holds no tensor with a batch dimension")
+        self.batch = first.shape[0]
+        self.widest = 1
+        uses: dict[str, int] = {}
+        handles = [m.register_forward_hook(self._hook(n, uses)) for n, m in model.named_modules() if n]
+        counter = FlopCounterMode(display=False)
+        try:
+            # The plain attention kernel is made of matrix products, which every counter knows.
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+                model(*args, **kwargs)
+        except Exception as error:
+            shape = tuple(first.shape)
+            raise ModelError(
+                f"{type(model).__name__} does not run on an example of shape {shape}: {error}; "
+                "check the input size and channels"
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        names = {id(p): n for n, p in model.named_parameters()}
+        for name, used in uses.items():
+            weight = names[id(model.get_submodule(name).weight)]
+            self.reuse[weight] = self.reuse.get(weight, 0) + self._per_example(used)
+        self.total = self._per_example(counter.get_total_flops() // 2)
+
+    def _per_example(self, count: int) -> int:
+        return count // self.batch if count % self.batch == 0 else round(count / self.batch)
+
+    def _hook(self, name: str, uses: dict[str, int]) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            self.order.setdefault(name, len(self.order))
+            for tensor in tensors_of((inputs, output)):
+                self.widest = max(self.widest, tensor.numel() // self.batch)
+            if inputs and isinstance(inputs[0], Tensor) and inputs[0].ndim == 3:
+                self.tokens[name] = inputs[0].shape[1]
+            if isinstance(module, _ConvNd):
+                source = inputs[0] if module.transposed else output
+                width = module.in_channels if module.transposed else module.out_channels
+                uses[name] = uses.get(name, 0) + source.numel() // width
+            elif isinstance(module, nn.Linear):
+                uses[name] = uses.get(name, 0) + output.numel() // module.out_features
+
+        return hook

@@ -1,0 +1,69 @@
+"""What a name on the command line stands for: a recipe, a run's folder, a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tpvprune.checkpoint import ABOUT
+from tpvprune.errors import RecipeError
+from tpvprune.recipe import Recipe, Suite, builtin_recipes, load_recipe, validate_recipe
+from tpvprune.workflow import RECIPE, stored_recipe
+from tpvprune.zoo.models import is_model
+
+
+def flags(**given: str | None) -> list[str]:
+    """Options as overrides; quoted as YAML strings, so that a path is never read as anything else."""
+    keys = {
+        "checkpoint": "model.checkpoint",
+        "data": "data.images",
+        "labels": "data.labels",
+        "macs": "budget.macs",
+        "params": "budget.params",
+    }
+    found = [f"{keys[name]}={json.dumps(value)}" for name, value in given.items() if value is not None]
+    if given.get("params") is not None and given.get("macs") is None:
+        found.append("budget.macs=null")
+    return found
+
+
+def resolve(target: str, overrides: Sequence[str], folder: Path | None) -> list[tuple[Recipe, Path]]:
+    """The recipe (or several) a target stands for, and the folder each result goes to.
+
+    Raises:
+        RecipeError: there is no such recipe, folder or model, or an override is wrong.
+    """
+    path = Path(target).expanduser()
+    stored = stored_recipe(path) if path.is_dir() else None
+    if stored is not None:
+        return [(_as_recipe(stored.model_dump(mode="json"), f"{path / RECIPE}", overrides), folder or path)]
+    if path.suffix not in (".yaml", ".yml") and target not in builtin_recipes():
+        if is_model(target):
+            return resolve_model(target, overrides, folder)
+        if path.is_dir():
+            raise RecipeError(f"{target} is no folder of a run (it holds no {RECIPE})")
+    recipe = load_recipe(target, overrides)
+    base = folder or Path("runs") / recipe.name
+    if isinstance(recipe, Recipe):
+        return [(recipe, base)]
+    return [pair for name in recipe.runs for pair in resolve(name, (), base / Path(name).stem)]
+
+
+def resolve_model(name: str, overrides: Sequence[str], folder: Path | None) -> list[tuple[Recipe, Path]]:
+    """A recipe of nothing but a model's name and overrides."""
+    recipe = _as_recipe({"name": name, "model": {"name": name}}, "command line", overrides)
+    return [(recipe, folder or Path("runs") / name)]
+
+
+def _as_recipe(data: Mapping[str, Any], origin: str, overrides: Sequence[str]) -> Recipe:
+    recipe = validate_recipe(data, origin, overrides)
+    if isinstance(recipe, Suite):
+        raise RecipeError(f"{origin} is a list of recipes, not one run")
+    return recipe
+
+
+def is_saved_model(target: str) -> bool:
+    """Whether a folder holds a saved model and is no run's folder."""
+    return (Path(target) / ABOUT).is_file() and not (Path(target) / RECIPE).is_file()
