@@ -355,3 +355,11 @@ def test_quickstart_as_the_readme_says(place, run):
         assert report["got"]["share"] <= 0.5
         assert report["recovered"]["metrics"]["top1"] > report["before"]["metrics"]["top1"] - 0.02
         assert (place / report["out"] / "model.safetensors").is_file()
+
+
+def test_a_finished_run_is_reported_without_its_images(place, run):
+    assert run(*prune_words("--macs", "0.6", "--set", "recover.finetune=null"))[0] == 0
+    (place / "images").rename(place / "elsewhere")
+    code, told, _ = run("report", "out", "--json")
+    assert code == 0
+    assert json.loads(told)["got"]["share"] <= 0.6

@@ -53,7 +53,6 @@ PRODUCTS = {
     "apply": f"pruned/{ABOUT}",
     "recover": ABOUT,
     "eval": "report.json",
-    "report": "report.json",
 }
 RECIPE, STATE = "recipe.yaml", "stages.json"
 Log = Callable[[str], None]
@@ -102,24 +101,25 @@ class Run:
         Raises:
             TpvpruneError: whatever a stage raises; stages done before it stay done.
         """
-        self._check_inputs(last)
-        write_text(self.folder / RECIPE, self.recipe.to_yaml())
+        wanted = STAGES[: STAGES.index(last) + 1]
+        keys, key = {}, ""
+        for stage in wanted:
+            keys[stage] = key = self._key(stage, key)
         state = self._state()
-        key = ""
-        for number, stage in enumerate(STAGES[: STAGES.index(last) + 1]):
-            key = self._key(stage, key)
-            known = state.get(stage, {})
-            if known.get("key") == key and self._path(stage).is_file():
-                continue
-            for later in STAGES[number:]:  # what was made from an older result must not pass for current
+        todo = [stage for stage in wanted if state.get(stage, {}).get("key") != keys[stage] or not self._has(stage)]
+        if todo:
+            self._check_inputs(last)
+            write_text(self.folder / RECIPE, self.recipe.to_yaml())
+        for stage in wanted[wanted.index(todo[0]) :] if todo else ():
+            for later in STAGES[STAGES.index(stage) :]:  # what was made before must not pass for current
                 state.pop(later, None)
-                if later != "report":
+                if later in PRODUCTS:
                     self._path(later).unlink(missing_ok=True)
             self._write_state(state)
             start = time.perf_counter()
             told = getattr(self, f"_{stage}")()
             seconds = round(time.perf_counter() - start + (self._tracing if stage == "trace" else 0.0), 2)
-            state[stage] = {"key": key, "seconds": seconds, "told": told}
+            state[stage] = {"key": keys[stage], "seconds": seconds, "told": told}
             self._write_state(state)
             if stage != "report":
                 self.log(f"{stage}: {_one_line(told)} ({seconds:.1f} s)")
@@ -129,15 +129,17 @@ class Run:
         """Open what is named, and see whether the budget can be met, before anything is written."""
         _ = self.dense
         if last != "trace":
-            first = next(iter(self._loader(self.images.scored)))[0].to(self.device)
+            first = next(iter(self._loader(self.images.scored)), None)
+            if first is None:
+                raise DataError(f"{self.images.scored.name}: no image can be read; give other images")
             with torch.no_grad():
-                finite_output(self.dense, first)
+                finite_output(self.dense, first[0].to(self.device))
         if STAGES.index(last) >= STAGES.index("plan"):
             check_reachable(self._traced, self.recipe.limits())
 
     @cached_property
     def _traced(self) -> Graph:
-        if self._state().get("trace", {}).get("key") == self._key("trace", "") and self._path("trace").is_file():
+        if self._state().get("trace", {}).get("key") == self._key("trace", "") and self._has("trace"):
             return self.graph
         start = time.perf_counter()
         graph = trace(self.dense, self._example(), progress=self.progress)
@@ -146,6 +148,9 @@ class Run:
 
     def _path(self, stage: str) -> Path:
         return self.folder / PRODUCTS[stage]
+
+    def _has(self, stage: str) -> bool:
+        return stage not in PRODUCTS or self._path(stage).is_file()
 
     def _state(self) -> dict[str, Any]:
         try:
@@ -160,8 +165,9 @@ class Run:
     def _key(self, stage: str, before: str) -> str:
         recipe = self.recipe.model_dump(mode="json")
         parts: dict[str, Any] = {name: recipe[name] for name in SECTIONS[stage]}
-        if stage == "trace" and self.recipe.model.checkpoint is not None:
-            parts["weights"] = self._weights_digest
+        if stage == "trace":
+            parts["size"] = self.recipe.data.size if self.recipe.data else None
+            parts["weights"] = self._weights_digest if self.recipe.model.checkpoint is not None else None
         return hashlib.sha256(json.dumps([__version__, stage, before, parts]).encode()).hexdigest()
 
     @cached_property
@@ -331,7 +337,7 @@ class Run:
         )
 
     def _report(self) -> dict[str, Any]:
-        found = read_json(self._path("report"), "report")
+        found = read_json(self._path("eval"), "report")
         return dict(found)
 
 
