@@ -133,14 +133,37 @@ def test_a_finished_run_is_not_done_again_and_a_changed_key_redoes_what_it_matte
     for name in ("graph.json", "scores.safetensors", "plan.json", "model.safetensors", "report.json"):
         assert first[name] == again[name], name
 
-    code, told, said = run("plan", "out", "budget.macs=0.4", "--json")
+    code, _, said = run("plan", "out", "budget.macs=0.4")
+    assert code == 2, "a finished model is not thrown away"
+    assert "another --out" in said
+    assert tp.Plan.load(place / "out/plan.json").macs == tp.load(place / "out")._tpvprune_plan.macs
+
+    code, told, said = run("plan", "out", "budget.macs=0.4", "--out", "other", "--json")
     assert code == 0
     assert json.loads(told)["share_of_macs"] <= 0.4
     assert "score:" not in said, "scores are reused for another budget"
-    with pytest.raises(tp.CheckpointError):  # the model there was made for the old plan
-        tp.load(place / "out")
-    assert run("recover", "out")[0] == 0
-    assert sum(p.numel() for p in tp.load(place / "out").parameters()) == tp.Plan.load(place / "out/plan.json").params
+    assert run("recover", "other")[0] == 0
+    assert (
+        sum(p.numel() for p in tp.load(place / "other").parameters()) == tp.Plan.load(place / "other/plan.json").params
+    )
+    code, told, said = run("eval", "out", "--labels", "folders", "--json")
+    assert code == 0
+    assert "top1" in json.loads(told)["before"]
+    assert "recover:" not in said, "labels matter to the measuring only"
+
+
+def test_new_images_make_old_scores_stale_and_shared_images_are_refused(place, run):
+    words = ["score", "test_resnet", *SMALL, "--checkpoint", "weights.safetensors", "--data", "images", "--out", "out"]
+    assert run(*words)[0] == 0
+    make_images(place / "images", 25)
+    code, _, said = run(*words)
+    assert code == 0
+    assert "score: " in said
+    code, _, said = run(
+        *prune_words("--macs", "0.6", "--set", "eval.images=images/class0")[:-2], "--set", "eval.images=images"
+    )
+    assert code == 2
+    assert "share images" in said
 
 
 def test_an_interrupted_run_goes_on_at_the_stage_it_stopped_in(place, run, monkeypatch):
@@ -360,6 +383,7 @@ def test_quickstart_as_the_readme_says(place, run):
 def test_a_finished_run_is_reported_without_its_images(place, run):
     assert run(*prune_words("--macs", "0.6", "--set", "recover.finetune=null"))[0] == 0
     (place / "images").rename(place / "elsewhere")
+    (place / "weights.safetensors").unlink()
     code, told, _ = run("report", "out", "--json")
     assert code == 0
     assert json.loads(told)["got"]["share"] <= 0.6

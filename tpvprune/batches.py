@@ -122,6 +122,11 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def is_classifier(output: Tensor) -> bool:
+    """Whether outputs can be logits, `(batch, 2 classes or more)`; anything else is compared by its squares."""
+    return output.ndim == 2 and output.shape[1] > 1
+
+
 def finite_output(model: nn.Module, inputs: Tensor) -> Tensor:
     """One forward pass, `(batch, ...)`.
 

@@ -28,7 +28,7 @@ from tpvprune.files import write_text
 from tpvprune.recipe import Recipe, builtin_recipes, find_recipe, load_recipe
 from tpvprune.report import compare, latencies
 from tpvprune.targets import flags, is_saved_model, resolve, resolve_model
-from tpvprune.types import Graph
+from tpvprune.types import Graph, read_json
 from tpvprune.version import __version__
 from tpvprune.workflow import PRODUCTS, Run
 from tpvprune.zoo.data import open_pool
@@ -128,7 +128,14 @@ def _stage(name: str, text: str) -> None:
         as_json: AsJson = False,
     ) -> None:
         given = flags(checkpoint=checkpoint, data=data, labels=labels, macs=macs, params=params)
+        stored = Path(target) / PRODUCTS["eval"]
+        if name == "report" and stored.is_file() and not (given or overrides or out_dir):
+            told = read_json(stored, "report")  # looking at a result needs neither its images nor its weights
+            _print_json(told) if as_json else _print_report(told, Path(target))
+            return
         if name == "eval" and is_saved_model(target):
+            if overrides or checkpoint or macs or params or out_dir:
+                raise InputError("a saved model is measured with --data and --labels alone")
             _evaluate(Path(target), data, labels, as_json)
         else:
             _finish(resolve(target, [*given, *(overrides or [])], out_dir), name, as_json)

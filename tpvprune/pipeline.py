@@ -69,6 +69,8 @@ def prune(
         InputError: see the verbs; nothing of the model is changed.
     """
     repeatable(batches, "scoring and recovery both need them")
+    if held_out is not None:
+        repeatable(held_out, "the prediction and the report both need them")
     criterion = criterion or TPV()
     seconds: dict[str, float] = {}
 

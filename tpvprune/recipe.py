@@ -250,6 +250,8 @@ def _place(
 def _read_yaml(text: str, origin: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     """Plain data and the line (from 1) of every key."""
     try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise RecipeError(f"{origin}: aliases (*name) are not taken; write the value out")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         lines: dict[tuple[str, ...], int] = {}
         if node is not None:
@@ -260,6 +262,10 @@ def _read_yaml(text: str, origin: str) -> tuple[dict[str, Any], dict[tuple[str, 
         raise RecipeError(
             f"{origin}, line {line}: {error.problem}; recipes are plain data, a tag that would run code is refused"
         ) from error
+    except RecipeError:
+        raise
+    except ValueError as error:
+        raise RecipeError(f"{origin}: a value cannot be read: {error}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""

@@ -22,6 +22,7 @@ from tpvprune.batches import (
     evaluation_mode,
     finite_output,
     inputs_of,
+    is_classifier,
     labels_of,
     length_of,
 )
@@ -85,7 +86,7 @@ def compare(
 
 def _distances(reference: Tensor, output: Tensor, labels: Tensor | None) -> dict[str, float]:
     """Sums over the batch."""
-    if output.ndim != 2:
+    if not is_classifier(output):
         return {"mse": float((output - reference).double().square().flatten(1).mean(1).sum())}
     p, q = reference.double().log_softmax(1), output.double().log_softmax(1)
     top = output.argmax(1)

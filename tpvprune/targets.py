@@ -10,7 +10,7 @@ from typing import Any
 from tpvprune.checkpoint import ABOUT
 from tpvprune.errors import RecipeError
 from tpvprune.recipe import Recipe, Suite, builtin_recipes, load_recipe, validate_recipe
-from tpvprune.workflow import RECIPE, stored_recipe
+from tpvprune.workflow import RECIPE, branch, stored_recipe
 from tpvprune.zoo.models import is_model
 
 
@@ -38,7 +38,10 @@ def resolve(target: str, overrides: Sequence[str], folder: Path | None) -> list[
     path = Path(target).expanduser()
     stored = stored_recipe(path) if path.is_dir() else None
     if stored is not None:
-        return [(_as_recipe(stored.model_dump(mode="json"), f"{path / RECIPE}", overrides), folder or path)]
+        again = _as_recipe(stored.model_dump(mode="json"), f"{path / RECIPE}", overrides)
+        if folder is not None:
+            branch(path, folder)
+        return [(again, folder or path)]
     if path.suffix not in (".yaml", ".yml") and target not in builtin_recipes():
         if is_model(target):
             return resolve_model(target, overrides, folder)

@@ -22,7 +22,7 @@ from tpvprune import report as reporting
 from tpvprune.batches import Progress, finite_output
 from tpvprune.checkpoint import ABOUT, load, save
 from tpvprune.errors import DataError, ModelError, RecipeError, TpvpruneError
-from tpvprune.files import read_text, write_text
+from tpvprune.files import read_text, write_bytes, write_text
 from tpvprune.plan import Plan
 from tpvprune.planning.allocate import allocate, check_reachable
 from tpvprune.planning.graph import trace
@@ -32,20 +32,10 @@ from tpvprune.scores import Scores
 from tpvprune.scoring.criteria import score
 from tpvprune.surgery.removal import apply
 from tpvprune.types import Graph, read_json
-from tpvprune.version import __version__
-from tpvprune.zoo.data import Loader, Pool, input_size, open_pool
+from tpvprune.zoo.data import Loader, Pool, input_size, open_pool, overlap, source_state
 from tpvprune.zoo.models import checkpoint_path, create_model
 
 STAGES = ("trace", "score", "plan", "apply", "recover", "eval", "report")
-SECTIONS = {
-    "trace": ("model",),
-    "score": ("data", "eval", "score", "device", "seed"),
-    "plan": ("budget",),
-    "apply": (),
-    "recover": ("recover",),
-    "eval": (),
-    "report": (),
-}
 PRODUCTS = {
     "trace": "graph.json",
     "score": "scores.safetensors",
@@ -55,6 +45,7 @@ PRODUCTS = {
     "eval": "report.json",
 }
 RECIPE, STATE = "recipe.yaml", "stages.json"
+STATE_FORMAT = 1  # raised when a stage's result is no longer what an older version made
 Log = Callable[[str], None]
 
 
@@ -108,6 +99,12 @@ class Run:
         state = self._state()
         todo = [stage for stage in wanted if state.get(stage, {}).get("key") != keys[stage] or not self._has(stage)]
         if todo:
+            finished = "recover" in state and self._has("recover")
+            if finished and STAGES.index(todo[0]) <= STAGES.index("recover"):
+                raise RecipeError(
+                    f"{self.folder} holds a finished model of other settings or images ({todo[0]} would change); give "
+                    "another --out (what is still valid is taken along), or delete the folder"
+                )
             self._check_inputs(last)
             write_text(self.folder / RECIPE, self.recipe.to_yaml())
         for stage in wanted[wanted.index(todo[0]) :] if todo else ():
@@ -118,7 +115,8 @@ class Run:
             self._write_state(state)
             start = time.perf_counter()
             told = getattr(self, f"_{stage}")()
-            seconds = round(time.perf_counter() - start + (self._tracing if stage == "trace" else 0.0), 2)
+            spent = max(time.perf_counter() - start, self._tracing if stage == "trace" else 0.0)
+            seconds = round(spent, 2)
             state[stage] = {"key": keys[stage], "seconds": seconds, "told": told}
             self._write_state(state)
             if stage != "report":
@@ -163,12 +161,30 @@ class Run:
         write_text(self.folder / STATE, json.dumps(state, indent=1))
 
     def _key(self, stage: str, before: str) -> str:
+        parts = [STATE_FORMAT, stage, before, self._matters(stage)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def _matters(self, stage: str) -> dict[str, Any]:
+        """What a stage's result depends on, beside the stages before it."""
         recipe = self.recipe.model_dump(mode="json")
-        parts: dict[str, Any] = {name: recipe[name] for name in SECTIONS[stage]}
+        data, held = recipe["data"] or {}, recipe["eval"]
         if stage == "trace":
-            parts["size"] = self.recipe.data.size if self.recipe.data else None
-            parts["weights"] = self._weights_digest if self.recipe.model.checkpoint is not None else None
-        return hashlib.sha256(json.dumps([__version__, stage, before, parts]).encode()).hexdigest()
+            weights = self._weights_digest if self.recipe.model.checkpoint is not None else None
+            return {"model": recipe["model"], "size": data.get("size"), "weights": weights}
+        if stage == "score":
+            sources = [source for source in (data.get("images"), held["images"]) if source]
+            return {
+                "images": [(source, source_state(source)) for source in sources],
+                "batch_size": data.get("batch_size"),
+                **{name: recipe[name] for name in ("score", "device", "seed")},
+            }
+        if stage == "recover":
+            tuning = recipe["recover"]["finetune"]
+            labels = data.get("labels") if tuning and tuning["label_weight"] else None
+            return {"recover": recipe["recover"], "labels": labels}
+        if stage == "eval":
+            return {"labels": [data.get("labels"), held["labels"]], "samples": held["samples"]}
+        return {"budget": recipe["budget"]} if stage == "plan" else {}
 
     @cached_property
     def _weights_digest(self) -> str:
@@ -206,6 +222,11 @@ class Run:
             if not len(measured):
                 raise DataError(f"{data.images} holds a single image; one to score on and one to measure on are needed")
         else:
+            if overlap(data.images, held.images):
+                raise DataError(
+                    f"eval.images={held.images} and data.images={data.images} share images; give other ones, or leave "
+                    "eval.images out to measure on the odd positions"
+                )
             scored = open_pool(data.images, self.dense, size=data.size, labels=data.labels)
             measured = open_pool(held.images, self.dense, size=data.size, labels=held.labels)
         return _Images(scored, measured.sample(held.samples, self.recipe.seed))
@@ -354,6 +375,15 @@ def _one_line(told: dict[str, Any]) -> str:
         return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
     return "; ".join(f"{key.replace('_', ' ')} {short(value)}" for key, value in told.items())
+
+
+def branch(source: Path, folder: Path) -> None:
+    """Take graph, scores and plan of a run along into a new folder, to go on from there with other settings."""
+    if folder.resolve() == source.resolve() or (folder.is_dir() and any(folder.iterdir())):
+        return
+    for name in (RECIPE, STATE, *(PRODUCTS[stage] for stage in ("trace", "score", "plan"))):
+        if (source / name).is_file():
+            write_bytes(folder / name, (source / name).read_bytes())
 
 
 def stored_recipe(folder: str | Path) -> Recipe | None:

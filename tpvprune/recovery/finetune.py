@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from tpvprune.batches import (
     device_of,
     evaluation_mode,
     inputs_of,
+    is_classifier,
     labels_of,
     length_of,
     repeatable,
@@ -113,12 +115,7 @@ def finetune(
     for parameter in student.parameters():
         parameter.requires_grad_(True)
     device = device_of(student)
-    accelerator = Accelerator(
-        mixed_precision=settings.precision,
-        gradient_accumulation_steps=settings.accumulate,
-        cpu=device.type == "cpu",
-        device_placement=False,
-    )
+    accelerator = _accelerator(settings.precision, device)
     try:
         optimizer = create_optimizer_v2(
             student, opt=settings.optimizer, lr=settings.lr, weight_decay=settings.weight_decay
@@ -143,21 +140,19 @@ def finetune(
         for epoch in range(settings.epochs):
             _train_mode(student, settings.norms)
             total = torch.zeros((), device=device)
-            for batch in batches:
+            for number, batch in enumerate(batches):
+                window = min(settings.accumulate, per_epoch - number // settings.accumulate * settings.accumulate)
                 inputs = inputs_of(batch).to(device)
                 with torch.no_grad():
                     wanted = single_tensor(teacher(inputs), teacher)
-                with accelerator.accumulate(wrapped):
-                    output = single_tensor(wrapped(inputs), student)
-                    loss = _loss(output, wanted, batch, settings)
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip)
+                loss = _loss(single_tensor(wrapped(inputs), student), wanted, batch, settings)
+                accelerator.backward(loss / window)
+                if (number + 1) % settings.accumulate == 0 or number + 1 == per_epoch:
+                    accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip)
                     stepper.step()
                     stepper.zero_grad()
-                    if accelerator.sync_gradients:
-                        update += 1
-                        schedule.step_update(update)
+                    update += 1
+                    schedule.step_update(update)
                 total += loss.detach()
                 done += 1
                 if progress:
@@ -167,12 +162,29 @@ def finetune(
                 raise NonFiniteError(f"finetune: the loss is {mean} in epoch {epoch + 1}; lower lr={settings.lr:g}")
             if log:
                 log({"epoch": epoch + 1, "loss": mean, "lr": optimizer.param_groups[0]["lr"]})
+    student = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    for name in ("forward", "_original_forward"):  # what the precision wrapper left on the instance
+        if name not in model.__dict__:
+            student.__dict__.pop(name, None)
     student.zero_grad(set_to_none=True)
     for mine, original in zip(student.parameters(), model.parameters(), strict=True):
         mine.requires_grad_(original.requires_grad)
     for module, old in zip(student.modules(), model.modules(), strict=True):
         module.training = old.training
     return student
+
+
+def _accelerator(precision: str, device: torch.device) -> Accelerator:
+    """A fresh Accelerator: its shared state remembers the precision and device of an earlier one.
+
+    Raises:
+        InputError: the device does not do this precision.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        return Accelerator(mixed_precision=precision, cpu=device.type == "cpu", device_placement=False)
+    except ValueError as error:
+        raise InputError(f"finetune: precision={precision!r} cannot be used on {device.type}: {error}") from error
 
 
 def _train_mode(model: nn.Module, norms: str) -> None:
@@ -184,11 +196,13 @@ def _train_mode(model: nn.Module, norms: str) -> None:
 
 
 def _loss(output: Tensor, wanted: Tensor, batch: Batch, settings: Finetune) -> Tensor:
-    """Mean KL from the teacher at the temperature, times its square; mixed with cross-entropy if asked."""
-    softened = F.log_softmax(output.float() / settings.temperature, dim=-1)
-    target = F.log_softmax(wanted.float() / settings.temperature, dim=-1)
-    rows = max(1, output.shape[:-1].numel())
-    distance = F.kl_div(softened, target, reduction="sum", log_target=True) / rows * settings.temperature**2
+    """Mean KL from the teacher at the temperature, times its square (squared distance where outputs are no logits)."""
+    if is_classifier(output):
+        softened = F.log_softmax(output.float() / settings.temperature, dim=1)
+        target = F.log_softmax(wanted.float() / settings.temperature, dim=1)
+        distance = F.kl_div(softened, target, reduction="batchmean", log_target=True) * settings.temperature**2
+    else:
+        distance = F.mse_loss(output.float(), wanted.float())
     if settings.label_weight == 0:
         return distance
     labels = labels_of(batch)

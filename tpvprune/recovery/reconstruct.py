@@ -27,6 +27,7 @@ from tpvprune.plan import Plan, plan_of
 from tpvprune.recovery.lockstep import strands
 
 logger = logging.getLogger(__name__)
+MOST_STRANDS = 16
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def reconstruct(
     wrong = next((n for n in plan.graph.parameters if dense.get(n) != plan.graph.shapes[n]), None)
     if wrong is not None:
         raise PlanError(f"the teacher is not the dense original: {wrong!r} is {dense.get(wrong)} there")
-    inputs = list(model_inputs(model, batches, "reconstruct", None))
+    inputs = _merged(list(model_inputs(model, batches, "reconstruct", None)))
     small = copy.deepcopy(model)
     with evaluation_mode(small, teacher):
         layers, followers = _order(small, inputs[0], _consumers(small, plan))
@@ -96,6 +97,14 @@ def reconstruct(
     return small
 
 
+def _merged(inputs: list[Tensor]) -> list[Tensor]:
+    """The same samples in at most `MOST_STRANDS` batches: each takes a thread per network."""
+    if len(inputs) <= MOST_STRANDS or len({(t.shape[1:], t.dtype) for t in inputs}) > 1:
+        return inputs
+    size = math.ceil(len(inputs) / MOST_STRANDS)
+    return [torch.cat(inputs[i : i + size]) for i in range(0, len(inputs), size)]
+
+
 def _consumers(model: nn.Module, plan: Plan) -> list[str]:
     """Layers that read units of which some have left and whose refit is linear least squares."""
     pruned = [plan.graph[name] for name, keep in plan.keep.items() if not bool(keep.all())]
@@ -107,21 +116,22 @@ def _consumers(model: nn.Module, plan: Plan) -> list[str]:
 def _order(model: nn.Module, inputs: Tensor, layers: list[str]) -> tuple[list[str], dict[str, str]]:
     """The layers in execution order, and for each the batch norm that reads its output directly."""
     calls: dict[str, int] = {}
-    made: dict[int, tuple[str, Tensor]] = {}
+    made: dict[int, tuple[str, Tensor, int]] = {}
     followers: dict[str, str] = {}
     handles = []
 
     def after(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             calls[name] = calls.get(name, 0) + 1
-            made[id(output)] = (name, output)
+            made[id(output)] = (name, output, output._version)
 
         return hook
 
     def before(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if args and id(args[0]) in made:
-                followers[made[id(args[0])][0]] = name
+            source = made.get(id(args[0])) if args else None
+            if source is not None and source[2] == args[0]._version:  # no in-place activation came between
+                followers[source[0]] = name
 
         return hook
 
@@ -153,6 +163,7 @@ class _Normal:
         self.dd = 0.0
 
     def add(self, x: Tensor, d: Tensor) -> None:
+        x, d = (t if t.dtype == torch.float64 else t.float() for t in (x, d))  # half precision would overflow
         self.rows += x.shape[1]
         self.xx = self.xx + (x.mT @ x).double()
         self.xd = self.xd + (x.mT @ d).double()

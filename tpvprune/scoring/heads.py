@@ -75,9 +75,9 @@ class Softmax:
 
     @staticmethod
     def _probabilities(output: Tensor) -> Tensor:
-        if output.ndim != 2:
+        if output.ndim != 2 or output.shape[1] < 2:
             raise ModelError(
-                f"the softmax head needs logits of shape (batch, classes), the model gives {tuple(output.shape)}; "
+                f"the softmax head needs logits of shape (batch, 2 classes or more), not {tuple(output.shape)}; "
                 "use head='logits' for other outputs"
             )
         wide = output if output.dtype == torch.float64 else output.float()

@@ -7,8 +7,10 @@ positions are for scoring and recovery, odd positions only for measuring.
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import os
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,10 +145,28 @@ def _collate(items: list[Any]) -> tuple[Tensor | None, Tensor, list[_Broken]]:
     return images, torch.tensor([label for _, label in good]), broken
 
 
+def source_state(source: str | Path) -> str:
+    """Changes whenever an image is added, removed or rewritten; looks at names, sizes and times only."""
+    path = Path(source).expanduser()
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
+    lines = [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def overlap(one: str | Path, other: str | Path) -> bool:
+    """Whether two image sources are the same, or one lies within the other."""
+    if str(one) == str(other):
+        return True
+    a, b = Path(one).expanduser().resolve(), Path(other).expanduser().resolve()
+    return a == b or a in b.parents or b in a.parents
+
+
 def input_size(model: nn.Module, size: int | None = None) -> tuple[int, int, int]:
     """`(channels, height, width)` a model expects, with height and width replaced by `size` if given."""
     config = getattr(model, "pretrained_cfg", None) or {}
-    channels = next((p.shape[1] for p in model.parameters() if p.ndim == 4), config.get("input_size", (3,))[0])
+    channels = next(
+        (m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), config.get("input_size", (3,))[0]
+    )
     embed = getattr(getattr(model, "patch_embed", None), "img_size", None)
     height, width = config.get("input_size", (3, 224, 224))[1:]
     if embed is not None:
@@ -211,7 +231,7 @@ def _arrays(path: Path, channels: int) -> Pool:
         loaded = np.load(path, allow_pickle=False)
         images = loaded if isinstance(loaded, np.ndarray) else loaded["x"]
         labels = None if isinstance(loaded, np.ndarray) or "y" not in loaded else loaded["y"].tolist()
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{path} cannot be read as arrays ({error}); save preprocessed images as x (and labels as y)"
         ) from error
@@ -220,6 +240,8 @@ def _arrays(path: Path, channels: int) -> Pool:
             f"{path}: x is {images.dtype} {images.shape}; it must be preprocessed floats of shape "
             f"(images, {channels}, height, width)"
         )
+    if labels is not None and len(labels) != len(images):
+        raise DataError(f"{path}: y holds {len(labels)} labels for {len(images)} images")
     return Pool(str(path), _shifting(torch.from_numpy(images).float()), list(map(str, range(len(images)))), labels)
 
 

@@ -22,6 +22,7 @@ from tpvprune.errors import CheckpointError, ModelError
 from tpvprune.zoo.cifar import CIFAR_RESNETS, CifarResNet
 
 BUILTIN = "builtin:"
+FORBIDDEN = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "scriptable"}
 _UNREADABLE = (
     SafetensorError,
     pickle.UnpicklingError,
@@ -51,6 +52,9 @@ def create_model(name: str, checkpoint: str | Path | None = None, args: Mapping[
         CheckpointError: the weights are missing, corrupt, of another shape, or need code execution.
     """
     args = dict(args or {})
+    refused = sorted(FORBIDDEN.intersection(args))
+    if refused:
+        raise ModelError(f"model argument {refused[0]!r} is not taken; give weights as the checkpoint")
     try:
         if name in CIFAR_RESNETS:
             model: nn.Module = CifarResNet(CIFAR_RESNETS[name], **args)
@@ -100,6 +104,11 @@ def source_of(model: nn.Module) -> dict[str, Any] | None:
     if getattr(model, "num_classes", config.get("num_classes")) != config.get("num_classes"):  # type: ignore[union-attr]
         args["num_classes"] = model.num_classes
     return {"timm": architecture, "args": args}
+
+
+def was_recorded(model: nn.Module) -> bool:
+    """Whether `source_of` is what the model was built with, and not a guess from what timm remembers."""
+    return isinstance(model.__dict__.get(_SOURCE), dict)
 
 
 def build_source(source: Mapping[str, Any]) -> nn.Module:
