@@ -13,6 +13,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -113,22 +114,35 @@ def _as_arguments(example: Any, device: torch.device) -> tuple[tuple[Any, ...], 
     )
 
 
-class _Bounded(list[Any]):
-    """Index mappings that stop a walk in which indices multiply: around a cycle of reshapes it would not end.
+@dataclass
+class _Limits:
+    """How far the walk for one root may go before its channels count as beyond following.
 
-    No more entries belong to a group than the widest activation of one example has.
+    Attributes:
+        entries: no more belong to a group than the widest activation of one example has.
+        work: entries mapped on the way; DenseNet-121, whose channels are joined most often, takes 17,408 a root.
+        done: entries mapped in the current walk.
     """
 
-    def __init__(self, mappings: list[Any], most: int) -> None:
+    entries: int
+    work: int = 2_000_000
+    done: int = 0
+
+
+class _Bounded(list[Any]):
+    """Index mappings that stop a walk which goes around in circles, or in which indices multiply."""
+
+    def __init__(self, mappings: list[Any], limits: _Limits) -> None:
         super().__init__(mappings)
-        self.most = most
+        self.limits = limits
 
     def __iter__(self) -> Iterator[Any]:
         return (mapping and partial(self._checked, mapping) for mapping in super().__iter__())
 
     def _checked(self, mapping: Any, entries: Any) -> Any:
         mapped = mapping(entries)
-        if len(mapped) > self.most:
+        self.limits.done += len(mapped)
+        if len(mapped) > self.limits.entries or self.limits.done > self.limits.work:
             raise OverflowError("indices multiply")
         return mapped
 
@@ -147,7 +161,6 @@ class _Walker:
         cut: list[Tensor] = []
         self.inputs: list[nn.Parameter] = []
         self.output_nodes: set[Any] = set()
-        self.output_ids: set[int] = set()
         args = tuple(self._as_parameter(a) for a in args)
         kwargs = {key: self._as_parameter(value) for key, value in kwargs.items()}
 
@@ -181,9 +194,10 @@ class _Walker:
         finally:
             for block in blocks:
                 del block.module.forward
+        self.limits = _Limits(widest)
         for node in self.graph.module2node.values():
             for dependency in node.dependencies:
-                dependency.index_mapping = _Bounded(dependency.index_mapping, widest)
+                dependency.index_mapping = _Bounded(dependency.index_mapping, self.limits)
 
     def _as_parameter(self, value: Any) -> Any:
         """A floating input as a leaf the walker recognises, so that channels tied to the input are seen."""
@@ -201,6 +215,7 @@ class _Walker:
         """(module or parameter, "in" or "out", its entries, the root's units they belong to)."""
         pruner = self.graph.get_pruner_of_module(root)
         width = pruner.get_out_channels(root)
+        self.limits.done = 0
         group = self.graph.get_pruning_group(root, pruner.prune_out_channels, list(range(width)))
         return [
             (
