@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tpvprune as tp
 from tests.helpers import NAMES, assert_same_state, built, plan_without, random_gone
-from tpvprune.planning.graph import _Bounded
+from tpvprune.planning.graph import _Bounded, _Limits
 
 MUST_TRACE = {"test_resnet", "test_efficientnet", "test_vit", "test_byobnet"}
 RUNAWAY = {"test_maxvit": "the dependency graph walks its partitions for minutes"}
@@ -168,11 +168,18 @@ def test_a_parameter_may_be_handed_to_a_module() -> None:
 
 
 def test_a_walk_in_which_indices_multiply_is_stopped() -> None:
-    none, doubles = _Bounded([None, lambda entries: entries * 2], most=4)
+    none, doubles = _Bounded([None, lambda entries: entries * 2], _Limits(entries=4))
     assert none is None
     assert doubles([1, 2]) == [1, 2, 1, 2]
     with pytest.raises(OverflowError):
         doubles([1, 2, 3])
+
+
+def test_a_walk_that_goes_in_circles_is_stopped() -> None:
+    (same,) = _Bounded([lambda entries: entries], _Limits(entries=4, work=5))
+    assert same([1, 2]) == same([1, 2]) == [1, 2]
+    with pytest.raises(OverflowError):
+        same([1, 2])
 
 
 class TwoInputs(nn.Module):
