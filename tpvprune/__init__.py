@@ -18,43 +18,71 @@ from tpvprune.pipeline import Pruned, prune
 from tpvprune.plan import Plan
 from tpvprune.planning.allocate import allocate
 from tpvprune.planning.graph import trace
+from tpvprune.planning.weights import weight_graph
 from tpvprune.recovery.batchnorm import reestimate_batchnorm
 from tpvprune.recovery.finetune import Finetune, finetune
 from tpvprune.recovery.reconstruct import Reconstruct, reconstruct
 from tpvprune.recovery.recover import recover
-from tpvprune.scores import Scores
+from tpvprune.scores import Scores, Sensitivities, Settled
 from tpvprune.scoring.criteria import TPV, score
-from tpvprune.scoring.heads import Logits, Softmax
+from tpvprune.scoring.heads import Cosine, Function, Logits, Margin, Probabilities, Several, Softmax
+from tpvprune.scoring.losses import JBR, Fisher, Jacobian, Taylor
+from tpvprune.scoring.magnitude import FPGM, L1, L2, LAMP, WHC, BNScale, Random
+from tpvprune.scoring.perturb import Isotropic, Removal, Rounding
+from tpvprune.scoring.statistics import Variance, Wanda
 from tpvprune.surgery.masking import mask
 from tpvprune.surgery.removal import apply
 from tpvprune.types import Graph, Group, Measure, Member, Report
 from tpvprune.version import __version__
 
 __all__ = [
+    "FPGM",
+    "JBR",
+    "L1",
+    "L2",
+    "LAMP",
     "TPV",
+    "WHC",
+    "BNScale",
     "Budget",
     "BudgetError",
     "CheckpointError",
+    "Cosine",
     "DataError",
     "Finetune",
+    "Fisher",
+    "Function",
     "Graph",
     "Group",
     "InputError",
     "InternalError",
+    "Isotropic",
+    "Jacobian",
     "Logits",
+    "Margin",
     "Measure",
     "Member",
     "ModelError",
     "NonFiniteError",
     "Plan",
     "PlanError",
+    "Probabilities",
     "Pruned",
+    "Random",
     "RecipeError",
     "Reconstruct",
+    "Removal",
     "Report",
+    "Rounding",
     "Scores",
+    "Sensitivities",
+    "Settled",
+    "Several",
     "Softmax",
+    "Taylor",
     "TpvpruneError",
+    "Variance",
+    "Wanda",
     "__version__",
     "allocate",
     "apply",
@@ -68,4 +96,5 @@ __all__ = [
     "save",
     "score",
     "trace",
+    "weight_graph",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,9 @@ from tpvprune.errors import DataError, ModelError, NonFiniteError
 Batch = Any
 Progress = Callable[[str, int, "int | None"], None]
 """Called as `progress(stage, done, total)`; total is None where it is not known."""
+Selector = str | int | Callable[[Any], Any] | None
+"""Which part of what a model returns is meant: a key, attribute or index (`"a.b.0"`), or a function of it."""
+Outputs = Tensor | dict[str, Tensor]
 
 
 def inputs_of(batch: Batch, key: str | None = None) -> Tensor:
@@ -85,9 +89,16 @@ def model_inputs(
     Raises:
         DataError: there is no batch.
     """
+    return (inputs for inputs, _ in model_batches(model, batches, stage, progress, key))
+
+
+def model_batches(
+    model: nn.Module, batches: Iterable[Batch], stage: str, progress: Progress | None = None, key: str | None = None
+) -> Iterator[tuple[Tensor, Batch]]:
+    """`model_inputs`, each with the batch it came from."""
     device, total, count = device_of(model), length_of(batches), 0
     for batch in batches:
-        yield inputs_of(batch, key).to(device, non_blocking=True)
+        yield inputs_of(batch, key).to(device, non_blocking=True), batch
         count += 1
         if progress:
             progress(stage, count, total)
@@ -95,18 +106,76 @@ def model_inputs(
         raise DataError(f"{stage}: there is no batch; give at least one")
 
 
-def single_tensor(output: Any, model: nn.Module) -> Tensor:
-    """The model's output if it is one floating tensor.
+def select_output(output: Any, select: Selector, model: nn.Module) -> Outputs:
+    """The part of a model's output that counts: one floating tensor, or several by name.
+
+    Args:
+        output: what `model` returned.
+        select: a key, attribute or index, dotted for more than one step; a function of the output; None for
+            all of it.
+        model: named in errors.
+
+    Raises:
+        ModelError: there is no such part, or it is no floating tensor (nor a dict of them) with the batch first.
+    """
+    found = output
+    if callable(select):
+        found = select(output)
+    elif select is not None:
+        for part in str(select).split("."):
+            try:
+                found = _part(found, part)
+            except (KeyError, IndexError, AttributeError, TypeError):
+                raise ModelError(
+                    f"{type(model).__name__} returns {_describe(found)}, in which output={select!r} finds no {part!r}"
+                ) from None
+    if isinstance(found, Mapping) and found and all(map(_is_output, found.values())):
+        return {str(key): value for key, value in found.items()}
+    if not _is_output(found):
+        raise ModelError(
+            f"{type(model).__name__} returns {_describe(found)}, not one floating tensor with the batch first; name "
+            "the part that counts with output='key', output=0 or a function, or wrap the model in a module that "
+            "returns it"
+        )
+    return found
+
+
+def single_tensor(output: Any, model: nn.Module, select: Selector = None) -> Tensor:
+    """`select_output` where one tensor is needed.
 
     Raises:
         ModelError: it is anything else.
     """
-    if isinstance(output, Tensor) and output.is_floating_point() and output.ndim > 0:
-        return output
-    raise ModelError(
-        f"{type(model).__name__} returns a {type(output).__name__}, not one floating tensor with the batch first; "
-        "wrap it in a module whose forward returns the tensor to keep"
-    )
+    found = select_output(output, select, model)
+    if isinstance(found, dict):
+        raise ModelError(
+            f"{type(model).__name__} returns {_describe(found)}; name the one that counts with output='key'"
+        )
+    return found
+
+
+def _part(value: Any, part: str) -> Any:
+    if isinstance(value, Mapping):
+        return value[part] if part in value else value[int(part)]
+    if part.lstrip("-").isdigit() and isinstance(value, Sequence):
+        return value[int(part)]
+    return getattr(value, part)
+
+
+def _is_output(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 0
+
+
+def _describe(value: Any) -> str:
+    """What a value is, with the names of its parts."""
+    kind = f"a {type(value).__name__}"
+    if isinstance(value, Mapping):
+        return f"{kind} with {', '.join(map(repr, value)) or 'nothing in it'}"
+    if dataclasses.is_dataclass(value):
+        return f"{kind} with {', '.join(repr(f.name) for f in dataclasses.fields(value))}"
+    if isinstance(value, (list, tuple)):
+        return f"{kind} of {len(value)}"
+    return f"{kind} of {value.dtype} and shape {tuple(value.shape)}" if isinstance(value, Tensor) else kind
 
 
 @contextmanager
@@ -127,19 +196,30 @@ def is_classifier(output: Tensor) -> bool:
     return output.ndim == 2 and output.shape[1] > 1
 
 
-def finite_output(model: nn.Module, inputs: Tensor) -> Tensor:
+def finite_output(model: nn.Module, inputs: Tensor, select: Selector = None) -> Tensor:
     """One forward pass, `(batch, ...)`.
 
     Raises:
         ModelError: the output is not one tensor with a row a sample.
         NonFiniteError: it holds NaN or infinity; names the first module that made them.
     """
-    output = single_tensor(model(inputs), model)
-    if output.shape[0] != inputs.shape[0]:
-        raise ModelError(f"the model gives {output.shape[0]} outputs for {inputs.shape[0]} inputs")
-    if not bool(torch.isfinite(output).all()):
-        raise NonFiniteError(_first_nonfinite(model, inputs))
-    return output
+    return single_tensor(finite_outputs(model, inputs, select), model)
+
+
+def finite_outputs(model: nn.Module, inputs: Tensor, select: Selector = None) -> Outputs:
+    """One forward pass: a tensor `(batch, ...)`, or several by name.
+
+    Raises:
+        ModelError: an output has not a row a sample, or is no tensor.
+        NonFiniteError: one holds NaN or infinity; names the first module that made them.
+    """
+    outputs = select_output(model(inputs), select, model)
+    for output in outputs.values() if isinstance(outputs, dict) else (outputs,):
+        if output.shape[0] != inputs.shape[0]:
+            raise ModelError(f"the model gives {output.shape[0]} outputs for {inputs.shape[0]} inputs")
+        if not bool(torch.isfinite(output).all()):
+            raise NonFiniteError(_first_nonfinite(model, inputs))
+    return outputs
 
 
 def _first_nonfinite(model: nn.Module, inputs: Tensor) -> str:

@@ -10,6 +10,7 @@ from typing import Literal
 from tpvprune.errors import BudgetError, InputError
 from tpvprune.types import Graph
 
+QUANTITIES: tuple[Literal["macs", "params", "units"], ...] = ("macs", "params", "units")
 _SUFFIXES = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 
@@ -42,11 +43,13 @@ def parse_amount(value: float | str, what: str) -> float:
 class Budget:
     """An upper bound on what the pruned model may cost, and what the planner must leave alone.
 
-    Give exactly one of `macs` and `params`.
+    Give exactly one of `macs`, `params` and `units`.
 
     Attributes:
         macs: multiply-adds per example; a fraction of the dense model's (0.5, "50%") or absolute ("1.2G").
         params: parameters, written the same way.
+        units: channels and heads of all groups together, written the same way. They differ in what they cost:
+            it is there to compare criteria as the literature does.
         min_keep: least share of every group's units that stays.
         round_to: kept widths are multiples of this many channels. None: 8 where a group has at least
             64 channels, less in narrower ones, so that each has eight widths to choose from.
@@ -59,16 +62,17 @@ class Budget:
 
     macs: float | str | None = None
     params: float | str | None = None
+    units: float | str | None = None
     min_keep: float = 0.1
     round_to: int | None = None
     protect: tuple[str, ...] = ()
     per_group: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        given = [name for name in ("macs", "params") if getattr(self, name) is not None]
+        given = [name for name in QUANTITIES if getattr(self, name) is not None]
         if len(given) != 1:
             raise BudgetError(
-                f"a budget bounds one of macs and params, not {' and '.join(given) or 'nothing'}; "
+                f"a budget bounds one of macs, params and units, not {' and '.join(given) or 'nothing'}; "
                 "give one and leave the other out (null)"
             )
         parse_amount(getattr(self, given[0]), given[0])
@@ -82,12 +86,12 @@ class Budget:
         object.__setattr__(self, "protect", tuple(self.protect))
 
     @property
-    def quantity(self) -> Literal["macs", "params"]:
+    def quantity(self) -> Literal["macs", "params", "units"]:
         """What is bounded."""
-        return "macs" if self.macs is not None else "params"
+        return next(name for name in QUANTITIES if getattr(self, name) is not None)
 
     def bound(self, graph: Graph) -> int:
         """The bound in absolute numbers for this graph."""
         amount = parse_amount(getattr(self, self.quantity), self.quantity)
-        dense = graph.macs() if self.quantity == "macs" else graph.params()
+        dense = graph.cost(self.quantity)
         return math.floor(amount * dense + 1e-9 * dense) if amount <= 1 else math.floor(amount)

@@ -19,7 +19,7 @@ from tpvprune.recovery.finetune import Finetune
 from tpvprune.recovery.reconstruct import Reconstruct
 from tpvprune.recovery.recover import CLOSED_FORM, recover
 from tpvprune.scores import Scores
-from tpvprune.scoring.criteria import TPV, Criterion, score
+from tpvprune.scoring.criteria import TPV, Criterion, predicted_kl, score
 from tpvprune.surgery.removal import apply
 from tpvprune.types import Report
 
@@ -102,7 +102,7 @@ def prune(
         )
         clock = timed("recover", clock)
     measured = batches if held_out is None else held_out
-    predicted = criterion.drift(model, measured, plan)[0] / 2 if isinstance(criterion, TPV) else None
+    predicted = predicted_kl(criterion, model, measured, plan)
     report = reporting.build(
         dense=model,
         pruned=cut,
@@ -110,7 +110,7 @@ def prune(
         plan=plan,
         budget=budget,
         batches=measured,
-        predicted=predicted if getattr(criterion, "head", None) == "softmax" else None,
+        predicted=predicted,
         seconds=seconds,
         data={"scored": scores.samples, "measured_on": "scoring batches" if held_out is None else "held-out batches"},
         progress=progress,

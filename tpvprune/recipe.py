@@ -22,19 +22,21 @@ from tpvprune.errors import InputError, RecipeError
 from tpvprune.files import read_text
 from tpvprune.recovery.finetune import Finetune
 from tpvprune.recovery.reconstruct import Reconstruct
-from tpvprune.scoring.criteria import TPV
+from tpvprune.scoring.criteria import TPV, Criterion
+from tpvprune.scoring.heads import HEADS
+from tpvprune.scoring.registry import CRITERIA, criterion_named
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-def _section_of(settings: type, name: str, /, **more: Any) -> Any:
-    """A strict recipe section with a settings dataclass's own fields and defaults, and `more` of its own."""
+def _section_of(settings: type, name: str, /, without: Sequence[str] = (), **more: Any) -> Any:
+    """A strict recipe section with a settings dataclass's fields and defaults but for some, and `more` of its own."""
     hints = get_type_hints(settings)
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(settings):
-        if field.name in more:
+        if field.name in more or field.name in without:
             continue
         fields[field.name] = (hints[field.name], field.default)
     return create_model(name, __base__=_Strict, **fields, **more)
@@ -69,8 +71,10 @@ class EvalSection(_Strict):
 ScoreSection: Any = _section_of(
     TPV,
     "ScoreSection",
-    criterion=(Literal["tpv"], "tpv"),
-    head=(Literal["softmax", "logits"], "softmax"),
+    without=("reference", "perturbation"),  # the one is an object, the other no ranking to prune by
+    criterion=(Literal[tuple(CRITERIA)], "tpv"),
+    head=(Literal[tuple(sorted(HEADS))], "softmax"),
+    output=(str | int | None, None),
     samples=(int | None, Field(default=1280, ge=1)),
 )
 BudgetSection: Any = _section_of(
@@ -78,6 +82,7 @@ BudgetSection: Any = _section_of(
     "BudgetSection",
     macs=(float | str | None, None),
     params=(float | str | None, None),
+    units=(float | str | None, None),
     per_group=(dict[str, float], Field(default_factory=dict)),
 )
 ReconstructSection: Any = _section_of(
@@ -114,9 +119,16 @@ class Recipe(_Strict):
     device: str = "auto"
     seed: int = 0
 
-    def criterion(self) -> TPV:
-        """How to score."""
-        return _settings(TPV, self.score, "score")
+    def criterion(self) -> Criterion:
+        """How to score: the settings that the criterion has, and no other that was written down."""
+        section = self.score
+        own = {name for name in _fields_of(CRITERIA[section.criterion]) if hasattr(section, name)}
+        written = section.model_fields_set - {"criterion", "samples"}
+        extra = {name for name in written - own if getattr(section, name) != ScoreSection.model_fields[name].default}
+        try:
+            return criterion_named(section.criterion, {name: getattr(section, name) for name in own | extra})
+        except InputError as error:
+            raise RecipeError(f"score: {error}") from error
 
     def limits(self) -> Budget:
         """What the result may cost."""
@@ -143,6 +155,10 @@ class Suite(_Strict):
     name: str
     description: str = ""
     runs: tuple[str, ...] = Field(min_length=1)
+
+
+def _fields_of(kind: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
 
 
 def _settings(kind: type, section: Any, where: str) -> Any:

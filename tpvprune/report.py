@@ -187,8 +187,7 @@ def build(
     costs = {"before": (graph.params(), graph.macs()), "pruned": (plan.params, plan.macs)}
     measures = {name: Measure(*costs.get(name, costs["pruned"]), milliseconds[name], metrics[name]) for name in models}
     quantity = budget.quantity
-    whole = graph.macs() if quantity == "macs" else graph.params()
-    got = plan.macs if quantity == "macs" else plan.params
+    got = graph.cost(quantity, plan.keep)
     drift = {
         "predicted_kl": predicted,
         "pruned_kl": metrics["pruned"].get("kl"),
@@ -198,7 +197,7 @@ def build(
     }
     return Report(
         asked={"quantity": quantity, "as_written": getattr(budget, quantity), "at_most": budget.bound(graph)},
-        got={"quantity": quantity, "value": got, "share": got / whole},
+        got={"quantity": quantity, "value": got, "share": got / graph.cost(quantity)},
         before=measures["before"],
         pruned=measures["pruned"],
         recovered=measures.get("recovered"),

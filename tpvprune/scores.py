@@ -3,20 +3,169 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, isfinite
+from torch import Tensor
 
-from tpvprune.errors import PlanError
+from tpvprune.errors import InputError, PlanError
 from tpvprune.files import write_bytes
 from tpvprune.types import check_format
 
-SCORES_FORMAT = 1
+SCORES_FORMAT = 2
+EVEN, ODD, SQUARES, CROSS = range(4)
+
+
+@dataclass(frozen=True, eq=False)
+class Tally:
+    """Running sums that scores are made of, so that more batches can be added to them.
+
+    A row is one independent estimate: of one sample, or of a batch whose samples cannot be told apart. Row `r`
+    stands for `x_r` samples and adds `y_r = x_r * value_r`.
+
+    Attributes:
+        sums: per key `(4, entries)`: `sum y` of the even rows, of the odd rows, `sum y^2`, `sum x y`.
+        samples: `sum x` of the even and of the odd rows.
+        squares: `sum x^2`.
+        rows: how many rows.
+        batches: how many batches they came from.
+    """
+
+    sums: Mapping[str, Tensor] = field(default_factory=dict)
+    samples: tuple[int, int] = (0, 0)
+    squares: int = 0
+    rows: int = 0
+    batches: int = 0
+
+    @classmethod
+    def of_rows(cls, values: Mapping[str, Tensor], stands_for: int = 1) -> Tally:
+        """The tally of one batch.
+
+        Args:
+            values: `(rows, entries)` per key.
+            stands_for: samples each row stands for.
+        """
+        sums, rows = {}, 0
+        for key, value in values.items():
+            rows, y = len(value), value * stands_for
+            total = y.sum(0)
+            even = y[::2].sum(0)
+            sums[key] = torch.stack([even, total - even, y.square().sum(0), total * stands_for]).cpu()
+        even_rows = (rows + 1) // 2
+        return cls(sums, (even_rows * stands_for, (rows - even_rows) * stands_for), rows * stands_for**2, rows, 1)
+
+    def __add__(self, other: Tally) -> Tally:
+        """Both together; the rows of `other` are counted on from where this one ends."""
+        if not self.rows:
+            return replace(other, batches=self.batches + other.batches)
+        if other.rows and set(self.sums) != set(other.sums):
+            raise PlanError("tallies of different units cannot be added")
+        turned = self.rows % 2 == 1
+        sums = {}
+        for key, mine in self.sums.items():
+            theirs = other.sums[key] if other.rows else torch.zeros_like(mine)
+            sums[key] = mine + (theirs[[ODD, EVEN, SQUARES, CROSS]] if turned else theirs)
+        even, odd = other.samples[::-1] if turned else other.samples
+        return Tally(
+            sums,
+            (self.samples[0] + even, self.samples[1] + odd),
+            self.squares + other.squares,
+            self.rows + other.rows,
+            self.batches + other.batches,
+        )
+
+    @property
+    def total(self) -> int:
+        """Samples in all."""
+        return sum(self.samples)
+
+    def means(self) -> dict[str, Tensor]:
+        """Mean per sample, `(entries,)` per key."""
+        return {key: (s[EVEN] + s[ODD]) / self.total for key, s in self.sums.items()}
+
+    def halves(self) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+        """The means of the even and of the odd rows; None where one of them is empty."""
+        if not min(self.samples):
+            return None
+        return (
+            {key: s[EVEN] / self.samples[0] for key, s in self.sums.items()},
+            {key: s[ODD] / self.samples[1] for key, s in self.sums.items()},
+        )
+
+    def stderr(self) -> dict[str, Tensor] | None:
+        """Standard error of the means; None with fewer than two rows."""
+        if self.rows < 2:
+            return None
+        out = {}
+        for key, mean in self.means().items():
+            s = self.sums[key]
+            spread = (s[SQUARES] - 2 * mean * s[CROSS] + mean.square() * self.squares).clamp(min=0)
+            out[key] = (spread * (self.rows / (self.rows - 1))).sqrt() / self.total
+        return out
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the sums."""
+        return {
+            "samples": list(self.samples),
+            "squares": self.squares,
+            "rows": self.rows,
+            "batches": self.batches,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Sensitivities:
+    """What removing units does to the outputs, sample by sample, so that whole plans can be judged.
+
+    With `S` the units removed, the outputs' drift from the reference is predicted to grow by
+    `mean over samples of sum over its rows of (sum over S of rows)^2, plus the sum over S of linear`
+    (design, "A plan is one perturbation").
+
+    Attributes:
+        groups: (id, units) of the columns, in order.
+        rows: `(rows, units of all groups)`: first-order effect of each unit on each cotangent of each sample.
+        linear: float64 `(units of all groups,)`: zero where the reference is the model itself.
+        samples: how many samples the rows are of.
+    """
+
+    groups: tuple[tuple[str, int], ...]
+    rows: Tensor
+    linear: Tensor
+    samples: int
+
+    def __post_init__(self) -> None:
+        units = sum(count for _, count in self.groups)
+        if self.rows.ndim != 2 or self.rows.shape[1] != units or self.linear.shape != (units,):
+            raise PlanError(f"sensitivities need {units} columns, one a unit; score again")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Half-precision rows, each column scaled to at most one, and what undoes it."""
+        scale = self.rows.float().abs().amax(0).clamp(min=1e-30)
+        return {
+            "rows": (self.rows.float() / scale).half().contiguous(),
+            "scale": scale,
+            "linear": self.linear.contiguous(),
+        }
+
+    def drift(self, keep: Mapping[str, Tensor]) -> tuple[float, float]:
+        """TPV of a plan (growth of the drift, if a reference was given), and its standard error.
+
+        Args:
+            keep: bool mask `(units,)` per group id; a group that is missing stays whole.
+        """
+        gone = torch.cat(
+            [~keep[name] if name in keep else torch.zeros(units, dtype=torch.bool) for name, units in self.groups]
+        )
+        moved = self.rows[:, gone].double().sum(1).square().reshape(self.samples, -1).sum(1)
+        error = float(moved.std() / math.sqrt(self.samples)) if self.samples > 1 else math.nan
+        return float(moved.mean() + self.linear[gone].sum()), error
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,13 +173,18 @@ class Scores:
     """Importance of every unit: what the outputs are predicted to move when it alone is removed.
 
     Attributes:
-        values: float64 `(units,)` per group. For `TPV` with the softmax head, half of a value is nats of KL.
+        values: float64 `(units,)` per group (of weights: of the model's type). For `TPV` with the softmax head,
+            half of a value is nats of KL.
         stderr: standard error of each value, same shapes; None where the criterion has none.
         criterion: how they were made, in words.
         samples: examples seen.
         probes: cotangents per example; "exact" if the sum over outputs was taken.
         seed: seed of the probes.
         model_id: fingerprint of the model scored.
+        tally: the sums behind them, where the criterion is a sum over batches.
+        halves: the scores of the even and of the odd rows of the tally.
+        sensitivities: effects sample by sample, where they were asked for.
+        manifest: versions, digest of the data, and what else may be asked of the file later.
     """
 
     values: Mapping[str, Tensor]
@@ -40,18 +194,82 @@ class Scores:
     probes: int | str
     seed: int
     model_id: str
+    tally: Tally | None = None
+    halves: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None
+    sensitivities: Sensitivities | None = None
+    manifest: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, value in self.values.items():
-            if value.ndim != 1 or not bool(isfinite(value).all()):
+            if value.ndim != 1 or not bool(torch.isfinite(value).all()):
                 raise PlanError(f"scores of group {name!r} are not finite values of shape (units,)")
+
+    def summary(self, cut: float = 0.5, share: float = 0.01) -> dict[str, Any]:
+        """How sure the ranking is.
+
+        All units are ranked together by score, and the share `cut` of them with the largest is kept.
+
+        Args:
+            cut: share of the units that stays, in (0, 1).
+            share: expected share of units on the wrong side of the cut that counts as settled.
+
+        Returns:
+            `samples`; `relative_stderr`: median of standard error over score; `rank_correlation`: Spearman's, between
+            the scores of two halves of the samples; `wrong_side`: share of the units expected on the wrong side of
+            the cut; `settled`; `samples_to_settle`: estimated samples needed in all. None where it cannot be known.
+        """
+        if not 0 < cut < 1 or not 0 < share < 1:
+            raise InputError(f"cut={cut} and share={share} must lie between 0 and 1")
+        values = torch.cat([v.double() for v in self.values.values()]) if self.values else torch.zeros(0)
+        found: dict[str, Any] = {"samples": self.samples, "units": values.numel()}
+        found |= dict.fromkeys(
+            ("relative_stderr", "rank_correlation", "wrong_side", "settled", "samples_to_settle"), None
+        )
+        if self.halves is not None and values.numel() > 1:
+            one, other = (torch.cat([half[n].double() for n in self.values]) for half in self.halves)
+            found["rank_correlation"] = float(torch.corrcoef(torch.stack([_ranks(one), _ranks(other)]))[0, 1])
+        if self.stderr is None or values.numel() < 2:
+            return found
+        errors = torch.cat([self.stderr[n].double() for n in self.values])
+        known = values > 0
+        if bool(known.any()):
+            found["relative_stderr"] = float((errors[known] / values[known]).median())
+        found["wrong_side"] = _wrong_side(values, errors, cut)
+        found["settled"] = found["wrong_side"] <= share
+        found["samples_to_settle"] = self._to_settle(values, errors, cut, share)
+        return found
+
+    def _to_settle(self, values: Tensor, errors: Tensor, cut: float, share: float) -> int | None:
+        """Least number of samples at which errors, falling with its root, leave `share` on the wrong side."""
+        few, many = 1.0, 1e9
+        if _wrong_side(values, errors * math.sqrt(self.samples / many), cut) > share:
+            return None
+        while many / few > 1.01:
+            middle = math.sqrt(few * many)
+            if _wrong_side(values, errors * math.sqrt(self.samples / middle), cut) > share:
+                few = middle
+            else:
+                many = middle
+        return math.ceil(many)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the scores as safetensors, with how they were made in the header."""
         tensors = {f"value/{name}": value.contiguous() for name, value in self.values.items()}
         tensors |= {f"stderr/{name}": value.contiguous() for name, value in (self.stderr or {}).items()}
-        about = {"format": SCORES_FORMAT, "criterion": self.criterion, "samples": self.samples}
+        about: dict[str, Any] = {"format": SCORES_FORMAT, "criterion": self.criterion, "samples": self.samples}
         about |= {"probes": self.probes, "seed": self.seed, "model_id": self.model_id}
+        about["manifest"] = dict(self.manifest)
+        if self.tally is not None:
+            about["tally"] = self.tally.to_json()
+            tensors |= {f"sums/{key}": value.contiguous() for key, value in self.tally.sums.items()}
+        for number, half in enumerate(self.halves or ()):
+            tensors |= {f"half{number}/{name}": value.contiguous() for name, value in half.items()}
+        if self.sensitivities is not None:
+            about["sensitivities"] = {
+                "groups": [list(pair) for pair in self.sensitivities.groups],
+                "samples": self.sensitivities.samples,
+            }
+            tensors |= {f"sensitivity/{key}": value for key, value in self.sensitivities.tensors().items()}
         write_bytes(path, save(tensors, metadata={"tpvprune": json.dumps(about)}))
 
     @classmethod
@@ -70,10 +288,65 @@ class Scores:
         except SafetensorError as error:
             raise PlanError(f"{path} is no scores file: {error}") from error
         check_format(about, SCORES_FORMAT, f"scores {path}")
-        values = {key[6:]: value for key, value in tensors.items() if key.startswith("value/")}
-        stderr = {key[7:]: value for key, value in tensors.items() if key.startswith("stderr/")}
-        about.pop("format")
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k[len(prefix) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{prefix}/")}
+
         try:
-            return cls(values=values, stderr=stderr or None, **about)
-        except TypeError as error:
+            tally = about.pop("tally", None)
+            if tally is not None:
+                counts = {**tally, "samples": tuple(tally["samples"])}
+                about["tally"] = Tally(sums=part("sums"), **counts)
+            halves = (part("half0"), part("half1"))
+            about["halves"] = halves if halves[0] else None
+            effects = about.pop("sensitivities", None)
+            if effects is not None:
+                held = part("sensitivity")
+                groups = tuple((str(name), int(units)) for name, units in effects["groups"])
+                rows = held["rows"].float() * held["scale"]
+                about["sensitivities"] = Sensitivities(groups, rows, held["linear"], int(effects["samples"]))
+            about.pop("format")
+            return cls(values=part("value"), stderr=part("stderr") or None, **about)
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            if isinstance(error, PlanError):
+                raise
             raise PlanError(f"scores {path} are incomplete ({error}); score again") from error
+
+
+@dataclass(frozen=True)
+class Settled:
+    """When scoring may stop: few enough units are expected on the wrong side of the cut.
+
+    Attributes:
+        cut: share of all units that stays.
+        share: expected share of units on the wrong side.
+        least: samples to see in any case.
+    """
+
+    cut: float = 0.5
+    share: float = 0.01
+    least: int = 128
+
+    def __post_init__(self) -> None:
+        if not (0 < self.cut < 1 and 0 < self.share < 1):
+            raise InputError(f"cut={self.cut} and share={self.share} must lie between 0 and 1")
+
+    def reached(self, scores: Scores) -> bool:
+        """Whether these scores are settled."""
+        return scores.samples >= self.least and bool(scores.summary(self.cut, self.share)["settled"])
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Rank of each entry, ties sharing their mean rank."""
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    ends = counts.cumsum(0).double()
+    return (ends - (counts.double() - 1) / 2)[inverse]
+
+
+def _wrong_side(values: Tensor, errors: Tensor, cut: float) -> float:
+    """Expected share of units whose true score lies on the other side of the cut, scores being normal."""
+    ordered = values.sort().values
+    place = min(max(round(len(values) * (1 - cut)), 1), len(values) - 1)
+    threshold = (ordered[place - 1] + ordered[place]) / 2
+    distance = (values - threshold).abs() / errors.clamp(min=1e-300)
+    return float(torch.special.ndtr(-distance).mean())

@@ -35,14 +35,15 @@ class Member:
 
     Attributes:
         param: qualified name of a parameter or buffer, or of a `#` work tensor.
-        dim: the dimension of that tensor the units lie along.
+        dim: the dimension of that tensor the units lie along; None for the flattened tensor, whose entries are
+            masked and never cut.
         index: entries of `dim` that belong to each unit, `(units, entries)`; None is the identity.
         role: `produce` writes the channels, `affine` scales them in place (norms, depthwise convolutions),
             `consume` reads them, `stat` is a buffer, `work` only costs multiply-adds.
     """
 
     param: str
-    dim: int
+    dim: int | None
     index: Tensor | None
     role: Role
 
@@ -56,6 +57,17 @@ class Member:
     def layer(self) -> str:
         """Qualified name of the module that owns the tensor."""
         return self.param.split(WORK)[0] if WORK in self.param else self.param.rpartition(".")[0]
+
+    @property
+    def axis(self) -> int:
+        """`dim` of a tensor that units are cut from.
+
+        Raises:
+            PlanError: the units are single weights.
+        """
+        if self.dim is None:
+            raise PlanError(f"the units of {self.param!r} are single weights, which are masked and not cut")
+        return self.dim
 
     def entries(self, units: int) -> Tensor:
         """The index written out, `(units, entries)`."""
@@ -133,16 +145,17 @@ class Graph:
         object.__setattr__(self, "_by_id", {group.id: group for group in self.groups})
         if len(self._by_id) != len(self.groups):
             raise PlanError("two groups of the graph share an id")
-        taken: dict[tuple[str, int], Tensor] = {}
+        taken: dict[tuple[str, int | None], Tensor] = {}
         for group in self.groups:
             for member in group.members:
                 shape = self.shapes.get(member.param)
-                if shape is None or member.dim >= len(shape):
+                if shape is None or (member.dim is not None and member.dim >= len(shape)):
                     raise PlanError(f"group {group.id!r} names {member.param!r}[{member.dim}], which the graph lacks")
+                length = math.prod(shape) if member.dim is None else shape[member.dim]
                 entries = member.entries(group.units).flatten()
-                if int(entries.min()) < 0 or int(entries.max()) >= shape[member.dim]:
+                if int(entries.min()) < 0 or int(entries.max()) >= length:
                     raise PlanError(f"group {group.id!r}: entries of {member.param!r} lie outside {shape}")
-                used = taken.setdefault((member.param, member.dim), torch.zeros(shape[member.dim], dtype=torch.int64))
+                used = taken.setdefault((member.param, member.dim), torch.zeros(length, dtype=torch.int64))
                 used.index_add_(0, entries, torch.ones_like(entries))
                 if int(used.max()) > 1:
                     raise PlanError(f"entries of {member.param!r}[{member.dim}] belong to two units")
@@ -178,7 +191,8 @@ class Graph:
             group = self[group_id]
             gone = group.units - int(mask.sum())
             for member in group.members:
-                sizes[member.param][member.dim] -= gone * member.width()
+                if member.dim is not None:
+                    sizes[member.param][member.dim] -= gone * member.width()
         return {name: tuple(size) for name, size in sizes.items()}
 
     def params(self, keep: Mapping[str, Tensor] | None = None) -> int:
@@ -190,6 +204,18 @@ class Graph:
         """Multiply-adds per example left, exact for every layer that a group touches."""
         sizes = self.sizes(keep)
         return sum(times * math.prod(sizes[name]) for name, times in self.reuse.items())
+
+    def cost(self, quantity: str, keep: Mapping[str, Tensor] | None = None) -> int:
+        """What is left of macs, params or units.
+
+        Raises:
+            PlanError: another quantity.
+        """
+        if quantity == "units":
+            return self.units - sum(int((~mask).sum()) for mask in (keep or {}).values())
+        if quantity not in ("macs", "params"):
+            raise PlanError(f"cost {quantity!r} is none of macs, params and units")
+        return self.macs(keep) if quantity == "macs" else self.params(keep)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready form; `from_json` is its inverse."""
@@ -232,7 +258,7 @@ class Graph:
                     exact_mask=bool(g["exact_mask"]),
                     signature=g["signature"],
                     members=tuple(
-                        Member(m["param"], int(m["dim"]), _unpack_index(m["index"]), m["role"]) for m in g["members"]
+                        Member(m["param"], _dim(m["dim"]), _unpack_index(m["index"]), m["role"]) for m in g["members"]
                     ),
                 )
                 for g in data["groups"]
@@ -265,6 +291,10 @@ def _pack_index(index: Tensor | None) -> Any:
     if torch.equal(flat, torch.arange(int(flat[0]), int(flat[0]) + flat.numel())):
         return {"start": int(flat[0]), "shape": list(index.shape)}
     return {"list": flat.tolist(), "shape": list(index.shape)}
+
+
+def _dim(written: Any) -> int | None:
+    return None if written is None else int(written)
 
 
 def _unpack_index(packed: Any) -> Tensor | None:

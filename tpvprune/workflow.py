@@ -24,12 +24,13 @@ from tpvprune.checkpoint import ABOUT, load, save
 from tpvprune.errors import DataError, ModelError, RecipeError, TpvpruneError
 from tpvprune.files import read_text, write_bytes, write_text
 from tpvprune.plan import Plan
-from tpvprune.planning.allocate import allocate, check_reachable
+from tpvprune.planning.allocate import allocate
 from tpvprune.planning.graph import trace
+from tpvprune.planning.widths import check_reachable
 from tpvprune.recipe import Recipe, Suite, parse_recipe
 from tpvprune.recovery.recover import recover
 from tpvprune.scores import Scores
-from tpvprune.scoring.criteria import score
+from tpvprune.scoring.criteria import predicted_kl, score
 from tpvprune.surgery.removal import apply
 from tpvprune.types import Graph, read_json
 from tpvprune.zoo.data import Loader, Pool, input_size, open_pool, overlap, source_state
@@ -330,8 +331,7 @@ class Run:
     def _eval(self) -> dict[str, Any]:
         plan, state = self.plan, self._state()
         batches = self._loader(self.images.measured)
-        criterion = self.recipe.criterion()
-        predicted = criterion.drift(self.dense, batches, plan, self.progress)[0] / 2
+        predicted = predicted_kl(self.recipe.criterion(), self.dense, batches, plan, self.progress)
         recovered = bool(state["recover"]["told"]["steps"])
         scored = state["score"]["told"]["images"]
         report = reporting.build(
@@ -341,7 +341,7 @@ class Run:
             plan=plan,
             budget=self.recipe.limits(),
             batches=batches,
-            predicted=predicted if criterion.head == "softmax" else None,
+            predicted=predicted,
             seconds={stage: state[stage]["seconds"] for stage in STAGES if stage in state},
             data={
                 "scored": scored,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,9 +16,11 @@ from tpvprune.errors import ModelError
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """All tensors in nested lists, tuples and mappings."""
+    """All tensors in nested lists, tuples, mappings and dataclasses."""
     if isinstance(value, Tensor):
         return [value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, (type, Mapping)):
+        value = [getattr(value, field.name) for field in dataclasses.fields(value)]
     if isinstance(value, Mapping):
         value = list(value.values())
     return [t for v in value for t in tensors_of(v)] if isinstance(value, (list, tuple)) else []

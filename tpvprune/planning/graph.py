@@ -248,7 +248,7 @@ class _Builder:
         }
         self.blocked = {f"{b.name}.qkv": b.reason for b in blocks if not hasattr(b.module, "attn_dim")}
         self.fixed = set(unknown_attention(model))
-        self.taken: set[tuple[str, int, int]] = set()
+        self.taken: set[tuple[str, int | None, int]] = set()
 
     def groups(self, progress: Progress | None) -> list[Group]:
         inside = {f"{b.name}.{side}" for b in self.blocks for side in ("qkv", "gate")}

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 
 from tpvprune.errors import BudgetError
 from tpvprune.types import Graph, Group
+
+
+def matcher(pattern: str) -> Callable[[str], bool]:
+    """Whether a name is meant by a pattern.
+
+    Raises:
+        BudgetError: the regular expression is broken.
+    """
+    if not pattern.startswith("re:"):
+        return lambda name: name == pattern or fnmatchcase(name, pattern)
+    try:
+        regex = re.compile(pattern[3:])
+    except re.error as error:
+        raise BudgetError(f"pattern {pattern!r} is no regular expression: {error}") from error
+    return lambda name: regex.fullmatch(name) is not None
 
 
 def matching_groups(graph: Graph, pattern: str) -> list[Group]:
@@ -19,19 +34,7 @@ def matching_groups(graph: Graph, pattern: str) -> list[Group]:
     Raises:
         BudgetError: the regular expression is broken, or nothing in the model has such a name.
     """
-    if pattern.startswith("re:"):
-        try:
-            regex = re.compile(pattern[3:])
-        except re.error as error:
-            raise BudgetError(f"pattern {pattern!r} is no regular expression: {error}") from error
-
-        def hit(name: str) -> bool:
-            return regex.fullmatch(name) is not None
-    else:
-
-        def hit(name: str) -> bool:
-            return name == pattern or fnmatchcase(name, pattern)
-
+    hit = matcher(pattern)
     known = {name for g in graph.groups for name in _names(g)}
     known |= {block for name in [*graph.skipped, *_layers_of(graph)] for block in _with_parents(name)}
     if not any(hit(name) for name in known):

@@ -20,7 +20,7 @@ def is_rearranged(group: Group, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether channels are flattened, joined or cut between the layers that write and those that read them."""
     written = min((m.width() for m in group.of_role("produce")), default=1)
     readers = group.of_role("consume")
-    return any(m.width() > written or group.units * m.width() != shapes[m.param][m.dim] for m in readers)
+    return any(m.width() > written or group.units * m.width() != shapes[m.param][m.axis] for m in readers)
 
 
 @torch.no_grad()
@@ -57,9 +57,8 @@ def strays(model: nn.Module, group: Group, run: Callable[[], object]) -> str | N
         before = dict(seen)
         for member in group.of_role("produce"):
             tensor, entries = parameters[member.param], member.entries(group.units)[moved].flatten()
-            tensor.index_add_(
-                member.dim, entries.to(tensor.device), tensor.index_select(member.dim, entries.to(tensor.device)) + 1
-            )
+            entries, axis = entries.to(tensor.device), member.axis
+            tensor.index_add_(axis, entries, tensor.index_select(axis, entries) + 1)
         run()
     finally:
         for handle in handles:
@@ -69,7 +68,7 @@ def strays(model: nn.Module, group: Group, run: Callable[[], object]) -> str | N
     for member in readers:
         claimed = torch.zeros(len(seen[member.layer]), dtype=torch.bool)
         entries = member.entries(group.units)[moved].flatten()
-        size = parameters[member.param].shape[member.dim]
+        size = parameters[member.param].shape[member.axis]
         for start in range(0, len(claimed), size):  # the weight of a grouped convolution holds one group's channels
             claimed[start + entries] = True
         if bool(((seen[member.layer] != before[member.layer]).any(1).cpu() & ~claimed).any()):

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tpvprune.batches import Batch, Progress, evaluation_mode, model_inputs
 from tpvprune.errors import InputError, PlanError
+from tpvprune.patches import patches
 from tpvprune.plan import Plan, plan_of
 from tpvprune.recovery.lockstep import strands
 
@@ -203,11 +203,12 @@ def _refit(
         assert value is not None
         assert target is not None
         residual = _rows_of_output(layer, target, rows) - _rows_of_output(layer, layer.forward(value), None)
-        patches = _patches(layer, value)
-        if patches.shape[1] != residual.shape[0]:
+        columns = patches(layer, value)
+        rows_read = columns.permute(1, 0, 3, 2).reshape(groups, -1, columns.shape[2])
+        if rows_read.shape[1] != residual.shape[0]:
             logger.info("%s pads in a way of its own and keeps its weights", name)
             return
-        normal.add(patches, residual.reshape(residual.shape[0], groups, -1).transpose(0, 1))
+        normal.add(rows_read, residual.reshape(residual.shape[0], groups, -1).transpose(0, 1))
     biased = layer.bias is not None or norm is not None
     change, shift = normal.solve(ridge, biased)
     weight: Tensor = layer.weight
@@ -226,27 +227,3 @@ def _rows_of_output(layer: nn.Module, output: Tensor, keep: Tensor | None) -> Te
     if keep is not None:
         output = output[:, keep]
     return output.flatten(2).transpose(1, 2).reshape(-1, output.shape[1])
-
-
-def _patches(layer: nn.Module, value: Tensor) -> Tensor:
-    """What each output position reads, `(groups, rows, inputs)`."""
-    if isinstance(layer, nn.Linear):
-        return value.reshape(1, -1, value.shape[-1])
-    assert isinstance(layer, (nn.Conv1d, nn.Conv2d))
-    kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
-    before_after = [0, 0] * len(kernel)
-    if layer.padding == "same" or type(layer).__name__.endswith("Same"):  # timm's Conv2dSame pads by size
-        for i, size in enumerate(reversed(value.shape[2:])):
-            k, s, d = (t[len(kernel) - 1 - i] for t in (kernel, stride, dilation))
-            total = max((math.ceil(size / s) - 1) * s + (k - 1) * d + 1 - size, 0)
-            before_after[2 * i : 2 * i + 2] = [total // 2, total - total // 2]
-    elif not isinstance(layer.padding, str):
-        before_after = [p for p in reversed(layer.padding) for _ in range(2)]
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = F.pad(value, before_after, mode=mode)
-    if len(kernel) == 1:
-        padded, kernel, stride, dilation = padded.unsqueeze(2), (1, *kernel), (1, *stride), (1, *dilation)
-    columns = F.unfold(padded, kernel, dilation=dilation, stride=stride)
-    batch, _, positions = columns.shape
-    split = columns.reshape(batch, layer.groups, -1, positions)
-    return split.permute(1, 0, 3, 2).reshape(layer.groups, batch * positions, -1)

@@ -17,9 +17,21 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from tpvprune.batches import evaluation_mode, finite_output
+from tpvprune.batches import Outputs, Selector, evaluation_mode, finite_outputs
 from tpvprune.errors import ModelError, PlanError
 from tpvprune.types import Graph, Group
+
+
+def tensors(outputs: Outputs) -> list[Tensor]:
+    """The tensors of a model's outputs."""
+    return list(outputs.values()) if isinstance(outputs, dict) else [outputs]
+
+
+def backward(output: Outputs, cotangent: Outputs, wanted: list[Tensor], keep_graph: bool) -> tuple[Tensor | None, ...]:
+    """Gradients of `cotangent . output`, summed over outputs; those that depend on nothing wanted are left out."""
+    pairs = [(o, u) for o, u in zip(tensors(output), tensors(cotangent), strict=True) if o.requires_grad]
+    ends, seeds = [o for o, _ in pairs], [u for _, u in pairs]
+    return torch.autograd.grad(ends, wanted, seeds, retain_graph=keep_graph, allow_unused=True)
 
 
 class _Sink:
@@ -70,7 +82,7 @@ class _Tap(torch.autograd.Function):
 _LAYERS = (_ConvNd, nn.Linear, nn.Embedding)
 
 
-def _axis(module: nn.Module) -> int:
+def channel_axis(module: nn.Module) -> int:
     """Where a layer's channels lie in its input and output."""
     channels_first = isinstance(module, (_ConvNd, _NormBase, nn.GroupNorm, nn.PReLU))
     return 1 if channels_first or type(module).__name__.endswith("2d") else -1  # timm: LayerNorm2d, LayerScale2d
@@ -136,13 +148,14 @@ class Tapped:
                 for parameter, _ in flags:
                     parameter.requires_grad_(False)
                 for name, module in self.inputs.items():
-                    handles.append(module.register_forward_pre_hook(self._on_input(f"in:{name}", _axis(module))))
+                    handles.append(module.register_forward_pre_hook(self._on_input(f"in:{name}", channel_axis(module))))
                 for name, module in self.outputs.items():
                     key, fused = f"out:{name}", _fused_activation(module)
                     if fused is not None:
-                        handles.append(fused.register_forward_pre_hook(self._on_input(key, _axis(module), copy=True)))
+                        tap = self._on_input(key, channel_axis(module), copy=True)
+                        handles.append(fused.register_forward_pre_hook(tap))
                     else:
-                        handles.append(module.register_forward_hook(self._on_output(key, _axis(module))))
+                        handles.append(module.register_forward_hook(self._on_output(key, channel_axis(module))))
                 yield self
         finally:
             for handle in handles:
@@ -174,7 +187,7 @@ class Tapped:
 
         return hook
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, select: Selector = None) -> Outputs:
         """Outputs `(batch, ...)` with the graph that `backward` needs.
 
         Raises:
@@ -183,12 +196,12 @@ class Tapped:
         self.roots: list[Tensor] = []
         self.sink.batch = inputs.shape[0]
         with torch.enable_grad():
-            output = finite_output(self.model, inputs)
-        if not output.requires_grad:
+            output = finite_outputs(self.model, inputs, select)
+        if not any(value.requires_grad for value in tensors(output)):
             raise ModelError("no layer of the graph is on the way to the model's output")
         return output
 
-    def backward(self, output: Tensor, cotangent: Tensor, keep_graph: bool) -> dict[str, list[Tensor]]:
+    def backward(self, output: Outputs, cotangent: Outputs, keep_graph: bool) -> dict[str, list[Tensor]]:
         """Per group and member layer, sensitivities `(batch, units)` of `cotangent . output`.
 
         Returns:
@@ -196,24 +209,22 @@ class Tapped:
             `all` one tensor for each layer that writes, scales or reads the units.
         """
         self.sink.sums = {}
-        torch.autograd.grad(output, self.roots, cotangent, retain_graph=keep_graph, allow_unused=True)
-        return {group.id: self._of_group(group, output) for group in self.graph.groups}
+        backward(output, cotangent, self.roots, keep_graph)
+        zeros = self.roots[0].new_zeros(self.sink.batch, 1)
+        return {group.id: self._of_group(group, zeros) for group in self.graph.groups}
 
-    def _of_group(self, group: Group, output: Tensor) -> list[Tensor]:
+    def _of_group(self, group: Group, zeros: Tensor) -> list[Tensor]:
         parts: dict[str, Tensor] = {}
         for member in group.members:
             key = ("in:" if member.role == "consume" else "out:") + member.layer
             if key in parts or key not in self.sink.sums:
                 continue
             sums = self.sink.sums[key]
-            size = self.graph.shapes[member.param][member.dim]
+            size = self.graph.shapes[member.param][member.axis]
             if sums.shape[1] != size:  # a grouped convolution's weight holds one group's in-channels
                 sums = sums.reshape(sums.shape[0], -1, size).sum(1)
             index = member.index
             parts[key] = sums if index is None else sums[:, index.to(sums.device)].sum(2)
         if self.over == "all":
-            return list(parts.values()) or [output.new_zeros(output.shape[0], group.units)]
-        total = output.new_zeros(output.shape[0], group.units)
-        for part in parts.values():
-            total = total + part
-        return [total]
+            return list(parts.values()) or [zeros.expand(-1, group.units)]
+        return [sum(parts.values(), zeros.expand(-1, group.units)) if parts else zeros.expand(-1, group.units)]

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from os import PathLike
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from tpvprune.batches import Batch, Progress, model_inputs
+from tpvprune.batches import Batch, Progress, Selector, evaluation_mode, finite_outputs, model_inputs
 from tpvprune.errors import InputError, PlanError
 from tpvprune.plan import Plan
-from tpvprune.scores import Scores
+from tpvprune.scores import Scores, Settled, Tally
 from tpvprune.scoring.activations import Tapped
-from tpvprune.scoring.heads import Head, head_named
+from tpvprune.scoring.collect import Observation, Streaming, collect
+from tpvprune.scoring.engine import Parts
+from tpvprune.scoring.heads import Head, Softmax, head_named
+from tpvprune.scoring.perturb import Perturbation, Removal, perturbation_named
+from tpvprune.scoring.probing import Probing, detached, drift_slope
+from tpvprune.scoring.weights import factored_scores, gradient_observations
 from tpvprune.types import Graph, fingerprint
 
 logger = logging.getLogger(__name__)
+Engine = Literal["auto", "activations", "batched", "per_sample", "factored"]
+ENGINES = ("auto", "activations", "batched", "per_sample", "factored")
 
 
 class Criterion(Protocol):
@@ -33,63 +41,130 @@ class Criterion(Protocol):
 
 @dataclass(frozen=True)
 class TPV:
-    """Test prediction variance of removing each unit alone (Arpit 2026, arXiv 2512.11089).
+    """Test prediction variance of perturbing each unit alone (Arpit 2026, arXiv 2512.11089).
 
-    The score of unit i is `E_x[ d_i^T J^T M J d_i ]` with `d_i` minus the weights that read the unit: how far
-    the outputs move, to first order, when it leaves. No label enters.
+    The score of unit i is `E_x[ d_i^T J^T M J d_i ]` with `d_i` its perturbation; for removal, minus the weights
+    that read the unit: how far the outputs move, to first order, when it leaves. No label enters.
 
     Attributes:
-        head: the metric `M`: "softmax" (nats: half the score is KL), "logits", or a `Head`.
+        head: the metric `M`: "softmax" (nats: half the score is KL), "logits" or "features", "probabilities",
+            "margin", "cosine", or a `Head`.
         probes: random cotangents per sample, or "exact" for the sum over all outputs.
         over: "consume" perturbs what reads the unit, once; "all" sums the squares of what writes, scales
             and reads it, as the paper's pruning criterion does.
         seed: seed of the cotangents.
+        output: which part of what the model returns counts: a key, attribute or index, or a function.
+        perturbation: "removal", "rounding", "isotropic", or a `Perturbation`.
+        engine: "activations" (removal of channels and heads; exact per sample, no weight gradient), or over
+            weight gradients "batched", "per_sample" or "factored" (an approximation); "auto" takes the first where
+            it can and "batched" elsewhere.
+        sensitivities: keep the per-sample effects of at most this many samples, which a plan is judged by as a
+            whole; 0 keeps none.
+        reference: the model that drift is measured from, where that is not the one scored: the dense original,
+            when a pruned model is scored again. Adds the linear term of drift to the sensitivities.
     """
 
     head: str | Head = "softmax"
     probes: int | Literal["exact"] = 1
     over: Literal["consume", "all"] = "consume"
     seed: int = 0
+    output: Selector = None
+    perturbation: str | Perturbation = "removal"
+    engine: Engine = "auto"
+    sensitivities: int = 0
+    reference: nn.Module | None = None
 
     def __post_init__(self) -> None:
         head_named(self.head)
+        perturbation_named(self.perturbation)
         if self.probes != "exact" and (not isinstance(self.probes, int) or self.probes < 1):
             raise InputError(f"probes={self.probes!r} must be a whole number from 1, or 'exact'")
         if self.over not in ("consume", "all"):
             raise InputError(f"over={self.over!r} must be 'consume' or 'all'")
+        if self.engine not in ENGINES:
+            raise InputError(f"engine={self.engine!r} must be one of {', '.join(ENGINES)}")
+        if not isinstance(self.sensitivities, int) or self.sensitivities < 0:
+            raise InputError(f"sensitivities={self.sensitivities!r} must be a number of samples, 0 or more")
+        if self.sensitivities and (self.over != "consume" or self.engine not in ("auto", "activations")):
+            raise InputError("sensitivities are kept for over='consume' and engine='activations' alone")
+
+    @property
+    def label(self) -> str:
+        """The criterion in words."""
+        parts = [f"head={_name(self.head)}", f"over={self.over}"]
+        if self.perturbation != "removal":
+            parts.append(f"perturbation={_name(self.perturbation)}")
+        if self.engine not in ("auto", "activations"):
+            parts.append(f"engine={self.engine}")
+        return f"tpv({', '.join(parts)})"
 
     def measure(
         self, model: nn.Module, batches: Iterable[Batch], graph: Graph, progress: Progress | None = None
     ) -> Scores:
-        """Score every unit in one pass over the batches; memory does not grow with their number."""
+        """Score every unit in one pass over the batches.
 
-        def squared(sensitivities: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-            return {name: torch.stack(parts).double().square().sum(0) for name, parts in sensitivities.items()}
+        Raises:
+            InputError: the engine does not fit the perturbation or the units.
+        """
+        return collect(self, model, batches, graph, progress=progress)
 
-        sums = {g.id: torch.zeros(g.units, dtype=torch.float64) for g in graph.groups}
-        squares = {name: value.clone() for name, value in sums.items()}
-        samples = 0
-        for scores in self._per_batch(model, batches, graph, squared, progress):
-            for name, value in scores.items():
-                sums[name] += value.sum(0)
-                squares[name] += value.square().sum(0)
-            samples += len(next(iter(scores.values()), ()))
-        values = {name: total / samples for name, total in sums.items()}
-        stderr = None
-        if samples > 1:
-            stderr = {
-                name: ((squares[name] / samples - values[name] ** 2).clamp(min=0) / (samples - 1)).sqrt()
-                for name in values
-            }
-        return Scores(
-            values=values,
-            stderr=stderr,
-            criterion=f"tpv(head={self._head_name()}, over={self.over})",
-            samples=samples,
-            probes=self.probes,
-            seed=self.seed,
-            model_id=graph.model_id,
+    def summarise(self, means: Mapping[str, Tensor], model: nn.Module, graph: Graph) -> Mapping[str, Tensor]:
+        """The means themselves; the product of the factors for the factored engine."""
+        if self.engine != "factored":
+            return means
+        return factored_scores(means, model, graph, perturbation_named(self.perturbation))
+
+    def observe(
+        self, model: nn.Module, batches: Iterable[Batch], graph: Graph, first: int, progress: Progress | None
+    ) -> Iterator[Observation]:
+        """One observation a batch, by the engine that fits."""
+        removal = isinstance(perturbation_named(self.perturbation), Removal)
+        weights = any(group.kind == "weight" for group in graph.groups)
+        engine = self.engine
+        if engine == "auto":
+            engine = "activations" if removal and not weights else "batched"
+        if engine == "activations":
+            if not removal or weights:
+                raise InputError(
+                    "engine='activations' scores the removal of channels and heads; use engine='batched' for single "
+                    "weights and for other perturbations"
+                )
+            yield from self._from_activations(model, batches, graph, first, progress)
+            return
+        if self.sensitivities:
+            raise InputError("sensitivities are kept for the removal of channels and heads alone; leave them out")
+        yield from gradient_observations(
+            model,
+            batches,
+            graph,
+            Probing(head_named(self.head), self.probes, self.seed, self.output),
+            perturbation_named(self.perturbation),
+            engine,
+            self.over,
+            first,
+            progress,
         )
+
+    def _from_activations(
+        self, model: nn.Module, batches: Iterable[Batch], graph: Graph, first: int, progress: Progress | None
+    ) -> Iterator[Observation]:
+        left = self.sensitivities
+
+        def fold(sensitivities: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+            found = {n: torch.stack(parts).double().square().sum(0) for n, parts in sensitivities.items()}
+            if left > 0:
+                found[""] = torch.cat([parts[0] for parts in sensitivities.values()], 1).float()
+            return found
+
+        for values in self._per_batch(model, batches, graph, fold, first, progress):
+            rows, linear = values.pop("", None), values.pop("linear", None)
+            samples = 0
+            if rows is not None:
+                samples = min(left, len(rows))
+                rows = rows[:samples].flatten(0, 1)
+                left -= samples
+            total = None if linear is None else linear.sum(0)
+            yield Observation(Tally.of_rows(values), rows, total, samples)
 
     def drift(
         self, model: nn.Module, batches: Iterable[Batch], plan: Plan, progress: Progress | None = None
@@ -110,8 +185,8 @@ class TPV:
 
         if not gone:
             return 0.0, 0.0
-        coherent = replace(self, over="consume")
-        values = torch.cat([b["plan"] for b in coherent._per_batch(model, batches, plan.graph, moved, progress)])
+        coherent = replace(self, over="consume", reference=None, sensitivities=0)
+        values = torch.cat([b["plan"] for b in coherent._per_batch(model, batches, plan.graph, moved, 0, progress)])
         error = float(values.std() / values.numel() ** 0.5) if values.numel() > 1 else float("nan")
         return float(values.mean()), error
 
@@ -121,32 +196,90 @@ class TPV:
         batches: Iterable[Batch],
         graph: Graph,
         fold: Callable[[dict[str, list[Tensor]]], dict[str, Tensor]],
+        first: int,
         progress: Progress | None,
     ) -> Iterator[dict[str, Tensor]]:
-        """Per batch, the mean over probes (the sum, if exact) of what `fold` makes of the sensitivities."""
-        head = head_named(self.head)
-        generator = torch.Generator().manual_seed(self.seed)
-        tapped = Tapped(model, graph, self.over)
+        """Per batch, the mean over probes (the sum, if exact) of what `fold` makes of the sensitivities.
+
+        What it gives under "" is kept row by row, `(samples, rows, ...)`; "linear" is added where there is a
+        reference.
+        """
+        probing = Probing(head_named(self.head), self.probes, self.seed, self.output)
+        tapped, parts = Tapped(model, graph, self.over), Parts()
         if tapped.left_out:
             logger.warning("over='all' leaves out %s: used outside layers", ", ".join(sorted(tapped.left_out)))
-        for inputs in model_inputs(model, batches, "score", progress):
-            totals: dict[str, Tensor] = {}
-            with tapped() as taps:
-                output = taps.forward(inputs)
-                fixed = output.detach()
-                if self.probes == "exact":
-                    cotangents, count = head.exact(fixed), 1
-                else:
-                    count = self.probes
-                    cotangents = (head.cotangent(fixed, generator) for _ in range(count))
-                for number, cotangent in enumerate(cotangents, 1):
-                    last = self.probes == number
-                    for name, value in fold(taps.backward(output, cotangent, keep_graph=not last)).items():
-                        totals[name] = totals[name] + value if name in totals else value
-            yield {name: (total / count).cpu() for name, total in totals.items()}
+        for local, inputs in enumerate(model_inputs(model, batches, "score", progress)):
+            generators = probing.generators(first + local)
 
-    def _head_name(self) -> str:
-        return self.head if isinstance(self.head, str) else type(self.head).__name__.lower()
+            def run(
+                part: slice, inputs: Tensor = inputs, generators: list[torch.Generator] = generators
+            ) -> dict[str, Tensor]:
+                return self._of_part(tapped, inputs[part], probing, generators, fold)
+
+            found = parts(len(inputs), run, generators)
+            yield {name: torch.cat([one[name] for one in found]) for name in found[0]}
+
+    def _of_part(
+        self,
+        tapped: Tapped,
+        inputs: Tensor,
+        probing: Probing,
+        generators: list[torch.Generator],
+        fold: Callable[[dict[str, list[Tensor]]], dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        wanted = None
+        if self.reference is not None:
+            with evaluation_mode(self.reference), torch.no_grad():
+                wanted = finite_outputs(self.reference, inputs, self.output)
+        totals: dict[str, Tensor] = {}
+        rows: list[Tensor] = []
+        with tapped() as taps:
+            output = taps.forward(inputs, self.output)
+            fixed = detached(output)
+            slope = None if wanted is None else drift_slope(probing.head, fixed, wanted)
+            for cotangent, last in probing.cotangents(fixed, generators):
+                found = fold(taps.backward(output, cotangent, keep_graph=not last or slope is not None))
+                if "" in found:
+                    rows.append(found.pop(""))
+                for name, value in found.items():
+                    totals[name] = totals[name] + value if name in totals else value
+            if slope is not None:
+                effects = taps.backward(output, slope, keep_graph=False)
+                # Drift grows by (slope . change) twice over in units of TPV, and removal is minus the effect.
+                totals["linear"] = -2 * torch.cat([parts[0] for parts in effects.values()], 1).double()
+        linear = totals.pop("linear", None)
+        out = {name: (total / probing.count).cpu() for name, total in totals.items()}
+        if rows:
+            out[""] = (torch.stack(rows, 1) / probing.count**0.5).cpu()
+        if linear is not None:
+            out["linear"] = linear.cpu()
+        return out
+
+
+def predicted_kl(
+    criterion: Criterion | None,
+    model: nn.Module,
+    batches: Iterable[Batch],
+    plan: Plan,
+    progress: Progress | None = None,
+) -> float | None:
+    """KL(dense || pruned) in nats that a plan is predicted to cost, to first order; None where outputs have no KL.
+
+    Args:
+        criterion: a `TPV` predicts with its own settings, any other (or None) with those of `TPV()`.
+        model: the dense model.
+        batches: inputs to predict on.
+        plan: what leaves.
+        progress: called as `progress("score", batches_done, batches_to_do)`.
+    """
+    tpv = criterion if isinstance(criterion, TPV) else TPV()
+    if not (tpv.head == "softmax" or isinstance(tpv.head, Softmax)):
+        return None
+    return tpv.drift(model, batches, plan, progress)[0] / 2
+
+
+def _name(setting: Any) -> str:
+    return setting if isinstance(setting, str) else type(setting).__name__.lower()
 
 
 def score(
@@ -156,24 +289,43 @@ def score(
     criterion: Criterion | None = None,
     *,
     progress: Progress | None = None,
+    start: Scores | None = None,
+    until: Settled | None = None,
+    save: str | PathLike[str] | None = None,
 ) -> Scores:
     """Score every unit of a graph from unlabeled batches.
+
+    Under several processes (torchrun, accelerate) each gives its own share of the batches, and all get the scores
+    of all of them.
 
     Args:
         model: the model `graph` was traced from. It is left as it was.
         batches: any iterable of input tensors `(batch, ...)`, of tuples or dicts whose first item is the
-            input, or a DataLoader. Labels are not looked at.
-        graph: from `trace`.
+            input, or a DataLoader. Labels are looked at by criteria that say so alone.
+        graph: from `trace`, or from `weight_graph` for single weights.
         criterion: how to score; `TPV()` by default.
         progress: called as `progress("score", batches_done, batches_to_do)`.
+        start: earlier scores that these batches are added to.
+        until: stop as soon as the ranking is settled.
+        save: a file that the scores are saved to, on the way too. One that exists and holds scores of the same kind
+            is gone on with: batches it has seen are read and left out.
 
     Raises:
-        PlanError: the graph was traced from another model.
-        DataError: there is no batch, or one holds no tensor.
+        PlanError: the graph was traced from another model, or `start` is of another criterion.
+        DataError: there is no batch, one holds no tensor, labels are needed and missing, or `save` holds scores of
+            other batches.
         NonFiniteError: the model gives NaN or infinity.
+        InputError: the criterion does not learn from batches one by one, and `start`, `until` or `save` is given.
     """
     check_model(model, graph)
-    return (criterion or TPV()).measure(model, batches, graph, progress)
+    criterion = criterion or TPV()
+    if isinstance(criterion, Streaming):
+        return collect(criterion, model, batches, graph, progress=progress, start=start, until=until, save=save)
+    if start is not None or until is not None or save is not None:
+        raise InputError(
+            f"{type(criterion).__name__} does not learn from batches one by one: leave start, until and save out"
+        )
+    return criterion.measure(model, batches, graph, progress)
 
 
 def check_model(model: nn.Module, graph: Graph) -> None:

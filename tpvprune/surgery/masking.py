@@ -26,7 +26,10 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
     for name, keep in plan.keep.items():
         group = plan.graph[name]
         for member in group.of_role("consume"):
-            gone = member.entries(group.units)[~keep].flatten()
             tensor = parameters[member.param]
-            tensor.index_fill_(member.dim, gone.to(tensor.device), 0)
+            gone = member.entries(group.units)[~keep].flatten().to(tensor.device)
+            if member.dim is None:
+                tensor.view(-1).index_fill_(0, gone, 0)
+            else:
+                tensor.index_fill_(member.dim, gone, 0)
     return masked

@@ -25,6 +25,9 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         PlanError: the plan speaks of other tensors or shapes.
     """
     check_fits(model, plan)
+    loose = next((name for name in plan.keep if plan.graph[name].kind == "weight"), None)
+    if loose is not None:
+        raise PlanError(f"the plan speaks of single weights of {loose!r}, which cannot be cut out; use mask()")
     earlier = plan_of(model)
     whole = earlier.compose(plan) if earlier is not None else plan
     small = copy.deepcopy(model)

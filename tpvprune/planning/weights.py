@@ -1,0 +1,67 @@
+"""Single weights and blocks of them as units: what unstructured and N:M plans choose from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from tpvprune.errors import ModelError
+from tpvprune.planning.patterns import matcher
+from tpvprune.types import Graph, Group, Member, fingerprint
+
+
+def weight_graph(model: nn.Module, block: tuple[int, int] = (1, 1), layers: Sequence[str] = ("*",)) -> Graph:
+    """A graph whose units are weights, or blocks of them, of convolutions and linear layers.
+
+    No forward pass is made, so multiply-adds are not counted. Scores over it are for masks: nothing can be cut.
+
+    Args:
+        model: any module.
+        block: rows (outputs) and columns (inputs, all kernel positions side by side) of the weight, seen as a
+            matrix, that a unit spans.
+        layers: which layers, by exact name, glob or `re:` regular expression.
+
+    Raises:
+        ModelError: no layer is left, a pattern matches none, or a block does not divide a weight.
+    """
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, _ConvNd)) and module.weight is not None
+    }
+    chosen: dict[str, nn.Module] = {}
+    for pattern in layers:
+        meant = matcher(pattern)
+        hits = {name: module for name, module in found.items() if meant(name)}
+        if not hits:
+            raise ModelError(f"{pattern!r} matches none of the layers {', '.join(found)}")
+        chosen |= hits
+    parameters = {id(p): name for name, p in model.named_parameters()}
+    groups: dict[str, Group] = {}
+    for module in chosen.values():
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
+        name = parameters[id(weight)]  # a weight that is shared stands once, under its first name
+        rows, columns = weight.shape[0], weight[0].numel()
+        high, wide = block
+        if high < 1 or wide < 1 or rows % high or columns % wide:
+            raise ModelError(f"blocks of {high} x {wide} do not divide {name!r}, a matrix of {rows} x {columns}")
+        index = None
+        if block != (1, 1):
+            entries = torch.arange(weight.numel()).reshape(rows // high, high, columns // wide, wide)
+            index = entries.transpose(1, 2).reshape(-1, high * wide)
+        units = weight.numel() // (high * wide)
+        member = Member(name, None, index, "consume")
+        groups[name] = Group(name, "weight", units, (member,), True, f"weight:{high}x{wide}")
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    everything = [*model.named_parameters(), *model.named_buffers()]
+    return Graph(
+        groups=tuple(groups.values()),
+        shapes=shapes,
+        reuse={},
+        model_id=fingerprint((name, tuple(tensor.shape)) for name, tensor in everything),
+        skipped={},
+    )

@@ -1,0 +1,209 @@
+"""One loop for every criterion that learns from batches: count, save on the way, stop when settled."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.batches import Batch, Progress
+from tpvprune.errors import InputError, PlanError
+from tpvprune.scores import Scores, Sensitivities, Settled, Tally
+from tpvprune.scoring.engine import Watched, gathered_rows, process, reduced
+from tpvprune.types import Graph
+from tpvprune.version import __version__
+
+SAVE_EVERY = 30.0  # seconds between two states of a scoring on disk
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """What one batch says.
+
+    Attributes:
+        tally: its sums, by whatever keys the criterion summarises later.
+        rows: sensitivities `(rows, units)`, where they are kept.
+        linear: their linear part, summed over the batch's samples `(units,)`.
+        samples: samples that the rows are of.
+    """
+
+    tally: Tally
+    rows: Tensor | None = None
+    linear: Tensor | None = None
+    samples: int = 0
+
+
+@runtime_checkable
+class Streaming(Protocol):
+    """A criterion whose scores follow from sums over batches."""
+
+    @property
+    def probes(self) -> int | str:
+        """Cotangents per sample."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Seed of what is drawn."""
+        ...
+
+    def observe(
+        self, model: nn.Module, batches: Iterable[Batch], graph: Graph, first: int, progress: Progress | None
+    ) -> Iterator[Observation]:
+        """One observation a batch; `first` batches have gone before."""
+        ...
+
+    def summarise(self, means: Mapping[str, Tensor], model: nn.Module, graph: Graph) -> Mapping[str, Tensor]:
+        """Scores `(units,)` per group from the tally's means."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """The criterion in words."""
+        ...
+
+
+@dataclass
+class _Rows:
+    """The sensitivities so far."""
+
+    parts: list[Tensor]
+    linear: Tensor | None
+    samples: int
+    counted: int
+
+    @classmethod
+    def of(cls, scores: Scores | None) -> _Rows:
+        held = None if scores is None else scores.sensitivities
+        if held is None or scores is None:
+            return cls([], None, 0, 0)
+        return cls([held.rows], held.linear * scores.samples, held.samples, scores.samples)
+
+    def add(self, seen: Observation) -> None:
+        if seen.rows is not None and seen.samples:
+            self.parts.append(seen.rows)
+            self.samples += seen.samples
+        if seen.linear is not None:
+            self.linear = seen.linear if self.linear is None else self.linear + seen.linear
+        self.counted += seen.tally.total
+
+    def result(self, graph: Graph) -> Sensitivities | None:
+        if not self.parts:
+            return None
+        groups = tuple((group.id, group.units) for group in graph.groups)
+        linear = torch.zeros(graph.units, dtype=torch.float64) if self.linear is None else self.linear / self.counted
+        return Sensitivities(groups, torch.cat(self.parts), linear, self.samples)
+
+
+def collect(
+    criterion: Streaming,
+    model: nn.Module,
+    batches: Iterable[Batch],
+    graph: Graph,
+    *,
+    progress: Progress | None = None,
+    start: Scores | None = None,
+    until: Settled | None = None,
+    save: str | PathLike[str] | None = None,
+) -> Scores:
+    """Score from batches; see `score` for the arguments.
+
+    Raises:
+        PlanError: `start` is of another criterion, model or seed.
+        DataError: `save` holds scores of other batches.
+        InputError: `until` or `save` under several processes.
+    """
+    world = process()[1]
+    if world > 1 and until is not None:
+        raise InputError("until= looks at the scores after every batch, which several processes cannot; leave it out")
+    if save is not None and start is not None:
+        raise InputError("give start= or save=, not both: a file that exists is gone on with")
+    skip = 0
+    if save is not None and world == 1 and Path(save).is_file():
+        start = Scores.load(save)
+        skip = start.tally.batches if start.tally is not None else 0
+    tally = Tally() if start is None else _check_start(start, criterion, graph)
+    watched = Watched(batches, skip, "" if start is None else str(start.manifest.get("data", "")))
+    rows = _Rows.of(start)
+
+    def state(done: int) -> Scores:
+        held = rows.result(graph)
+        return _scores(criterion, model, graph, tally, held, _manifest(watched.digests[done], tally, world))
+
+    fresh, saved = 0, time.monotonic()
+    try:
+        if start is None or watched.pending():
+            for seen in criterion.observe(model, watched, graph, tally.batches, progress):
+                tally = tally + seen.tally
+                rows.add(seen)
+                fresh += 1
+                if until is not None and tally.total >= until.least and until.reached(state(skip + fresh)):
+                    break
+                if save is not None and world == 1 and time.monotonic() - saved > SAVE_EVERY:
+                    state(skip + fresh).save(save)
+                    saved = time.monotonic()
+    except BaseException:
+        if save is not None and world == 1 and fresh and tally.total:
+            state(skip + fresh).save(save)
+        raise
+    tally = reduced(tally)
+    if not tally.total:
+        raise InputError(f"{criterion.label} could use none of the samples; give more batches")
+    result = state(skip + fresh)
+    if world > 1 and result.sensitivities is not None:
+        result = replace(result, sensitivities=gathered_rows(result.sensitivities))
+    if save is not None and process()[0] == 0:
+        result.save(save)
+    return result
+
+
+def _check_start(start: Scores, criterion: Streaming, graph: Graph) -> Tally:
+    wanted = (criterion.label, criterion.seed, criterion.probes, graph.model_id)
+    given = (start.criterion, start.seed, start.probes, start.model_id)
+    if wanted != given:
+        raise PlanError(f"batches cannot be added: the scores are {given}, the request is {wanted}; score anew")
+    if start.tally is None:
+        raise PlanError("batches cannot be added to scores that hold no sums; score anew")
+    return start.tally
+
+
+def _scores(
+    criterion: Streaming,
+    model: nn.Module,
+    graph: Graph,
+    tally: Tally,
+    rows: Sensitivities | None,
+    manifest: dict[str, Any],
+) -> Scores:
+    halves = tally.halves()
+    values = criterion.summarise(tally.means(), model, graph)
+    return Scores(
+        values=values,
+        stderr=tally.stderr() if set(values) == set(tally.sums) else None,
+        criterion=criterion.label,
+        samples=tally.total,
+        probes=criterion.probes,
+        seed=criterion.seed,
+        model_id=graph.model_id,
+        tally=tally,
+        halves=None if halves is None else tuple(criterion.summarise(half, model, graph) for half in halves),  # type: ignore[arg-type]
+        sensitivities=rows,
+        manifest=manifest,
+    )
+
+
+def _manifest(digest: str, tally: Tally, world: int) -> dict[str, Any]:
+    versions = {"tpvprune": __version__}
+    for name in ("torch", "timm"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "unknown"
+    return {"data": digest, "batches": tally.batches, "processes": world, "versions": versions}

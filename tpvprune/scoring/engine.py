@@ -1,0 +1,196 @@
+"""What every pass over batches needs: streams of random numbers, halving on lack of memory, processes.
+
+The numbers that a sample's cotangents are drawn from depend on the seed, the number of its batch, the probe and
+its place in the batch alone. So a batch taken in two halves, a run that was stopped and went on, and several
+processes that share the batches out among them give what one undisturbed pass gives.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpvprune.batches import Batch, inputs_of, labels_of, length_of
+from tpvprune.errors import DataError
+from tpvprune.scores import Sensitivities, Tally
+
+logger = logging.getLogger(__name__)
+_FINGERPRINT = 256  # entries of a sample's input that its digest looks at
+
+
+def stream(seed: int, batch: int, probe: int) -> torch.Generator:
+    """The random numbers of one probe of one batch."""
+    digest = hashlib.sha256(f"{seed}/{batch}/{probe}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def process() -> tuple[int, int]:
+    """(rank of this process, number of processes)."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def global_number(batch: int) -> int:
+    """Number of a process's batch among the batches of all processes, which take them in turns."""
+    rank, world = process()
+    return batch * world + rank
+
+
+@dataclass
+class Parts:
+    """Runs a batch whole, or in halves of halves from when memory ran out.
+
+    Attributes:
+        limit: most samples at once; None until memory ran out.
+    """
+
+    limit: int | None = None
+
+    def __call__(self, size: int, run: Callable[[slice], Any], generators: Sequence[torch.Generator] = ()) -> list[Any]:
+        """What `run` gives for consecutive slices of a batch.
+
+        Args:
+            size: samples in the batch.
+            run: does one slice, `run(slice)`.
+            generators: put back before a slice is tried again.
+
+        Raises:
+            torch.OutOfMemoryError: a single sample does not fit.
+        """
+        done, results = 0, []
+        while done < size:
+            step = min(self.limit or size, size - done)
+            states = [generator.get_state() for generator in generators]
+            try:
+                results.append(run(slice(done, done + step)))
+            except RuntimeError as error:
+                if step == 1 or not _out_of_memory(error):
+                    raise
+                error.__traceback__ = None  # its frames hold the tensors that filled the memory
+            else:
+                done += step
+                continue
+            self.limit = step // 2
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            logger.warning("out of memory with %d samples at once; going on with %d, same result", step, self.limit)
+        return results
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    told = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in told or "not enough memory" in told
+
+
+class Watched:
+    """Batches that are counted and fingerprinted as they are read; those a former run has done are left out.
+
+    Args:
+        batches: any iterable.
+        skip: batches done before, which are read and not given again.
+        expected: the digest those had; "" to begin a chain.
+
+    Attributes:
+        digests: of the inputs of the first n batches, n from 0; changes with any of them, or their order.
+    """
+
+    def __init__(self, batches: Iterable[Batch], skip: int = 0, expected: str = "") -> None:
+        self.batches, self.skip = batches, skip
+        self.digests = [""] if skip else [expected]
+        self._expected = expected
+        self._rest = self._read()
+        self._ahead: list[Batch] = []
+
+    def __len__(self) -> int:
+        total = length_of(self.batches)
+        if total is None:
+            raise TypeError("the number of batches is not known")
+        return max(0, total - self.skip)
+
+    def __iter__(self) -> Iterator[Batch]:
+        while self.pending():
+            yield self._ahead.pop()
+
+    def pending(self) -> bool:
+        """Whether there is a batch to come.
+
+        Raises:
+            DataError: the batches that are left out are not those the former run has done.
+        """
+        if not self._ahead:
+            self._ahead.extend(itertools.islice(self._rest, 1))
+        return bool(self._ahead)
+
+    def _read(self) -> Iterator[Batch]:
+        count = 0
+        for batch in self.batches:
+            self.digests.append(_digest(self.digests[-1], inputs_of(batch)))
+            count += 1
+            if count > self.skip:
+                yield batch
+            elif count == self.skip and self.digests[-1] != self._expected:
+                break
+        if self.skip and (count < self.skip or self.digests[self.skip] != self._expected):
+            raise DataError(
+                f"the saved scores are of {self.skip} batches other than those these begin with; give the batches "
+                "they were made of, or save to another file"
+            )
+
+
+def _digest(before: str, inputs: Tensor) -> str:
+    """A fingerprint of a batch and all before it, from evenly spaced entries of every sample."""
+    flat = inputs.detach().reshape(len(inputs), -1) if len(inputs) else inputs.detach().reshape(1, -1)
+    stride = max(1, flat.shape[1] // _FINGERPRINT)
+    entries = flat[:, ::stride].to("cpu", torch.float64).contiguous().numpy().tobytes()
+    return hashlib.sha256(before.encode() + str(tuple(inputs.shape)).encode() + entries).hexdigest()
+
+
+def labels(batch: Batch, criterion: str) -> Tensor:
+    """The labels of a batch, `(batch,)`.
+
+    Raises:
+        DataError: it has none.
+    """
+    found = labels_of(batch)
+    if found is None or found.is_floating_point() or found.ndim != 1 or bool((found < 0).any()):
+        raise DataError(
+            f"criterion {criterion} needs labels, and the batches hold none; give (inputs, labels) batches, or use a "
+            "label-free criterion such as TPV"
+        )
+    return found
+
+
+def reduced(tally: Tally) -> Tally:
+    """The tally of all processes together."""
+    if process()[1] == 1:
+        return tally
+    gathered: list[Any] = [None] * process()[1]
+    torch.distributed.all_gather_object(gathered, (tally.to_json(), {k: v.cpu() for k, v in tally.sums.items()}))
+    whole = Tally()
+    for counts, sums in gathered:
+        whole = whole + Tally(sums=sums, **{**counts, "samples": tuple(counts["samples"])})
+    return whole
+
+
+def gathered_rows(rows: Sensitivities) -> Sensitivities:
+    """The sensitivities of all processes together."""
+    world = process()[1]
+    if world == 1:
+        return rows
+    parts: list[Any] = [None] * world
+    torch.distributed.all_gather_object(parts, (rows.rows.cpu(), rows.linear.cpu(), rows.samples))
+    samples = sum(part[2] for part in parts)
+    linear = sum(part[1] * part[2] for part in parts) / samples
+    return Sensitivities(rows.groups, torch.cat([part[0] for part in parts]), linear, samples)

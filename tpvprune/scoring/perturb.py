@@ -1,0 +1,130 @@
+"""Perturbations of weights, given by their first two moments.
+
+A perturbation is a frozen dataclass with `moments(name, weight) -> (mean, variance)`: what is added to each entry of
+a weight on average, and how much that varies. A unit's score under it is
+`E_x[(sum over the unit of gradient * mean)^2 + sum over the unit of gradient^2 * variance]`: the mean moves all of
+a unit at once, the noise each entry by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from tpvprune.errors import InputError
+
+
+@runtime_checkable
+class Perturbation(Protocol):
+    """What a perturbation offers; `testing.check_perturbation` checks one of your own."""
+
+    def moments(self, name: str, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Mean and variance of what is added to `weight`, each of a shape that broadcasts to it; None is zero.
+
+        Args:
+            name: qualified name of the parameter.
+            weight: its value.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Removal:
+    """The weight becomes zero: mean `-w`, no variance."""
+
+    def moments(self, name: str, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """`(-weight, None)`."""
+        return -weight, None
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Uniform rounding to `2^bits` levels between the least and the largest weight: variance `step^2 / 12`.
+
+    The error of rounding is taken as uniform noise (Widrow and Kollár 2008), `step = range / (2^bits - 1)`.
+
+    Attributes:
+        bits: 1 to 16.
+        per: one range for the whole "tensor", or one for each output "channel" (the first dimension).
+    """
+
+    bits: int = 8
+    per: Literal["tensor", "channel"] = "tensor"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 1 <= self.bits <= 16:
+            raise InputError(f"bits={self.bits!r} must be a whole number from 1 to 16")
+        if self.per not in ("tensor", "channel"):
+            raise InputError(f"per={self.per!r} must be 'tensor' or 'channel'")
+
+    def moments(self, name: str, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """`(None, step^2 / 12)`, one step a tensor or an output channel."""
+        if self.per == "tensor" or weight.ndim < 2:
+            spread = weight.max() - weight.min()
+        else:
+            rows = weight.flatten(1)
+            spread = (rows.amax(1) - rows.amin(1)).reshape(-1, *(1,) * (weight.ndim - 1))
+        return None, (spread / (2**self.bits - 1)).square() / 12
+
+
+@dataclass(frozen=True)
+class Isotropic:
+    """Independent noise of the same size on every weight.
+
+    Attributes:
+        sigma: its standard deviation, in the weights' own unit.
+    """
+
+    sigma: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.sigma) and self.sigma >= 0):
+            raise InputError(f"sigma={self.sigma!r} must be zero or more")
+
+    def moments(self, name: str, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """`(None, sigma^2)`."""
+        return None, torch.full((), self.sigma**2, dtype=weight.dtype, device=weight.device)
+
+
+PERTURBATIONS: dict[str, type] = {"removal": Removal, "rounding": Rounding, "isotropic": Isotropic}
+
+
+def perturbation_named(perturbation: str | Perturbation) -> Perturbation:
+    """A perturbation from its name (with its defaults), or the perturbation itself.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if isinstance(perturbation, str):
+        if perturbation not in PERTURBATIONS:
+            known = ", ".join(sorted(PERTURBATIONS))
+            raise InputError(f"there is no perturbation {perturbation!r}; choose one of {known}")
+        made: Perturbation = PERTURBATIONS[perturbation]()
+        return made
+    return perturbation
+
+
+def moments_of(perturbation: Perturbation, name: str, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The moments, checked and at the weight's shape.
+
+    Raises:
+        InputError: a moment has another shape, is not finite, or a variance is below zero.
+    """
+    out = []
+    for kind, moment in zip(("mean", "variance"), perturbation.moments(name, weight), strict=True):
+        if moment is not None:
+            try:
+                moment = moment.to(weight).expand(weight.shape)
+            except RuntimeError:
+                raise InputError(
+                    f"the perturbation's {kind} of {name!r} has shape {tuple(moment.shape)}, the weight "
+                    f"{tuple(weight.shape)}"
+                ) from None
+            if not bool(torch.isfinite(moment).all()) or (kind == "variance" and bool((moment < 0).any())):
+                raise InputError(f"the perturbation's {kind} of {name!r} is not finite, or below zero")
+        out.append(moment)
+    return out[0], out[1]

@@ -1,0 +1,153 @@
+"""Criteria from statistics of activations: forward passes without labels, no gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.batches import Batch, Progress, evaluation_mode, model_inputs
+from tpvprune.errors import ModelError
+from tpvprune.scores import Scores, Tally
+from tpvprune.scoring.activations import channel_axis
+from tpvprune.scoring.collect import Observation, collect
+from tpvprune.scoring.engine import Parts
+from tpvprune.scoring.magnitude import slices
+from tpvprune.types import Graph, Group
+
+
+@contextmanager
+def _inputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """Per layer, moments of its inputs of one pass: `(samples, 3, channels)` sums of 1, x and x^2 over positions."""
+    found: dict[str, list[Tensor]] = {}
+    handles = []
+
+    def hook(name: str) -> Any:
+        def seen(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            value = args[0].detach()
+            value = value if value.dtype == torch.float64 else value.float()
+            rows = value.movedim(channel_axis(module), -1).reshape(len(value), -1, value.shape[channel_axis(module)])
+            ones = torch.full((len(rows), rows.shape[2]), float(rows.shape[1]), device=rows.device)
+            moments = torch.stack([ones, rows.sum(1), rows.square().sum(1)], 1)
+            found.setdefault(name, []).append(moments.double())
+
+        return seen
+
+    for name in dict.fromkeys(layers):
+        handles.append(model.get_submodule(name).register_forward_pre_hook(hook(name)))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _FromActivations:
+    """What the criteria of this file share."""
+
+    probes = 0
+    seed = 0
+
+    @property
+    def label(self) -> str:
+        """The criterion in words."""
+        return type(self).__name__.lower()
+
+    def measure(
+        self, model: nn.Module, batches: Iterable[Batch], graph: Graph, progress: Progress | None = None
+    ) -> Scores:
+        """Score every unit from what the layers that read it are given."""
+        return collect(self, model, batches, graph, progress=progress)
+
+    def observe(
+        self, model: nn.Module, batches: Iterable[Batch], graph: Graph, first: int, progress: Progress | None
+    ) -> Iterator[Observation]:
+        """One observation a batch: moments of every consumer's input channels."""
+        layers = [member.layer for group in graph.groups for member in group.of_role("consume")]
+        parts = Parts()
+        for inputs in model_inputs(model, batches, "score", progress):
+
+            def run(part: slice, inputs: Tensor = inputs) -> dict[str, Tensor]:
+                batch = len(inputs[part])
+                with evaluation_mode(model), torch.no_grad(), _inputs(model, layers) as found:
+                    model(inputs[part])
+                if not found:
+                    raise ModelError("no layer of the graph is used in the forward pass")
+                sums = {
+                    name: sum(m.reshape(batch, -1, *m.shape[1:]).sum(1) for m in calls) for name, calls in found.items()
+                }
+                return {name: value.flatten(1) for name, value in sums.items()}  # type: ignore[union-attr]
+
+            done = parts(len(inputs), run)
+            yield Observation(Tally.of_rows({name: torch.cat([one[name] for one in done]) for name in done[0]}))
+
+    def summarise(self, means: Mapping[str, Tensor], model: nn.Module, graph: Graph) -> dict[str, Tensor]:
+        """Scores from the mean moments."""
+        moments = {name: value.reshape(3, -1) for name, value in means.items()}
+        return {group.id: self._of(model, group, moments) for group in graph.groups}
+
+    def _of(self, model: nn.Module, group: Group, moments: Mapping[str, Tensor]) -> Tensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Variance(_FromActivations):
+    """Variance of the activation over samples and positions, mean over the layers that read it (VBP, Berisha 2025)."""
+
+    def _of(self, model: nn.Module, group: Group, moments: Mapping[str, Tensor]) -> Tensor:
+        if group.kind == "weight":
+            raise ModelError(f"criterion variance scores channels, not single weights ({group.id!r})")
+        parts = []
+        for member in group.of_role("consume"):
+            if member.layer in moments:
+                count, total, square = moments[member.layer]
+                spread = square / count - (total / count).square()
+                entries = _channels(member.entries(group.units), len(spread), model, member.layer)
+                parts.append(spread[entries].mean(1))
+        return torch.stack(parts).mean(0).clamp(min=0) if parts else torch.zeros(group.units, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Wanda(_FromActivations):
+    """Absolute weight times the norm of the activation it reads, summed over a unit (Sun 2024, arXiv 2306.11695)."""
+
+    def _of(self, model: nn.Module, group: Group, moments: Mapping[str, Tensor]) -> Tensor:
+        total = torch.zeros(group.units, dtype=torch.float64)
+        parameters = dict(model.named_parameters())
+        for member in group.of_role("consume"):
+            if member.layer not in moments:
+                continue
+            norm = moments[member.layer][2].sqrt()
+            weight = parameters[member.param].detach().double().abs().cpu()
+            if member.dim is None:
+                layer: Any = model.get_submodule(member.layer)
+                # Output o of a grouped convolution reads the channels of its own group.
+                groups = int(getattr(layer, "groups", 1))
+                read = norm.reshape(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)
+                flat = (weight.flatten(2) if weight.ndim > 2 else weight.unsqueeze(2)) * read.unsqueeze(2)
+                flat = flat.flatten()
+                total += flat if member.index is None else flat[member.index].sum(1)
+            else:
+                summed = next(slices(model, _alone(group, member), "consume")).abs()
+                entries = _channels(member.entries(group.units), len(norm), model, member.layer)
+                per_entry = summed.cpu().reshape(group.units, member.width(), -1).sum(2)
+                total += (per_entry * norm[entries].reshape(group.units, member.width(), -1).mean(2)).sum(1)
+        return total
+
+
+def _alone(group: Group, member: Any) -> Group:
+    return Group(group.id, group.kind, group.units, (member,), group.exact_mask, group.signature)
+
+
+def _channels(entries: Tensor, channels: int, model: nn.Module, layer: str) -> Tensor:
+    """Input channels that weight entries read: a grouped convolution's entry stands for one channel of every group."""
+    module: Any = model.get_submodule(layer)
+    groups = int(getattr(module, "groups", 1))
+    if groups == 1:
+        return entries
+    width = channels // groups
+    return torch.cat([entries + group * width for group in range(groups)], 1) if int(entries.max()) < width else entries

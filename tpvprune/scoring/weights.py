@@ -1,0 +1,220 @@
+"""Observations from weight gradients: single weights, blocks, and any perturbation of any unit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.batches import Batch, Progress, finite_outputs, model_inputs
+from tpvprune.errors import InputError, ModelError
+from tpvprune.scores import Tally
+from tpvprune.scoring.activations import backward, tensors
+from tpvprune.scoring.collect import Observation
+from tpvprune.scoring.engine import Parts
+from tpvprune.scoring.gradients import Captured, Side, factors, from_factors, layers_of, only, score_gradient, sides
+from tpvprune.scoring.perturb import Perturbation
+from tpvprune.scoring.probing import Probing, detached
+from tpvprune.types import Graph
+
+
+def gradient_observations(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    graph: Graph,
+    probing: Probing,
+    perturbation: Perturbation,
+    engine: str,
+    over: str,
+    first: int,
+    progress: Progress | None,
+) -> Iterator[Observation]:
+    """One observation a batch; see `gradients` for the engines.
+
+    Raises:
+        InputError: the engine cannot score these units.
+        ModelError: a layer is of a kind the engine does not know.
+    """
+    parts = sides(model, graph, perturbation, over)
+    if engine == "factored" and any(side.member.index is not None for own in parts.values() for side in own):
+        raise InputError("engine='factored' scores single weights; take blocks of (1, 1), or engine='batched'")
+    if engine == "factored" and any(group.kind != "weight" for group in graph.groups):
+        raise InputError("engine='factored' scores single weights; give a graph from weight_graph")
+    work: Any = {"batched": _batched, "per_sample": _per_sample, "factored": _factored}[engine]
+    splitter = Parts()
+    for local, inputs in enumerate(model_inputs(model, batches, "score", progress)):
+        generators = probing.generators(first + local)
+
+        def run(part: slice, inputs: Tensor = inputs, generators: list[torch.Generator] = generators) -> Any:
+            return work(model, inputs[part], parts, probing, generators, over)
+
+        found = splitter(len(inputs), run, generators)
+        if engine == "batched":
+            yield Observation(_of_gradients(found, parts, probing, len(inputs), over))
+        else:
+            tally = Tally()
+            for one in found:
+                tally = tally + one
+            yield Observation(Tally(tally.sums, tally.samples, tally.squares, tally.rows, 1))
+
+
+def _batched(
+    model: nn.Module,
+    inputs: Tensor,
+    parts: Mapping[str, Sequence[Side]],
+    probing: Probing,
+    generators: list[torch.Generator],
+    over: str,
+) -> dict[str, Tensor]:
+    """Gradients of one part of a batch, one a probe, `(probes, *weight)` per parameter."""
+    names = list(parts)
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    with only(model, names) as wanted, torch.enable_grad():
+        output = finite_outputs(model, inputs, probing.output)
+        _check_reached(output)
+        for cotangent, last in probing.cotangents(detached(output), generators):
+            for name, parameter, gradient in zip(
+                names, wanted, backward(output, cotangent, wanted, keep_graph=not last), strict=True
+            ):
+                found[name].append(torch.zeros_like(parameter) if gradient is None else gradient.detach())
+    return {name: torch.stack(gradients) for name, gradients in found.items()}
+
+
+def _check_reached(output: Tensor | dict[str, Tensor]) -> None:
+    if not any(value.requires_grad for value in tensors(output)):
+        raise ModelError("no weight of the graph is on the way to the model's output")
+
+
+def _of_gradients(
+    found: list[dict[str, Tensor]], parts: Mapping[str, Sequence[Side]], probing: Probing, batch: int, over: str
+) -> Tally:
+    """The square of a batch's whole gradient over its size: one row that stands for the batch."""
+    whole = {name: sum(one[name] for one in found) for name in found[0]}
+    units = score_gradient(whole, parts, over == "consume")  # type: ignore[arg-type]
+    rows = {group: value.sum(0, keepdim=True) / (probing.count * batch) for group, value in units.items()}
+    return Tally.of_rows(rows, stands_for=batch)
+
+
+def _per_sample(
+    model: nn.Module,
+    inputs: Tensor,
+    parts: Mapping[str, Sequence[Side]],
+    probing: Probing,
+    generators: list[torch.Generator],
+    over: str,
+) -> Tally:
+    """The tally of one part of a batch, a row a sample.
+
+    A unit whose weights lie in several layers needs the gradients of all of them at once; layer after layer is
+    enough where each unit lies in one, as single weights and blocks do.
+    """
+    batch, layers = len(inputs), layers_of(parts)
+    units = {side.group: side.units for own in parts.values() for side in own}
+    homes: dict[str, set[str]] = {}
+    for name, own in parts.items():
+        for side in own:
+            homes.setdefault(side.group, set()).add(name)
+    alone = all(len(names) == 1 for names in homes.values())
+    captured = Captured(model, list(layers))
+    like = next(model.parameters())
+    kind = torch.float64 if like.dtype == torch.float64 else torch.float32
+    probes = list[dict[str, list[Tensor]]]()
+    with only(model, []), captured() as seen, torch.enable_grad():
+        output = finite_outputs(model, inputs, probing.output)
+        _check_reached(output)
+        names, ends = seen.ends()
+        for cotangent, last in probing.cotangents(detached(output), generators):
+            slopes: dict[str, list[Tensor]] = {name: [] for name in layers}
+            found = backward(output, cotangent, ends, keep_graph=not last)
+            for name, end, slope in zip(names, ends, found, strict=True):
+                slopes[name].append(torch.zeros_like(end) if slope is None else slope.detach())
+            probes.append(slopes)
+        if alone:
+            tally: dict[str, Tally] = {}
+            for layer, name in layers.items():
+                pieces = zip(*(seen.sample_gradients(layer, slopes[layer], batch) for slopes in probes), strict=True)
+                for piece in pieces:
+                    rows = _mean_rows([{name: gradient} for _, gradient in piece], parts, probing, over)
+                    for group, value in rows.items():
+                        tally[group] = tally.get(group, Tally()) + Tally.of_rows({group: value.to(kind)})
+            one = next(iter(tally.values()))
+            return Tally({g: t.sums[g] for g, t in tally.items()}, one.samples, one.squares, one.rows, 1)
+        values = {group: torch.zeros(batch, count, dtype=kind, device=like.device) for group, count in units.items()}
+        for slopes in probes:
+            gradients = {
+                name: torch.cat([g for _, g in seen.sample_gradients(layer, slopes[layer], batch)])
+                for layer, name in layers.items()
+            }
+            for group, value in _mean_rows([gradients], parts, probing, over).items():
+                values[group] += value
+        return Tally.of_rows(values)
+
+
+def _mean_rows(
+    gradients: list[dict[str, Tensor]], parts: Mapping[str, Sequence[Side]], probing: Probing, over: str
+) -> dict[str, Tensor]:
+    rows: dict[str, Tensor] = {}
+    for one in gradients:
+        for group, value in score_gradient(one, parts, over == "consume").items():
+            rows[group] = rows[group] + value if group in rows else value
+    return {group: value / probing.count for group, value in rows.items()}
+
+
+def _factored(
+    model: nn.Module,
+    inputs: Tensor,
+    parts: Mapping[str, Sequence[Side]],
+    probing: Probing,
+    generators: list[torch.Generator],
+    over: str,
+) -> Tally:
+    """The tally of the two factors of every weight, one row for the part."""
+    batch, layers = len(inputs), layers_of(parts)
+    sums: dict[str, Tensor] = {}
+    captured = Captured(model, list(layers))
+
+    def add(key: str, value: Tensor) -> None:
+        sums[key] = sums[key] + value if key in sums else value
+
+    with only(model, []), captured() as seen, torch.enable_grad():
+        output = finite_outputs(model, inputs, probing.output)
+        _check_reached(output)
+        names, ends = seen.ends()
+        held = {name: iter(seen.inputs[name]) for name in layers}
+        values = [next(held[name]) for name in names]
+        for number, (cotangent, last) in enumerate(probing.cotangents(detached(output), generators)):
+            found = backward(output, cotangent, ends, keep_graph=not last)
+            for name, value, slope in zip(names, values, found, strict=True):
+                if slope is None:
+                    continue
+                read, written = factors(model.get_submodule(name), value, slope.detach(), batch)
+                if number == 0:
+                    add(f"{layers[name]}#read", read)
+                add(f"{layers[name]}#written", written / probing.count)
+    rows = {key: (value / batch).unsqueeze(0).flatten(1) for key, value in sums.items()}
+    return Tally.of_rows(rows, stands_for=batch)
+
+
+def factored_scores(
+    means: Mapping[str, Tensor], model: nn.Module, graph: Graph, perturbation: Perturbation
+) -> dict[str, Tensor]:
+    """Scores of single weights from the means of the factors."""
+    parts = sides(model, graph, perturbation, "consume")
+    out: dict[str, Tensor] = {}
+    for layer, name in layers_of(parts).items():
+        module = model.get_submodule(layer)
+        groups = int(getattr(module, "groups", 1))
+        read, written = (means.get(f"{name}#{kind}") for kind in ("read", "written"))
+        for side in parts[name]:
+            if read is None or written is None:
+                out[side.group] = torch.zeros(side.units)
+                continue
+            energy = from_factors(module, read.reshape(groups, -1), written.reshape(groups, -1))
+            total = torch.zeros_like(energy)
+            for moment in (None if side.mean is None else side.mean.square(), side.variance):
+                if moment is not None:
+                    total = total + energy * moment.to(energy)
+            out[side.group] = side.fold(total)
+    return out
