@@ -30,6 +30,7 @@ from tpvprune.planning.widths import check_reachable
 from tpvprune.recipe import Recipe, Suite, parse_recipe
 from tpvprune.recovery.recover import recover
 from tpvprune.scores import Scores
+from tpvprune.scoring.collect import Streaming
 from tpvprune.scoring.criteria import predicted_kl, score
 from tpvprune.surgery.removal import apply
 from tpvprune.types import Graph, read_json
@@ -268,8 +269,14 @@ class Run:
 
     def _score(self) -> dict[str, Any]:
         pool = self.images.scored.sample(self.recipe.score.samples, self.recipe.seed)
-        scores = score(self.dense, self._loader(pool), self.graph, self.recipe.criterion(), progress=self.progress)
+        # What a stopped scoring has done is kept under the key of its settings, and goes with the stage's end.
+        partial = self.folder / f"scores-{self._key('score', '')[:12]}.partial.safetensors"
+        criterion, graph = self.recipe.criterion(), self.graph
+        save = partial if isinstance(criterion, Streaming) else None
+        scores = score(self.dense, self._loader(pool), graph, criterion, progress=self.progress, save=save)
         scores.save(self._path("score"))
+        for left in self.folder.glob("scores-*.partial.safetensors"):
+            left.unlink()
         return {"criterion": scores.criterion, "images": scores.samples, "skipped_images": len(pool.skipped)}
 
     def _plan(self) -> dict[str, Any]:

@@ -94,12 +94,15 @@ class _Rows:
             self.linear = seen.linear if self.linear is None else self.linear + seen.linear
         self.counted += seen.tally.total
 
-    def result(self, graph: Graph) -> Sensitivities | None:
+    def result(self, graph: Graph, cap: int) -> Sensitivities | None:
         if not self.parts:
             return None
+        rows = torch.cat(self.parts)
+        samples = min(self.samples, cap)
+        rows = rows[: len(rows) // self.samples * samples]
         groups = tuple((group.id, group.units) for group in graph.groups)
         linear = torch.zeros(graph.units, dtype=torch.float64) if self.linear is None else self.linear / self.counted
-        return Sensitivities(groups, torch.cat(self.parts), linear, self.samples)
+        return Sensitivities(groups, rows, linear, samples)
 
 
 def collect(
@@ -134,7 +137,7 @@ def collect(
     rows = _Rows.of(start)
 
     def state(done: int) -> Scores:
-        held = rows.result(graph)
+        held = rows.result(graph, getattr(criterion, "cap", 0))
         return _scores(criterion, model, graph, tally, held, _manifest(watched.digests[done], tally, world))
 
     fresh, saved = 0, time.monotonic()

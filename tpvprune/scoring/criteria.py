@@ -11,13 +11,14 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from tpvprune.batches import Batch, Progress, Selector, evaluation_mode, finite_outputs, model_inputs
+from tpvprune.batches import Batch, Progress, Selector, evaluation_mode, finite_outputs, model_inputs, repeatable
 from tpvprune.errors import InputError, PlanError
 from tpvprune.plan import Plan
 from tpvprune.scores import Scores, Settled, Tally
 from tpvprune.scoring.activations import Tapped
 from tpvprune.scoring.collect import Observation, Streaming, collect
-from tpvprune.scoring.engine import Parts
+from tpvprune.scoring.compensation import residuals
+from tpvprune.scoring.engine import Parts, Watched
 from tpvprune.scoring.heads import Head, Softmax, head_named
 from tpvprune.scoring.perturb import Perturbation, Removal, perturbation_named
 from tpvprune.scoring.probing import Probing, detached, drift_slope
@@ -26,6 +27,8 @@ from tpvprune.types import Graph, fingerprint
 
 logger = logging.getLogger(__name__)
 Engine = Literal["auto", "activations", "batched", "per_sample", "factored"]
+SENSITIVITIES = 1280  # samples whose effects are kept
+RIDGE = 1e-2  # of the covariances behind compensated scores, as a share of their mean variance
 ENGINES = ("auto", "activations", "batched", "per_sample", "factored")
 
 
@@ -59,9 +62,11 @@ class TPV:
             weight gradients "batched", "per_sample" or "factored" (an approximation); "auto" takes the first where
             it can and "batched" elsewhere.
         sensitivities: keep the per-sample effects of at most this many samples, which a plan is judged by as a
-            whole; 0 keeps none.
+            whole; 0 keeps none. None: 1280 where they can be kept (removal of channels and heads), else none.
         reference: the model that drift is measured from, where that is not the one scored: the dense original,
             when a pruned model is scored again. Adds the linear term of drift to the sensitivities.
+        compensated: score of each channel only what the layers that read it cannot predict from their other inputs:
+            for a plan that is refitted afterwards. Takes a forward pass more; the batches must be readable twice.
     """
 
     head: str | Head = "softmax"
@@ -71,8 +76,9 @@ class TPV:
     output: Selector = None
     perturbation: str | Perturbation = "removal"
     engine: Engine = "auto"
-    sensitivities: int = 0
+    sensitivities: int | None = None
     reference: nn.Module | None = None
+    compensated: bool = False
 
     def __post_init__(self) -> None:
         head_named(self.head)
@@ -83,10 +89,12 @@ class TPV:
             raise InputError(f"over={self.over!r} must be 'consume' or 'all'")
         if self.engine not in ENGINES:
             raise InputError(f"engine={self.engine!r} must be one of {', '.join(ENGINES)}")
-        if not isinstance(self.sensitivities, int) or self.sensitivities < 0:
+        if self.sensitivities is not None and (not isinstance(self.sensitivities, int) or self.sensitivities < 0):
             raise InputError(f"sensitivities={self.sensitivities!r} must be a number of samples, 0 or more")
         if self.sensitivities and (self.over != "consume" or self.engine not in ("auto", "activations")):
             raise InputError("sensitivities are kept for over='consume' and engine='activations' alone")
+        if self.compensated and (self.over != "consume" or self.engine not in ("auto", "activations")):
+            raise InputError("compensated=True is for over='consume' and engine='activations' alone")
 
     @property
     def label(self) -> str:
@@ -96,7 +104,16 @@ class TPV:
             parts.append(f"perturbation={_name(self.perturbation)}")
         if self.engine not in ("auto", "activations"):
             parts.append(f"engine={self.engine}")
+        if self.compensated:
+            parts.append("compensated")
         return f"tpv({', '.join(parts)})"
+
+    @property
+    def cap(self) -> int:
+        """Samples whose effects are kept, where they can be kept."""
+        if self.over != "consume":
+            return 0
+        return SENSITIVITIES if self.sensitivities is None else self.sensitivities
 
     def measure(
         self, model: nn.Module, batches: Iterable[Batch], graph: Graph, progress: Progress | None = None
@@ -131,8 +148,8 @@ class TPV:
                 )
             yield from self._from_activations(model, batches, graph, first, progress)
             return
-        if self.sensitivities:
-            raise InputError("sensitivities are kept for the removal of channels and heads alone; leave them out")
+        if self.sensitivities or self.compensated:
+            raise InputError("sensitivities and compensation are for the removal of channels and heads; leave them out")
         yield from gradient_observations(
             model,
             batches,
@@ -148,8 +165,7 @@ class TPV:
     def _from_activations(
         self, model: nn.Module, batches: Iterable[Batch], graph: Graph, first: int, progress: Progress | None
     ) -> Iterator[Observation]:
-        left = self.sensitivities
-
+        left = self.cap
         def fold(sensitivities: dict[str, list[Tensor]]) -> dict[str, Tensor]:
             found = {n: torch.stack(parts).double().square().sum(0) for n, parts in sensitivities.items()}
             if left > 0:
@@ -185,7 +201,7 @@ class TPV:
 
         if not gone:
             return 0.0, 0.0
-        coherent = replace(self, over="consume", reference=None, sensitivities=0)
+        coherent = replace(self, over="consume", engine="auto", reference=None, sensitivities=0, compensated=False)
         values = torch.cat([b["plan"] for b in coherent._per_batch(model, batches, plan.graph, moved, 0, progress)])
         error = float(values.std() / values.numel() ** 0.5) if values.numel() > 1 else float("nan")
         return float(values.mean()), error
@@ -205,7 +221,14 @@ class TPV:
         reference.
         """
         probing = Probing(head_named(self.head), self.probes, self.seed, self.output)
-        tapped, parts = Tapped(model, graph, self.over), Parts()
+        maps = None
+        if self.compensated:
+            source = batches.batches if isinstance(batches, Watched) else batches
+            if first and not (isinstance(batches, Watched) and batches.skip):
+                raise InputError("batches cannot be added to compensated scores: what compensates what would change")
+            repeatable(source, "compensated scores read them twice")
+            maps = residuals(model, source, graph, RIDGE)
+        tapped, parts = Tapped(model, graph, self.over, maps), Parts()
         if tapped.left_out:
             logger.warning("over='all' leaves out %s: used outside layers", ", ".join(sorted(tapped.left_out)))
         for local, inputs in enumerate(model_inputs(model, batches, "score", progress)):

@@ -32,7 +32,11 @@ def slices(model: nn.Module, group: Group, *roles: Role) -> Iterator[Tensor]:
         if member.param not in parameters or member.param.rpartition(".")[2] == "bias":
             continue
         weight = parameters[member.param].detach().double()
-        rows = weight.reshape(-1, 1) if member.dim is None else weight.movedim(member.dim, 0).flatten(1)
+        rows = (
+            weight.reshape(-1, 1)
+            if member.dim is None
+            else weight.movedim(member.dim, 0).reshape(weight.shape[member.dim], -1)
+        )
         yield rows if member.index is None else rows[member.index.to(rows.device)].flatten(1)
 
 

@@ -1,0 +1,222 @@
+"""Compare criteria by the TPV paper's protocol: global pruning in steps, re-scored each step, no recovery.
+
+    python benchmarks/criteria.py --data cifar10/ --checkpoints checkpoints/ --net resnet20 --batches 10 --seeds 0 1 2
+
+90 % of all channels leave in 18 steps; after each step accuracy and agreement with the dense network are measured on
+3,000 test images. Every curve is appended to the results file as soon as it is done, and not run again; tables and
+plots are made of whatever the file holds (`--report`). `area` is the mean test accuracy over multiply-adds kept
+between 0.3 and 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import tpvprune as tp
+from tpvprune.zoo.data import open_pool
+from tpvprune.zoo.models import create_model
+
+STEPS, SHARE, LEAST = 18, 0.9, 0.3
+POINTS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+
+# Name to (criterion of the dense model and the seed, allocator, whether the seed changes anything).
+CRITERIA: dict[str, tuple[Callable[[nn.Module, int], Any], str, bool]] = {
+    "random": (lambda dense, seed: tp.Random(seed=seed), "global", True),
+    "l1": (lambda dense, seed: tp.L1(), "global", False),
+    "l2": (lambda dense, seed: tp.L2(), "global", False),
+    "lamp": (lambda dense, seed: tp.LAMP(), "global", False),
+    "fpgm": (lambda dense, seed: tp.FPGM(), "global", False),
+    "bnscale": (lambda dense, seed: tp.BNScale(), "global", False),
+    "whc": (lambda dense, seed: tp.WHC(), "global", False),
+    "taylor (labels)": (lambda dense, seed: tp.Taylor(), "global", True),
+    "fisher (labels)": (lambda dense, seed: tp.Fisher(seed=seed), "global", True),
+    "jacobian (labels)": (lambda dense, seed: tp.Jacobian(), "global", True),
+    "jbr": (lambda dense, seed: tp.JBR(reference=dense), "global", True),
+    "variance": (lambda dense, seed: tp.Variance(), "global", True),
+    "wanda": (lambda dense, seed: tp.Wanda(), "global", True),
+    "tpv all members": (lambda dense, seed: tp.TPV(over="all", seed=seed), "global", True),
+    "tpv": (lambda dense, seed: tp.TPV(seed=seed), "global", True),
+    "tpv logits": (lambda dense, seed: tp.TPV(head="logits", seed=seed), "global", True),
+    "tpv probabilities": (lambda dense, seed: tp.TPV(head="probabilities", seed=seed), "global", True),
+    "tpv margin": (lambda dense, seed: tp.TPV(head="margin", seed=seed), "global", True),
+    "tpv compensated": (lambda dense, seed: tp.TPV(compensated=True, seed=seed), "global", True),
+    "tpv plan, no linear part": (lambda dense, seed: tp.TPV(sensitivities=10**9, seed=seed), "joint", True),
+    "tpv plan": (lambda dense, seed: tp.TPV(sensitivities=10**9, reference=dense, seed=seed), "joint", True),
+    "tpv plan, 4 probes": (
+        lambda dense, seed: tp.TPV(sensitivities=10**9, reference=dense, probes=4, seed=seed),
+        "joint",
+        True,
+    ),
+}
+
+
+@torch.no_grad()
+def answers(model: nn.Module, batches: list[Tensor]) -> Tensor:
+    return torch.cat([model(batch).softmax(1) for batch in batches])
+
+
+def cut_to(small: nn.Module, batches: list[Any], criterion: Any, allocator: str, units: int, per: str) -> nn.Module:
+    """One step: score what is left, and remove units until `units` are left."""
+    graph = tp.trace(small, batches[0][0][:1])
+    scores = tp.score(small, batches, graph, criterion)
+    budget = tp.Budget(units=units, round_to=1, min_keep=1e-9)
+    return tp.apply(small, tp.allocate(scores, graph, budget, allocator=allocator, per=per))
+
+
+def curve(
+    dense: nn.Module,
+    name: str,
+    per: str,
+    batches: list[Any],
+    test: list[Tensor],
+    labels: Tensor,
+    seed: int,
+) -> list[dict[str, float]]:
+    """Accuracy, agreement and KL after every step, until fewer than `LEAST` of the multiply-adds are left."""
+    make, allocator, _ = CRITERIA[name]
+    graph = tp.trace(dense, batches[0][0][:1])
+    whole, macs = graph.units, graph.macs()
+    p, small, found = answers(dense, test), dense, []
+    for step in range(STEPS + 1):
+        if step:
+            left = whole - round(whole * SHARE * step / STEPS)
+            small = cut_to(small, batches, make(dense, seed), allocator, left, per)
+        q = answers(small, test)
+        found.append(
+            {
+                "macs": tp.trace(small, batches[0][0][:1]).macs() / macs if step else 1.0,
+                "accuracy": float((q.argmax(1) == labels).float().mean()),
+                "agreement": float((q.argmax(1) == p.argmax(1)).float().mean()),
+                "kl": float((p * (p.clamp(min=1e-12).log() - q.clamp(min=1e-12).log())).sum(1).mean()),
+            }
+        )
+        if found[-1]["macs"] < LEAST:
+            break
+    return found
+
+
+def at(points: list[dict[str, float]], macs: float | np.ndarray, key: str) -> Any:
+    """A curve's value at a share of the multiply-adds, between its steps by straight lines."""
+    ordered = sorted(points, key=lambda point: point["macs"])
+    return np.interp(macs, [point["macs"] for point in ordered], [point[key] for point in ordered])
+
+
+def area(points: list[dict[str, float]], key: str = "accuracy") -> float:
+    return float(at(points, np.linspace(LEAST, 1, 701), key).mean())
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def report(path: Path, plots: Path | None) -> None:
+    """Tables of everything measured so far, best first, and a plot for each."""
+    rows: dict[tuple[str, int, str], dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    for row in read(path):
+        rows[row["net"], row["batches"], row["per"]][row["criterion"]].append(row)
+    for (net, batches, per), named in sorted(rows.items()):
+        print(f"\n{net}, {batches} batches of 128, ranked per {'channel' if per == 'units' else 'multiply-add'}\n")
+        print(f"| criterion | seeds | area | {' | '.join(f'{m:g}' for m in POINTS)} | agreement at 0.7 / 0.5 | s |")
+        print("| --- " * (len(POINTS) + 5) + "|")
+        order = sorted(named, key=lambda n: -np.mean([area(row["curve"]) for row in named[n]]))
+        for name in order:
+            curves = [row["curve"] for row in named[name]]
+            areas = [area(points) for points in curves]
+            spread = f" ± {np.std(areas, ddof=1):.3f}" if len(areas) > 1 else ""
+            values = " | ".join(f"{np.mean([at(c, m, 'accuracy') for c in curves]):.3f}" for m in POINTS)
+            agree = " / ".join(f"{np.mean([at(c, m, 'agreement') for c in curves]):.3f}" for m in (0.7, 0.5))
+            seconds = np.mean([row["seconds"] for row in named[name]])
+            print(f"| {name} | {len(areas)} | {np.mean(areas):.3f}{spread} | {values} | {agree} | {seconds:.0f} |")
+        if plots is not None:
+            plot(plots / f"criteria_{net}_{batches}_{per}.svg", named, order, f"{net}, {batches} batches, per {per}")
+
+
+def plot(path: Path, named: dict[str, list[Any]], order: list[str], title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    grid = np.linspace(LEAST, 1, 141)
+    for number, name in enumerate(order):
+        values = np.mean([at(row["curve"], grid, "accuracy") for row in named[name]], 0)
+        axes.plot(grid, values, label=name, linestyle=("-", "--", ":")[number // 10], linewidth=2.4 - 0.08 * number)
+    axes.set(xlabel="multiply-adds kept", ylabel="test accuracy, no recovery", title=title)
+    axes.invert_xaxis()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def batches_of(folder: Path, dense: nn.Module, count: int, seed: int) -> list[Any]:
+    """`count` batches of 128 training images drawn by `seed`, with labels (read by criteria that need them alone)."""
+    pool = open_pool(folder / "train", dense, labels="folders").sample(count * 128, seed)
+    # Drawn images come back sorted by class; a batch must hold a mixture.
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()
+    items: list[Any] = [pool[i] for i in order]
+    images = torch.stack([item[0] for item in items]).contiguous(memory_format=torch.channels_last)
+    labels = torch.tensor([item[1] for item in items])
+    return list(zip(images.split(128), labels.split(128), strict=True))
+
+
+def jobs(args: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
+    for seed in args.seeds:
+        for name in args.criteria:
+            for per in args.per:
+                if CRITERIA[name][2] or seed == args.seeds[0]:
+                    yield name, per, seed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with train/<class>/ and test/<class>/")
+    parser.add_argument("--checkpoints", type=Path, help="folder with resnet20_cifar10.safetensors and the like")
+    parser.add_argument("--net", default="resnet20")
+    parser.add_argument("--batches", type=int, default=10)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--criteria", nargs="+", default=list(CRITERIA), choices=list(CRITERIA))
+    parser.add_argument("--per", nargs="+", default=["units", "macs"], choices=["units", "macs"])
+    parser.add_argument("--test", type=int, default=3000)
+    parser.add_argument("--results", type=Path, default=Path("runs/criteria.jsonl"))
+    parser.add_argument("--plots", type=Path)
+    parser.add_argument("--report", action="store_true", help="print what the results file holds, run nothing")
+    args = parser.parse_args()
+    if not args.report:
+        checkpoint = args.checkpoints / f"{args.net}_cifar10.safetensors"
+        dense = create_model(f"cifar_{args.net}", str(checkpoint)).eval().to(memory_format=torch.channels_last)
+        held = open_pool(args.data / "test", dense, labels="folders").sample(args.test, 0)
+        items: list[Any] = [held[i] for i in range(len(held))]
+        images = torch.stack([item[0] for item in items]).contiguous(memory_format=torch.channels_last)
+        test, labels = list(images.split(250)), torch.tensor([item[1] for item in items])
+        drawn: dict[int, list[Any]] = {}
+        for name, per, seed in jobs(args):
+            about = {"net": args.net, "batches": args.batches, "criterion": name, "per": per, "seed": seed}
+            if any(about.items() <= row.items() for row in read(args.results)):
+                continue
+            if seed not in drawn:
+                drawn = {seed: batches_of(args.data, dense, args.batches, seed)}
+            start = time.perf_counter()
+            points = curve(dense, name, per, drawn[seed], test, labels, seed)
+            row = {**about, "test": args.test, "curve": points, "seconds": time.perf_counter() - start}
+            args.results.parent.mkdir(parents=True, exist_ok=True)
+            with args.results.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(f"{about} area {area(points):.3f} in {row['seconds']:.0f} s", flush=True)
+    report(args.results, args.plots)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Compensated scores against plain least squares and dense Jacobians."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.func import jacrev, vmap
+
+import tpvprune as tp
+from tests import reference, tolerances
+from tests.helpers import Built, assert_scores_close, built
+from tpvprune.scoring.compensation import residuals
+
+
+def left_over(inputs: np.ndarray, own: list[int], others: list[int]) -> np.ndarray:
+    """Residuals of some columns after least squares on others and a constant."""
+    read = np.column_stack([inputs[:, others], np.ones(len(inputs))])
+    return inputs[:, own] - read @ np.linalg.lstsq(read, inputs[:, own], rcond=None)[0]
+
+
+def many(b: Built, count: int) -> Tensor:
+    shape = (count, *b.inputs.shape[1:])
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+def seen_by(b: Built, layer: str, inputs: Tensor) -> Tensor:
+    """Input of a layer, `(rows, channels)`, with the channels last."""
+    held: list[Tensor] = []
+    module = b.model.get_submodule(layer)
+    handle = module.register_forward_pre_hook(lambda _, args: held.append(args[0]))
+    with torch.no_grad():
+        b.model(inputs)
+    handle.remove()
+    value = held[0]
+    axis = 1 if isinstance(module, torch.nn.Conv2d) else -1
+    return value.movedim(axis, -1)
+
+
+def test_compensated_scores_are_those_of_the_residuals(mlp: Built):
+    inputs = many(mlp, 60)
+    scores = tp.score(mlp.model, [inputs[:40], inputs[40:]], mlp.graph, tp.TPV(compensated=True, probes="exact"))
+    plain = tp.score(mlp.model, [inputs], mlp.graph, tp.TPV(probes="exact"))
+    with torch.no_grad():
+        metric = reference.metric(mlp.model(inputs), "softmax")
+    for name, reader in (("0", 2), ("2", 4)):
+        read = seen_by(mlp, str(reader), inputs)
+        jacobian = vmap(jacrev(lambda a, k=reader: mlp.model[k:](a)))(read)
+        left = np.column_stack(
+            [
+                left_over(read.numpy(), [c], [o for o in range(read.shape[1]) if o != c])[:, 0]
+                for c in range(read.shape[1])
+            ]
+        )
+        effect = jacobian * torch.from_numpy(left).unsqueeze(1)
+        wanted = torch.einsum("nku,nkl,nlu->u", effect, metric, effect).detach() / len(inputs)
+        # The covariance is damped by a hundredth of its mean, so that the residuals differ from least squares a little.
+        assert not torch.allclose(scores.values[name], plain.values[name], rtol=0.2)
+        maps = residuals(mlp.model, [inputs], mlp.graph, 0.0)
+        torch.testing.assert_close(
+            maps[str(reader)](read, -1), torch.from_numpy(left), rtol=0, atol=tolerances.UNDAMPED
+        )
+        assert float((scores.values[name] - wanted).abs().max()) < 0.2 * float(wanted.max())
+
+
+def test_scores_follow_from_the_map_exactly(residual: Built):
+    inputs = many(residual, 12)
+    maps = residuals(residual.model, [inputs], residual.graph, 1e-2)
+    got = tp.score(residual.model, [inputs], residual.graph, tp.TPV(compensated=True, probes="exact", head="logits"))
+    wanted = {}
+    outputs = residual.model(inputs[:1]).shape[1]
+    for group in residual.graph.groups:
+        total = torch.zeros(len(inputs), outputs, group.units, dtype=torch.float64)
+        for member in group.of_role("consume"):
+            held: list[Tensor] = []
+            module = residual.model.get_submodule(member.layer)
+
+            def keep(_: object, args: tuple[Tensor], held: list[Tensor] = held) -> tuple[Tensor]:
+                held.append(args[0].detach().requires_grad_(True))
+                return (held[0],)
+
+            handle = module.register_forward_pre_hook(keep)
+            out = residual.model(inputs)
+            handle.remove()
+            axis = 1 if isinstance(module, torch.nn.Conv2d) else -1
+            left = maps[member.layer](held[0].detach(), axis)
+            for k in range(outputs):
+                (slope,) = torch.autograd.grad(out[:, k].sum(), held[0], retain_graph=True)
+                sums = (slope * left).movedim(axis, -1).flatten(1, -2).sum(1) if left.ndim > 2 else slope * left
+                total[:, k] += sums[:, member.entries(group.units)].sum(2)
+        wanted[group.id] = total.square().sum(1).mean(0)
+    assert_scores_close(got.values, wanted, tolerances.EXACT)
+
+
+@pytest.mark.parametrize("name", ["vit", "grouped"])
+def test_units_of_several_channels_are_predicted_from_the_rest(name: str):
+    b = built(name)
+    inputs = many(b, 80)
+    maps = residuals(b.model, [inputs], b.graph, 0.0)
+    looked = 0
+    for group in b.graph.groups:
+        for member in group.of_role("consume"):
+            if member.width() == 1:
+                continue
+            layer = b.model.get_submodule(member.layer)
+            read = seen_by(b, member.layer, inputs)
+            left = maps[member.layer](read, -1).reshape(-1, read.shape[-1])
+            rows = read.reshape(-1, read.shape[-1]).numpy()
+            width = rows.shape[1] // getattr(layer, "groups", 1)
+            for unit in member.entries(group.units).tolist():
+                for first in range(0, rows.shape[1], width):  # an output reads its own group of channels alone
+                    own = [e for e in unit if first <= e < first + width]
+                    if not own or len(own) == width:
+                        continue
+                    others = [c for c in range(first, first + width) if c not in own]
+                    wanted = torch.from_numpy(left_over(rows, own, others))
+                    torch.testing.assert_close(left[:, own], wanted, rtol=0, atol=tolerances.UNDAMPED)
+                    looked += 1
+    assert looked
+
+
+def test_a_copy_of_a_channel_costs_nothing_when_it_can_be_made_up_for():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3)).double()
+    with torch.no_grad():
+        net[0].weight[5], net[0].bias[5] = net[0].weight[0], net[0].bias[0]
+    inputs = torch.randn(200, 4, dtype=torch.float64)
+    graph = tp.trace(net, inputs[:1])
+    plain = tp.score(net, [inputs], graph, tp.TPV(head="logits")).values["0"]
+    left = tp.score(net, [inputs], graph, tp.TPV(head="logits", compensated=True)).values["0"]
+    assert float((left / plain)[[0, 5]].max()) < 1e-3
+    assert float((left / plain)[1:5].min()) > 1e-3
+
+
+def test_what_compensated_scores_refuse(mlp: Built, tmp_path):
+    with pytest.raises(tp.InputError, match="compensated=True"):
+        tp.TPV(compensated=True, over="all")
+    with pytest.raises(tp.DataError, match="read once only"):
+        tp.score(mlp.model, iter([mlp.inputs]), mlp.graph, tp.TPV(compensated=True))
+    first = tp.score(mlp.model, [mlp.inputs], mlp.graph, tp.TPV(compensated=True))
+    with pytest.raises(tp.InputError, match="cannot be added"):
+        tp.score(mlp.model, [mlp.inputs], mlp.graph, tp.TPV(compensated=True), start=first)
+    saved = tp.score(mlp.model, [mlp.inputs] * 2, mlp.graph, tp.TPV(compensated=True), save=tmp_path / "s.safetensors")
+    again = tp.score(mlp.model, [mlp.inputs] * 2, mlp.graph, tp.TPV(compensated=True), save=tmp_path / "s.safetensors")
+    assert_scores_close(again.values, saved.values, 1e-15)
