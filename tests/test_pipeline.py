@@ -26,13 +26,42 @@ def test_prune_is_its_verbs_in_order(name: str) -> None:
     assert_same_state(model.state_dict(), b.model.state_dict())
     assert all(m.training for m in model.modules())
     assert torch.equal(torch.get_rng_state(), rng)
-    scores = tp.score(b.model, data, b.graph)
+    scores = tp.score(b.model, data, b.graph, tp.TPV(compensated=True))
     plan = tp.allocate(scores, b.graph, budget)
     by_hand = tp.reconstruct(tp.apply(b.model, plan), data, b.model)
     assert result.plan.diff(plan) == {}
     assert_same_state(result.model.state_dict(), by_hand.state_dict())
     assert plan_of(result.model).macs <= 0.6 * b.graph.macs()
     assert all(torch.equal(result.scores.values[g], v) for g, v in scores.values.items())
+
+
+def test_without_a_refit_units_are_judged_together_as_they_are() -> None:
+    b, data, budget = built("residual"), batches("residual"), tp.Budget(macs=0.6)
+    result = tp.prune(b.model, data, budget, reconstruct_with=None)
+    plan = tp.allocate(tp.score(b.model, data, b.graph, tp.TPV()), b.graph, budget, allocator="joint")
+    assert result.plan.diff(plan) == {}
+    assert result.plan.made_by["allocator"] == "joint"
+
+
+def test_models_that_return_more_than_a_tensor_are_pruned_by_the_part_that_counts() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> dict[str, object]:
+            return {"logits": self.inner(x), "hidden": (x,)}
+
+    b, data, budget = built("mlp"), batches("mlp"), tp.Budget(macs=0.7, round_to=1)
+    tuning = tp.Finetune(epochs=1, lr=1e-3)
+    torch.manual_seed(0)
+    bare = tp.prune(b.model, data, budget, finetune_with=tuning)
+    torch.manual_seed(0)
+    wrapped = tp.prune(Wrapped(b.model), data, budget, output="logits", finetune_with=tuning)
+    torch.testing.assert_close(wrapped.model(data[0])["logits"], bare.model(data[0]))
+    assert wrapped.report.recovered.metrics == pytest.approx(bare.report.recovered.metrics)
+    with pytest.raises(tp.ModelError, match="'logits', 'hidden'"):
+        tp.prune(Wrapped(b.model), data, budget)
 
 
 def test_the_report_says_what_was_asked_and_what_came_out() -> None:

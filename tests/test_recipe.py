@@ -40,9 +40,39 @@ def test_every_builtin_recipe_validates_and_its_model_can_be_built():
 def test_settings_come_out_as_the_library_takes_them():
     recipe = parse_recipe(FULL, "mine.yaml")
     assert recipe.limits() == tp.Budget(macs="50%", protect=("layer1",))
-    assert recipe.criterion() == tp.TPV()
+    assert recipe.criterion() == tp.TPV(compensated=True)
     assert recipe.distillation() == tp.Finetune(epochs=2)
     assert recipe.closed_form() == tp.Reconstruct()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (["recover.reconstruct=null"], tp.TPV()),
+        (["score.over=all"], tp.TPV(over="all")),
+        (["score.compensated=false", "score.head=margin"], tp.TPV(head="margin")),
+        (["score.sensitivities=64", "score.probes=2"], tp.TPV(sensitivities=64, probes=2)),
+        (["score.criterion=l1"], tp.L1()),
+        (["score.criterion=fisher", "score.seed=3"], tp.Fisher(seed=3)),
+        (["score.criterion=jbr"], tp.JBR()),
+    ],
+)
+def test_a_recipe_names_its_criterion(overrides, wanted):
+    assert parse_recipe(FULL, "mine.yaml", overrides).criterion() == wanted
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["score.criterion=l3"], "score.criterion"),
+        (["score.criterion=l1", "score.probes=4"], "'l1' has no setting 'probes'"),
+        (["score.over=all", "score.compensated=true"], "compensated=True"),
+        (["score.sensitivities=-1"], "sensitivities=-1"),
+    ],
+)
+def test_settings_that_a_criterion_lacks_are_refused(overrides, message):
+    with pytest.raises(tp.RecipeError, match=message):
+        parse_recipe(FULL, "mine.yaml", overrides)
 
 
 def test_the_resolved_recipe_reads_back_as_itself():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from tpvprune import report as reporting
-from tpvprune.batches import Batch, Progress, inputs_of, repeatable
+from tpvprune.batches import Batch, Progress, Selector, inputs_of, repeatable
 from tpvprune.budget import Budget
 from tpvprune.errors import DataError
 from tpvprune.plan import Plan
@@ -47,6 +47,7 @@ def prune(
     budget: Budget,
     *,
     criterion: Criterion | None = None,
+    output: Selector = None,
     held_out: Iterable[Batch] | None = None,
     reconstruct_with: Reconstruct | None = CLOSED_FORM,
     finetune_with: Finetune | None = None,
@@ -55,10 +56,12 @@ def prune(
     """Trace, score, plan, cut, recover and measure. The model given is left as it was.
 
     Args:
-        model: any module that returns one tensor.
+        model: any module.
         batches: unlabeled; a list or a DataLoader.
         budget: what the result may cost.
-        criterion: how to score; `TPV()` by default.
+        criterion: how to score; `TPV()` by default, compensated if the closed form follows.
+        output: which part of what the model returns counts, where that is not one tensor: a key, attribute or
+            index, or a function. A criterion of your own has its own `output`.
         held_out: other batches to measure on, with labels or without. Without them the report measures
             on the scoring batches and says so.
         reconstruct_with: closed-form recovery; None leaves it out.
@@ -71,7 +74,7 @@ def prune(
     repeatable(batches, "scoring and recovery both need them")
     if held_out is not None:
         repeatable(held_out, "the prediction and the report both need them")
-    criterion = criterion or TPV()
+    criterion = criterion or TPV(output=output, compensated=reconstruct_with is not None)
     seconds: dict[str, float] = {}
 
     def timed(stage: str, since: float) -> float:
@@ -98,6 +101,7 @@ def prune(
             teacher=model,
             reconstruct_with=reconstruct_with,
             finetune_with=finetune_with,
+            output=output,
             progress=progress,
         )
         clock = timed("recover", clock)
@@ -111,6 +115,7 @@ def prune(
         budget=budget,
         batches=measured,
         predicted=predicted,
+        output=output,
         seconds=seconds,
         data={"scored": scores.samples, "measured_on": "scoring batches" if held_out is None else "held-out batches"},
         progress=progress,

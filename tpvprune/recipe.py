@@ -71,10 +71,11 @@ class EvalSection(_Strict):
 ScoreSection: Any = _section_of(
     TPV,
     "ScoreSection",
-    without=("reference", "perturbation"),  # the one is an object, the other no ranking to prune by
+    # An object, no ranking to prune by, and no timm model returns anything but a tensor.
+    without=("reference", "perturbation", "output"),
     criterion=(Literal[tuple(CRITERIA)], "tpv"),
     head=(Literal[tuple(sorted(HEADS))], "softmax"),
-    output=(str | int | None, None),
+    compensated=(bool | None, None),  # None: if a refit follows
     samples=(int | None, Field(default=1280, ge=1)),
 )
 BudgetSection: Any = _section_of(
@@ -125,8 +126,12 @@ class Recipe(_Strict):
         own = {name for name in _fields_of(CRITERIA[section.criterion]) if hasattr(section, name)}
         written = section.model_fields_set - {"criterion", "samples"}
         extra = {name for name in written - own if getattr(section, name) != ScoreSection.model_fields[name].default}
+        settings = {name: getattr(section, name) for name in own | extra}
+        if settings.get("compensated", True) is None:
+            possible = section.over == "consume" and section.engine in ("auto", "activations")
+            settings["compensated"] = possible and not section.sensitivities and self.recover.reconstruct is not None
         try:
-            return criterion_named(section.criterion, {name: getattr(section, name) for name in own | extra})
+            return criterion_named(section.criterion, settings)
         except InputError as error:
             raise RecipeError(f"score: {error}") from error
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from tpvprune.batches import (
     Batch,
     Progress,
+    Selector,
     device_of,
     evaluation_mode,
     finite_output,
@@ -40,6 +41,7 @@ def compare(
     dense: nn.Module,
     batches: Iterable[Batch],
     *,
+    output: Selector = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, dict[str, float]], int]:
     """Drift of several models from the dense one, and accuracy where the batches hold labels.
@@ -48,6 +50,7 @@ def compare(
         models: by name; the dense one may be among them.
         dense: the reference.
         batches: held-out inputs, with labels (-1: none) or without.
+        output: which part of what the models return is compared.
         progress: called as `progress("eval", batches_done, batches_to_do)`.
 
     Returns:
@@ -66,13 +69,13 @@ def compare(
         for number, batch in enumerate(batches, 1):
             inputs = inputs_of(batch).to(device_of(dense))
             labels = labels_of(batch)
-            reference = finite_output(dense, inputs)
+            reference = finite_output(dense, inputs, output)
             images += len(inputs)
             known = labels is not None and labels.ndim == 1 and bool((labels >= 0).all())
             labelled += len(inputs) if known else 0
             for name, model in models.items():
-                output = reference if model is dense else finite_output(model, inputs)
-                for key, value in _distances(reference, output, labels if known else None).items():
+                answer = reference if model is dense else finite_output(model, inputs, output)
+                for key, value in _distances(reference, answer, labels if known else None).items():
                     sums[name][key] = sums[name].get(key, 0.0) + value
             if progress:
                 progress("eval", number, total)
@@ -156,6 +159,7 @@ def build(
     predicted: float | None,
     seconds: Mapping[str, float],
     data: Mapping[str, Any],
+    output: Selector = None,
     steps: Iterable[Mapping[str, Any]] = (),
     progress: Progress | None = None,
 ) -> Report:
@@ -171,6 +175,7 @@ def build(
         predicted: the scorer's first-order KL of the plan in nats, or None.
         seconds: per stage so far.
         data: what each stage saw.
+        output: see `compare`.
         steps: what was done, in order.
         progress: see `compare`.
 
@@ -180,7 +185,7 @@ def build(
     """
     start = time.perf_counter()
     models = {"before": dense, "pruned": pruned} | ({"recovered": recovered} if recovered is not None else {})
-    metrics, images = compare(models, dense, batches, progress=progress)
+    metrics, images = compare(models, dense, batches, output=output, progress=progress)
     sample = inputs_of(next(iter(batches))).to(device_of(dense))[:8]
     milliseconds = latencies(models, sample)
     graph = plan.graph

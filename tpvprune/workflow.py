@@ -178,6 +178,7 @@ class Run:
             return {
                 "images": [(source, source_state(source)) for source in sources],
                 "batch_size": data.get("batch_size"),
+                "criterion": repr(self.recipe.criterion()),
                 **{name: recipe[name] for name in ("score", "device", "seed")},
             }
         if stage == "recover":
@@ -277,7 +278,13 @@ class Run:
         scores.save(self._path("score"))
         for left in self.folder.glob("scores-*.partial.safetensors"):
             left.unlink()
-        return {"criterion": scores.criterion, "images": scores.samples, "skipped_images": len(pool.skipped)}
+        sure = {k: v for k, v in scores.summary().items() if v is not None and k not in ("samples", "units")}
+        return {
+            "criterion": scores.criterion,
+            "images": scores.samples,
+            "skipped_images": len(pool.skipped),
+            **{name: round(v, 4) if isinstance(v, float) else v for name, v in sure.items()},
+        }
 
     def _plan(self) -> dict[str, Any]:
         graph = self.graph

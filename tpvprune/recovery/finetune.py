@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from tpvprune.batches import (
     Batch,
     Progress,
+    Selector,
     device_of,
     evaluation_mode,
     inputs_of,
@@ -92,6 +93,7 @@ def finetune(
     teacher: nn.Module,
     settings: Finetune | None = None,
     *,
+    output: Selector = None,
     progress: Progress | None = None,
     log: Log | None = None,
 ) -> nn.Module:
@@ -102,6 +104,7 @@ def finetune(
         batches: a list or DataLoader, read once per epoch. Labels are looked at only if `label_weight` asks.
         teacher: the dense model.
         settings: see `Finetune`.
+        output: which part of what the models return is distilled: a key, attribute or index, or a function.
         progress: called as `progress("finetune", steps_done, steps_to_do)`.
         log: receives `{"epoch", "loss", "lr"}` after every epoch.
 
@@ -144,8 +147,8 @@ def finetune(
                 window = min(settings.accumulate, per_epoch - number // settings.accumulate * settings.accumulate)
                 inputs = inputs_of(batch).to(device)
                 with torch.no_grad():
-                    wanted = single_tensor(teacher(inputs), teacher)
-                loss = _loss(single_tensor(wrapped(inputs), student), wanted, batch, settings)
+                    wanted = single_tensor(teacher(inputs), teacher, output)
+                loss = _loss(single_tensor(wrapped(inputs), student, output), wanted, batch, settings)
                 accelerator.backward(loss / window)
                 if (number + 1) % settings.accumulate == 0 or number + 1 == per_epoch:
                     accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip)

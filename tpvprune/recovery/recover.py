@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from tpvprune.batches import Batch, Progress, repeatable
+from tpvprune.batches import Batch, Progress, Selector, repeatable
 from tpvprune.recovery.batchnorm import reestimate_batchnorm
 from tpvprune.recovery.finetune import Finetune, Log, finetune
 from tpvprune.recovery.reconstruct import Reconstruct, reconstruct
@@ -24,6 +24,7 @@ def recover(
     batchnorm: bool = False,
     finetune_with: Finetune | None = DISTILLATION,
     finetune_batches: Iterable[Batch] | None = None,
+    output: Selector = None,
     progress: Progress | None = None,
     log: Log | None = None,
 ) -> nn.Module:
@@ -37,6 +38,7 @@ def recover(
         batchnorm: whether to re-estimate batch-norm statistics before fine-tuning.
         finetune_with: settings of the distillation; None leaves it out.
         finetune_batches: other (more, or augmented) batches for the distillation.
+        output: which part of what the models return the distillation compares; see `finetune`.
         progress: called as `progress(stage, done, total)`.
         log: receives the distillation's loss per epoch.
 
@@ -51,5 +53,5 @@ def recover(
         model = reestimate_batchnorm(model, batches, progress=progress)
     if finetune_with is not None:
         source = batches if finetune_batches is None else finetune_batches
-        model = finetune(model, source, teacher, finetune_with, progress=progress, log=log)
+        model = finetune(model, source, teacher, finetune_with, output=output, progress=progress, log=log)
     return model

@@ -111,8 +111,8 @@ class TPV:
     @property
     def cap(self) -> int:
         """Samples whose effects are kept, where they can be kept."""
-        if self.over != "consume":
-            return 0
+        if self.over != "consume" or (self.compensated and self.sensitivities is None):
+            return 0  # before a refit, channels that are cheap alone leave better than those that are cheap together
         return SENSITIVITIES if self.sensitivities is None else self.sensitivities
 
     def measure(
