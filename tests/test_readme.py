@@ -13,8 +13,11 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+GUIDES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.mark.parametrize("code", blocks("python"))
@@ -24,6 +27,16 @@ def test_python_blocks_run(code, tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), names)
     assert (tmp_path / "out/tpvprune.json").is_file()
     assert sum(p.numel() for p in names["again"].parameters()) < sum(p.numel() for p in names["model"].parameters())
+
+
+@pytest.mark.parametrize(
+    "guide", [g for g in GUIDES if blocks("python", g.read_text(encoding="utf-8"))], ids=lambda guide: guide.name
+)
+def test_python_blocks_of_a_guide_run_one_after_the_other(guide, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for code in blocks("python", guide.read_text(encoding="utf-8")):
+        exec(compile(code, guide.name, "exec"), names)
 
 
 def test_the_verbs_named_exist():
@@ -38,6 +51,7 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert test_command in (ROOT / ".ci/run").read_text(encoding="utf-8")
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", [ROOT / "README.md", *GUIDES], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!http|#)([^)]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target.partition("#")[0]).exists(), target

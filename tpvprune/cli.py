@@ -27,10 +27,11 @@ from tpvprune.errors import InputError, RecipeError, TpvpruneError
 from tpvprune.files import write_text
 from tpvprune.recipe import Recipe, builtin_recipes, find_recipe, load_recipe
 from tpvprune.report import compare, latencies
+from tpvprune.runfolder import PRODUCTS
 from tpvprune.targets import flags, is_saved_model, resolve, resolve_model
 from tpvprune.types import Graph, read_json
 from tpvprune.version import __version__
-from tpvprune.workflow import PRODUCTS, Run
+from tpvprune.workflow import Run
 from tpvprune.zoo.data import open_pool
 
 app = typer.Typer(

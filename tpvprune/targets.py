@@ -10,7 +10,7 @@ from typing import Any
 from tpvprune.checkpoint import ABOUT
 from tpvprune.errors import RecipeError
 from tpvprune.recipe import Recipe, Suite, builtin_recipes, load_recipe, validate_recipe
-from tpvprune.workflow import RECIPE, branch, stored_recipe
+from tpvprune.runfolder import RECIPE, branch, stored_recipe
 from tpvprune.zoo.models import is_model
 
 

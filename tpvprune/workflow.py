@@ -6,7 +6,6 @@ for the same recipe sections, weights and earlier stages. Changing a key redoes 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -20,34 +19,24 @@ from torch import Tensor, nn
 
 from tpvprune import report as reporting
 from tpvprune.batches import Progress, finite_output
-from tpvprune.checkpoint import ABOUT, load, save
+from tpvprune.checkpoint import load, save
 from tpvprune.errors import DataError, ModelError, RecipeError, TpvpruneError
-from tpvprune.files import read_text, write_bytes, write_text
+from tpvprune.files import write_text
 from tpvprune.plan import Plan
 from tpvprune.planning.allocate import allocate
 from tpvprune.planning.graph import trace
 from tpvprune.planning.widths import check_reachable
-from tpvprune.recipe import Recipe, Suite, parse_recipe
+from tpvprune.recipe import Recipe
 from tpvprune.recovery.recover import recover
+from tpvprune.runfolder import PRODUCTS, RECIPE, STAGES, STATE, one_line, stage_keys, stored_recipe
 from tpvprune.scores import Scores
 from tpvprune.scoring.collect import Streaming
 from tpvprune.scoring.criteria import predicted_kl, score
 from tpvprune.surgery.removal import apply
 from tpvprune.types import Graph, read_json
-from tpvprune.zoo.data import Loader, Pool, input_size, open_pool, overlap, source_state
-from tpvprune.zoo.models import checkpoint_path, create_model
+from tpvprune.zoo.data import Loader, Pool, input_size, open_pool, overlap
+from tpvprune.zoo.models import create_model
 
-STAGES = ("trace", "score", "plan", "apply", "recover", "eval", "report")
-PRODUCTS = {
-    "trace": "graph.json",
-    "score": "scores.safetensors",
-    "plan": "plan.json",
-    "apply": f"pruned/{ABOUT}",
-    "recover": ABOUT,
-    "eval": "report.json",
-}
-RECIPE, STATE = "recipe.yaml", "stages.json"
-STATE_FORMAT = 1  # raised when a stage's result is no longer what an older version made
 Log = Callable[[str], None]
 
 
@@ -95,9 +84,7 @@ class Run:
             TpvpruneError: whatever a stage raises; stages done before it stay done.
         """
         wanted = STAGES[: STAGES.index(last) + 1]
-        keys, key = {}, ""
-        for stage in wanted:
-            keys[stage] = key = self._key(stage, key)
+        keys = stage_keys(self.recipe, last)
         state = self._state()
         todo = [stage for stage in wanted if state.get(stage, {}).get("key") != keys[stage] or not self._has(stage)]
         if todo:
@@ -122,7 +109,7 @@ class Run:
             state[stage] = {"key": keys[stage], "seconds": seconds, "told": told}
             self._write_state(state)
             if stage != "report":
-                self.log(f"{stage}: {_one_line(told)} ({seconds:.1f} s)")
+                self.log(f"{stage}: {one_line(told)} ({seconds:.1f} s)")
         return dict(state[last]["told"])
 
     def _check_inputs(self, last: str) -> None:
@@ -139,7 +126,9 @@ class Run:
 
     @cached_property
     def _traced(self) -> Graph:
-        if self._state().get("trace", {}).get("key") == self._key("trace", "") and self._has("trace"):
+        if self._state().get("trace", {}).get("key") == stage_keys(self.recipe, "trace")["trace"] and self._has(
+            "trace"
+        ):
             return self.graph
         start = time.perf_counter()
         graph = trace(self.dense, self._example(), progress=self.progress)
@@ -161,37 +150,6 @@ class Run:
 
     def _write_state(self, state: dict[str, Any]) -> None:
         write_text(self.folder / STATE, json.dumps(state, indent=1))
-
-    def _key(self, stage: str, before: str) -> str:
-        parts = [STATE_FORMAT, stage, before, self._matters(stage)]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-    def _matters(self, stage: str) -> dict[str, Any]:
-        """What a stage's result depends on, beside the stages before it."""
-        recipe = self.recipe.model_dump(mode="json")
-        data, held = recipe["data"] or {}, recipe["eval"]
-        if stage == "trace":
-            weights = self._weights_digest if self.recipe.model.checkpoint is not None else None
-            return {"model": recipe["model"], "size": data.get("size"), "weights": weights}
-        if stage == "score":
-            sources = [source for source in (data.get("images"), held["images"]) if source]
-            return {
-                "images": [(source, source_state(source)) for source in sources],
-                "batch_size": data.get("batch_size"),
-                "criterion": repr(self.recipe.criterion()),
-                **{name: recipe[name] for name in ("score", "device", "seed")},
-            }
-        if stage == "recover":
-            tuning = recipe["recover"]["finetune"]
-            labels = data.get("labels") if tuning and tuning["label_weight"] else None
-            return {"recover": recipe["recover"], "labels": labels}
-        if stage == "eval":
-            return {"labels": [data.get("labels"), held["labels"]], "samples": held["samples"]}
-        return {"budget": recipe["budget"]} if stage == "plan" else {}
-
-    @cached_property
-    def _weights_digest(self) -> str:
-        return hashlib.sha256(checkpoint_path(str(self.recipe.model.checkpoint)).read_bytes()).hexdigest()
 
     @cached_property
     def device(self) -> torch.device:
@@ -271,7 +229,7 @@ class Run:
     def _score(self) -> dict[str, Any]:
         pool = self.images.scored.sample(self.recipe.score.samples, self.recipe.seed)
         # What a stopped scoring has done is kept under the key of its settings, and goes with the stage's end.
-        partial = self.folder / f"scores-{self._key('score', '')[:12]}.partial.safetensors"
+        partial = self.folder / f"scores-{stage_keys(self.recipe, 'score')['score'][:12]}.partial.safetensors"
         criterion, graph = self.recipe.criterion(), self.graph
         save = partial if isinstance(criterion, Streaming) else None
         scores = score(self.dense, self._loader(pool), graph, criterion, progress=self.progress, save=save)
@@ -374,42 +332,3 @@ class Run:
     def _report(self) -> dict[str, Any]:
         found = read_json(self._path("eval"), "report")
         return dict(found)
-
-
-def _one_line(told: dict[str, Any]) -> str:
-    """The plain values of what a stage said, and the lengths of the others."""
-
-    def short(value: Any) -> str:
-        if isinstance(value, dict) and value and all(isinstance(v, (int, float)) for v in value.values()):
-            return "(" + ", ".join(f"{k} {short(v)}" for k, v in value.items()) + ")"
-        if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
-            return "+".join(value)
-        if isinstance(value, (dict, list)):
-            return str(len(value))
-        return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-
-    return "; ".join(f"{key.replace('_', ' ')} {short(value)}" for key, value in told.items())
-
-
-def branch(source: Path, folder: Path) -> None:
-    """Take graph, scores and plan of a run along into a new folder, to go on from there with other settings."""
-    if folder.resolve() == source.resolve() or (folder.is_dir() and any(folder.iterdir())):
-        return
-    for name in (RECIPE, STATE, *(PRODUCTS[stage] for stage in ("trace", "score", "plan"))):
-        if (source / name).is_file():
-            write_bytes(folder / name, (source / name).read_bytes())
-
-
-def stored_recipe(folder: str | Path) -> Recipe | None:
-    """The recipe a run folder was made with; None if it is no run folder.
-
-    Raises:
-        RecipeError: the recipe there was damaged.
-    """
-    path = Path(folder) / RECIPE
-    if not path.is_file():
-        return None
-    recipe = parse_recipe(read_text(path), str(path))
-    if isinstance(recipe, Suite):
-        raise RecipeError(f"{path} is a list of recipes, not one run")
-    return recipe

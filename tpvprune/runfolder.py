@@ -1,0 +1,103 @@
+"""What a run's folder holds: stages, their products, and what each stage's result depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from tpvprune.checkpoint import ABOUT
+from tpvprune.errors import RecipeError
+from tpvprune.files import read_text, write_bytes
+from tpvprune.recipe import Recipe, Suite, parse_recipe
+from tpvprune.scoring.registry import LABELLED
+from tpvprune.zoo.data import source_state
+from tpvprune.zoo.models import checkpoint_path
+
+STAGES = ("trace", "score", "plan", "apply", "recover", "eval", "report")
+PRODUCTS = {
+    "trace": "graph.json",
+    "score": "scores.safetensors",
+    "plan": "plan.json",
+    "apply": f"pruned/{ABOUT}",
+    "recover": ABOUT,
+    "eval": "report.json",
+}
+RECIPE, STATE = "recipe.yaml", "stages.json"
+STATE_FORMAT = 2  # raised when a stage's result is no longer what an older version made
+
+
+def stage_keys(recipe: Recipe, last: str) -> dict[str, str]:
+    """A name for each stage's result, up to `last`: changes with all that it and the stages before depend on."""
+    keys, key = {}, ""
+    for stage in STAGES[: STAGES.index(last) + 1]:
+        parts = [STATE_FORMAT, stage, key, _matters(recipe, stage)]
+        keys[stage] = key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return keys
+
+
+def _matters(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """What a stage's result depends on, beside the stages before it."""
+    sections = recipe.model_dump(mode="json")
+    data, held = sections["data"] or {}, sections["eval"]
+    if stage == "trace":
+        weights = None
+        if recipe.model.checkpoint is not None:
+            weights = hashlib.sha256(checkpoint_path(str(recipe.model.checkpoint)).read_bytes()).hexdigest()
+        return {"model": sections["model"], "size": data.get("size"), "weights": weights}
+    if stage == "score":
+        sources = [source for source in (data.get("images"), held["images"]) if source]
+        return {
+            "images": [(source, source_state(source)) for source in sources],
+            "batch_size": data.get("batch_size"),
+            "criterion": repr(recipe.criterion()),
+            "labels": data.get("labels") if recipe.score.criterion in LABELLED else None,
+            **{name: sections[name] for name in ("score", "device", "seed")},
+        }
+    if stage == "recover":
+        tuning = sections["recover"]["finetune"]
+        labels = data.get("labels") if tuning and tuning["label_weight"] else None
+        return {"recover": sections["recover"], "labels": labels}
+    if stage == "eval":
+        return {"labels": [data.get("labels"), held["labels"]], "samples": held["samples"]}
+    return {"budget": sections["budget"]} if stage == "plan" else {}
+
+
+def one_line(told: dict[str, Any]) -> str:
+    """The plain values of what a stage said, and the lengths of the others."""
+
+    def short(value: Any) -> str:
+        if isinstance(value, dict) and value and all(isinstance(v, (int, float)) for v in value.values()):
+            return "(" + ", ".join(f"{k} {short(v)}" for k, v in value.items()) + ")"
+        if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+            return "+".join(value)
+        if isinstance(value, (dict, list)):
+            return str(len(value))
+        return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+    return "; ".join(f"{key.replace('_', ' ')} {short(value)}" for key, value in told.items())
+
+
+def branch(source: Path, folder: Path) -> None:
+    """Take graph, scores and plan of a run along into a new folder, to go on from there with other settings."""
+    if folder.resolve() == source.resolve() or (folder.is_dir() and any(folder.iterdir())):
+        return
+    for name in (RECIPE, STATE, *(PRODUCTS[stage] for stage in ("trace", "score", "plan"))):
+        if (source / name).is_file():
+            write_bytes(folder / name, (source / name).read_bytes())
+
+
+def stored_recipe(folder: str | Path) -> Recipe | None:
+    """The recipe a run folder was made with; None if it is no run folder.
+
+    Raises:
+        RecipeError: the recipe there was damaged.
+    """
+    path = Path(folder) / RECIPE
+    if not path.is_file():
+        return None
+    recipe = parse_recipe(read_text(path), str(path))
+    if isinstance(recipe, Suite):
+        raise RecipeError(f"{path} is a list of recipes, not one run")
+    return recipe
