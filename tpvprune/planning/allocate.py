@@ -27,6 +27,7 @@ def allocate(
     *,
     allocator: Allocator = "auto",
     per: Literal["macs", "params", "units"] | None = None,
+    shrinkage: float | None = None,
 ) -> Plan:
     """Remove, step by step, the units that cost the least predicted drift per multiply-add (or parameter).
 
@@ -42,6 +43,7 @@ def allocate(
             there included, and needs sensitivities in the scores; "global" adds up scores as if units did not
             matter to each other; "auto" is joint where it can be.
         per: what a step's drift is divided by; the quantity that the budget bounds by default.
+        shrinkage: of the covariances that "joint" counts, 0 to 1; estimated from the sensitivities by default.
 
     Returns:
         A plan whose cost is at most the bound; `Plan.macs` and `Plan.params` are exact.
@@ -62,6 +64,8 @@ def allocate(
             f"allocator={allocator!r}, per={per!r}: an allocator is auto, joint or global, and per is one of "
             f"{', '.join(QUANTITIES)}"
         )
+    if shrinkage is not None and not 0 <= shrinkage <= 1:
+        raise BudgetError(f"shrinkage={shrinkage} must lie between 0 and 1")
     if allocator == "auto":
         allocator = "global" if scores.sensitivities is None else "joint"
     check_reachable(graph, budget)
@@ -71,7 +75,7 @@ def allocate(
     if allocator == "joint":
         if scores.sensitivities is None:
             raise PlanError("allocator='joint' needs scores with sensitivities: score with TPV(sensitivities=1280)")
-        steps = Joint(graph, widths, scores.sensitivities)
+        steps = Joint(graph, widths, scores.sensitivities, shrinkage)
     else:
         steps = _Ladders(graph, widths, scores)
     per = per or budget.quantity
