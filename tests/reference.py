@@ -6,12 +6,12 @@ Nothing here imports `tpvprune.scoring`; of a graph only the table of members is
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev
+from torch.func import functional_call, hessian, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tpvprune.types import Graph, Group
@@ -32,11 +32,42 @@ def jacobians(model: nn.Module, inputs: Tensor, names: Iterable[str]) -> dict[st
 
 
 def metric(outputs: Tensor, head: str) -> Tensor:
-    """`M` of every sample, `(batch, outputs, outputs)`: the identity, or `diag(p) - p p^T`."""
-    if head == "logits":
-        return torch.eye(outputs.shape[1], dtype=outputs.dtype).expand(len(outputs), -1, -1)
-    p = outputs.softmax(1)
-    return torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+    """`M` of every sample, `(batch, outputs, outputs)`, from the definition of each head."""
+    return torch.stack([_metric(row, head) for row in outputs])
+
+
+def _metric(o: Tensor, head: str) -> Tensor:
+    eye, p = torch.eye(len(o), dtype=o.dtype), o.softmax(0)
+    fisher = torch.diag(p) - torch.outer(p, p)
+    if head == "margin":
+        top = int(o.argmax())
+        total = torch.zeros_like(eye)
+        for j in range(len(o)):
+            if j != top:
+                step = eye[top] - eye[j]
+                total += p[j] / (1 - p[top]) * torch.outer(step, step)
+        return total
+    if head == "cosine":
+        return (eye - torch.outer(o, o) / (o @ o)) / (o @ o)
+    return {"logits": eye, "features": eye, "softmax": fisher, "probabilities": fisher @ fisher}[head]
+
+
+def metric_by_autograd(o: Tensor, head: str) -> Tensor:
+    """`M` of one sample's outputs, by differentiating what the head measures the distance of."""
+    fixed = o.softmax(0)
+    if head == "softmax":  # half of it is KL to second order
+        return hessian(lambda z: (fixed * (fixed.log() - z.log_softmax(0))).sum())(o)
+    top = int(o.argmax())
+    rest = torch.where(torch.arange(len(o)) == top, 0, fixed / (1 - fixed[top]))
+    measured = {
+        "logits": lambda z: z,
+        "features": lambda z: z,
+        "probabilities": lambda z: z.softmax(0),
+        "margin": lambda z: rest.sqrt() * (z[top] - z),
+        "cosine": lambda z: z / z.square().sum().sqrt(),
+    }
+    jacobian = jacrev(measured[head])(o)
+    return jacobian.T @ jacobian
 
 
 def entries_of(group: Group, member: object, unit: int) -> list[int]:
@@ -91,6 +122,47 @@ def plan_tpv(model: nn.Module, inputs: Tensor, graph: Graph, gone: Mapping[str, 
         for name, units in gone.items()
     )
     return float(torch.einsum("bk,bkl,bl->b", total, m, total).mean())
+
+
+def unit_masks(group: Group, member: object, weight: Tensor) -> Tensor:
+    """One where a weight belongs to a unit, `(units, *weight)`."""
+    masks = torch.zeros(group.units, *weight.shape, dtype=weight.dtype)
+    for unit in range(group.units):
+        for entry in entries_of(group, member, unit):
+            if member.dim is None:  # type: ignore[attr-defined]
+                masks[unit].view(-1)[entry] = 1
+            else:
+                masks[unit].select(member.dim, entry).fill_(1)  # type: ignore[attr-defined]
+    return masks
+
+
+Moments = Callable[[str, Tensor], tuple[Tensor, Tensor]]
+
+
+def removal(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of what removing a weight adds to it."""
+    return -weight, torch.zeros_like(weight)
+
+
+def perturbed_tpv(
+    model: nn.Module, inputs: Tensor, graph: Graph, head: str, moments: Moments = removal
+) -> dict[str, Tensor]:
+    """`E_x E_d d^T J^T M J d` of every unit: its consumers' weights move by `mean` together, plus independent noise."""
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    jacobian = jacobians(model, inputs, {m.param for g in graph.groups for m in g.of_role("consume")})
+    with torch.no_grad():
+        m = metric(model(inputs), head)
+    scores = {}
+    for group in graph.groups:
+        change = noise = torch.zeros((), dtype=inputs.dtype)
+        for member in group.of_role("consume"):
+            masks = unit_masks(group, member, weights[member.param]).flatten(1)
+            j = jacobian[member.param].flatten(2)
+            mean, variance = (moment.flatten() for moment in moments(member.param, weights[member.param]))
+            change = change + torch.einsum("bkp,up->bku", j * mean, masks)
+            noise = noise + (torch.einsum("bkp,bkl,blp->bp", j, m, j) * variance) @ masks.T
+        scores[group.id] = (torch.einsum("bku,bkl,blu->bu", change, m, change) + noise).mean(0)
+    return scores
 
 
 def zeroed(model: nn.Module, graph: Graph, gone: Mapping[str, list[int]]) -> nn.Module:

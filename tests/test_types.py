@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import tpvprune as tp
 from tests.helpers import NAMES, assert_same_state, built
+from tpvprune.scores import SCORES_FORMAT
 from tpvprune.types import _pack_index, _unpack_index, fingerprint
 
 
@@ -148,12 +149,13 @@ def test_scores_of_other_formats_are_refused(tmp_path) -> None:
     save_file({"value/a": torch.ones(1)}, tmp_path / "bare")
     with pytest.raises(tp.PlanError, match="format None"):
         tp.Scores.load(tmp_path / "bare")
-    save_file({"value/a": torch.ones(1)}, tmp_path / "later", metadata={"tpvprune": json.dumps({"format": 2})})
-    with pytest.raises(tp.PlanError, match="format 2 is not 1"):
+    later = SCORES_FORMAT + 1
+    save_file({"value/a": torch.ones(1)}, tmp_path / "later", metadata={"tpvprune": json.dumps({"format": later})})
+    with pytest.raises(tp.PlanError, match=f"format {later} is not {SCORES_FORMAT}"):
         tp.Scores.load(tmp_path / "later")
 
 
-@pytest.mark.parametrize("about", [{"format": 1}, {"format": 1, "criterion": "x", "extra": 2}])
+@pytest.mark.parametrize("about", [{"format": SCORES_FORMAT}, {"format": SCORES_FORMAT, "criterion": "x", "extra": 2}])
 def test_scores_with_a_damaged_header_are_refused(tmp_path, about: dict[str, object]) -> None:
     from safetensors.torch import save_file
 

@@ -227,7 +227,8 @@ class Scores:
         )
         if self.halves is not None and values.numel() > 1:
             one, other = (torch.cat([half[n].double() for n in self.values]) for half in self.halves)
-            found["rank_correlation"] = float(torch.corrcoef(torch.stack([_ranks(one), _ranks(other)]))[0, 1])
+            correlation = float(torch.corrcoef(torch.stack([_ranks(one), _ranks(other)]))[0, 1])
+            found["rank_correlation"] = None if math.isnan(correlation) else correlation
         if self.stderr is None or values.numel() < 2:
             return found
         errors = torch.cat([self.stderr[n].double() for n in self.values])
@@ -270,6 +271,11 @@ class Scores:
                 "samples": self.sensitivities.samples,
             }
             tensors |= {f"sensitivity/{key}": value for key, value in self.sensitivities.tensors().items()}
+        held: set[int] = set()
+        for key, value in tensors.items():
+            memory = value.untyped_storage().data_ptr()
+            tensors[key] = value.clone() if memory in held else value  # the format refuses shared memory
+            held.add(memory)
         write_bytes(path, save(tensors, metadata={"tpvprune": json.dumps(about)}))
 
     @classmethod
@@ -285,7 +291,7 @@ class Scores:
             with safe_open(str(path), framework="pt") as file:
                 about = json.loads((file.metadata() or {}).get("tpvprune", "{}"))
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-        except SafetensorError as error:
+        except (SafetensorError, ValueError) as error:
             raise PlanError(f"{path} is no scores file: {error}") from error
         check_format(about, SCORES_FORMAT, f"scores {path}")
 
@@ -348,5 +354,6 @@ def _wrong_side(values: Tensor, errors: Tensor, cut: float) -> float:
     ordered = values.sort().values
     place = min(max(round(len(values) * (1 - cut)), 1), len(values) - 1)
     threshold = (ordered[place - 1] + ordered[place]) / 2
-    distance = (values - threshold).abs() / errors.clamp(min=1e-300)
-    return float(torch.special.ndtr(-distance).mean())
+    distance = (values - threshold).abs() / errors
+    # What is known without error lies on no wrong side, at the threshold neither.
+    return float(torch.where(errors > 0, torch.special.ndtr(-distance), 0).mean())

@@ -1,4 +1,4 @@
-"""Contract suites for people who write a head or a criterion of their own.
+"""Contract suites for people who write a head, a perturbation or a criterion of their own.
 
 Each raises `AssertionError` naming the promise that does not hold, so that one line in a test is enough:
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tpvprune.batches import Batch
 from tpvprune.scoring.criteria import Criterion
 from tpvprune.scoring.heads import Head
+from tpvprune.scoring.perturb import Perturbation
 from tpvprune.types import Graph
 
 DRAWS = 4000
@@ -38,13 +39,13 @@ def check_head(head: Head, output: Tensor) -> None:
     assert first.shape == wide.shape, f"cotangent is {tuple(first.shape)}, the output {tuple(wide.shape)}"
     again = head.cotangent(wide, torch.Generator().manual_seed(1))
     assert torch.equal(first, again), "the same seed gives another cotangent; draw from the generator given"
-    flat = wide.flatten(1).shape
+    flat = wide.reshape(len(wide), -1).shape
     metric = torch.zeros(flat[0], flat[1], flat[1], dtype=torch.float64)
     for u in head.exact(wide):
         assert u.shape == wide.shape, f"an exact cotangent is {tuple(u.shape)}, the output {tuple(wide.shape)}"
-        metric += torch.einsum("bi,bj->bij", u.flatten(1), u.flatten(1))
+        metric += torch.einsum("bi,bj->bij", u.reshape(flat), u.reshape(flat))
     generator = torch.Generator().manual_seed(2)
-    draws = torch.stack([head.cotangent(wide, generator).flatten(1) for _ in range(DRAWS)])
+    draws = torch.stack([head.cotangent(wide, generator).reshape(flat) for _ in range(DRAWS)])
     products = torch.einsum("nbi,nbj->nbij", draws, draws)
     error = products.std(0) / DRAWS**0.5
     gap = (products.mean(0) - metric).abs()
@@ -53,6 +54,39 @@ def check_head(head: Head, output: Tensor) -> None:
         cross = torch.einsum("ni,nj->nij", draws[:, 0], draws[:, 1])
         limit = STANDARD_ERRORS * cross.std(0) / DRAWS**0.5 + 1e-9
         assert bool((cross.mean(0).abs() <= limit).all()), "cotangents of different samples are correlated"
+
+
+def check_perturbation(perturbation: Perturbation, name: str, weight: Tensor) -> None:
+    """Check a perturbation on one weight.
+
+    Args:
+        perturbation: yours.
+        name: what the weight is called.
+        weight: of any shape.
+
+    Raises:
+        AssertionError: the moments are no pair of tensors (or None) that broadcast to the weight, are not finite or
+            not repeatable, the variance is below zero, or the weight or the global random state was changed.
+    """
+    given, random = weight.detach().clone(), torch.get_rng_state()
+    moments = perturbation.moments(name, given)
+    assert torch.equal(given, weight.detach()), "the weight was changed"
+    assert torch.equal(random, torch.get_rng_state()), "the global random state was used; moments are no draws"
+    assert isinstance(moments, tuple) and len(moments) == 2, "moments are a pair: mean and variance"
+    for kind, moment, again in zip(("mean", "variance"), moments, perturbation.moments(name, given), strict=True):
+        if moment is None:
+            assert again is None, f"the {kind} does not repeat"
+            continue
+        assert isinstance(moment, Tensor), f"the {kind} is a {type(moment).__name__}; give a tensor, or None for zero"
+        try:
+            moment.expand(weight.shape)
+        except RuntimeError:
+            raise AssertionError(
+                f"the {kind} of shape {tuple(moment.shape)} does not broadcast to the weight's {tuple(weight.shape)}"
+            ) from None
+        assert bool(torch.isfinite(moment).all()), f"the {kind} is not finite"
+        assert kind == "mean" or bool((moment >= 0).all()), "the variance is below zero"
+        assert isinstance(again, Tensor) and torch.equal(moment, again), f"the {kind} does not repeat"
 
 
 def check_criterion(criterion: Criterion, model: nn.Module, batches: Iterable[Batch], graph: Graph) -> None:

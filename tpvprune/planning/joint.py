@@ -1,8 +1,9 @@
 """The joint allocator: what a step adds to the drift of the whole plan.
 
 With `R` the sensitivities (rows by units) and `S` what has left, the drift is `|R 1_S|^2 / samples + linear . 1_S`, so
-that unit `c` adds `linear_c + |R_c|^2 + 2 R_c . R 1_S` (over samples). Columns of `R^T R` are made in blocks, for the
-units that are likely to leave next: a block is one matrix product, a single column would read all of `R`.
+that unit `c` adds `linear_c + |R_c|^2 + 2 R_c . R 1_S` (over samples). What units that leave do to all others takes a
+pass over all of `R`: many that leave together share one, and for one by one, columns of `R^T R` are made in blocks, of
+the units that are likely to leave next. What the units of one group do to each other is made once a group.
 
 With fewer samples than units the products of different units are noise as much as signal, and a greedy choice would
 pick the units whose noise cancels. So they are shrunk by a factor `1 - shrinkage` (Schaefer and Strimmer 2005).
@@ -19,7 +20,8 @@ from tpvprune.errors import PlanError
 from tpvprune.scores import Sensitivities
 from tpvprune.types import Graph
 
-BLOCK = 256
+BLOCK = 256  # columns of `R^T R` made at once; takes as long as 20 passes over `R`
+MANY = 4  # units of one step that are worth a pass over `R`
 LOOKED_AT = 1280  # samples that the shrinkage is estimated from
 SMALL = 4096  # units up to which all of `R^T R` is made at once
 
@@ -57,10 +59,15 @@ class Joint:
             self._span[name] = slice(start, start + units)
             start += units
         self._taken = dict.fromkeys(self._span, 0)
+        # Where each group's units stand, a row a group, so that all are looked at in one go; the rest points past them.
+        self._places = torch.full((len(self._span), max((u for _, u in sensitivities.groups), default=0)), start)
+        for row, span in enumerate(self._span.values()):
+            self._places[row, : span.stop - span.start] = torch.arange(span.start, span.stop)
+        self._inside: dict[str, Tensor] = {}
+        self._saving: dict[str, int] = {}
         self._columns: dict[int, Tensor] = {}
         if len(self._adds) <= SMALL:
-            whole = (self._rows.mT @ self._rows).double()
-            self._columns = dict(enumerate(whole))
+            self._columns = dict(enumerate(self._rows.mT @ self._rows))
 
     def next_units(self, name: str) -> int:
         """Units in a group's next step; 0 at its floor."""
@@ -73,7 +80,8 @@ class Joint:
         Groups are looked at in the order of what the units of their step add one by one; the first whose true
         ratio, covariances within the step included, stays below the next one's guess is taken.
         """
-        guesses = {name: self._ratio(self._cheapest(name)[1], saved) for name, saved in saving.items()}
+        guesses = self._guesses(saving)
+        self._saving = saving
         found: tuple[str, float] | None = None
         self._chosen: dict[str, Tensor] = {}
         for name in sorted(guesses, key=lambda n: guesses[n]):
@@ -90,8 +98,12 @@ class Joint:
         """Take a group's next step; the units that leave, numbered within the group."""
         columns = self._chosen[name]
         self._left[columns] = False
-        for column in columns.tolist():
-            self._adds += 2 * (1 - self.shrinkage) * self._column(column)
+        if len(columns) >= MANY and int(columns[0]) not in self._columns:
+            changes = [self._rows.mT @ self._rows.index_select(1, columns).sum(1)]
+        else:
+            changes = [self._column(column) for column in columns.tolist()]
+        for change in changes:
+            self._adds += 2 * (1 - self.shrinkage) * change
         self._taken[name] += 1
         return columns - self._span[name].start
 
@@ -99,42 +111,49 @@ class Joint:
     def _ratio(added: float, saved: int) -> float:
         return added / saved if saved else math.inf
 
-    def _cheapest(self, name: str) -> tuple[Tensor, float]:
-        """Columns of the units that add least, one by one, and the sum of that."""
-        span = self._span[name]
-        adds = torch.where(self._left[span], self._adds[span], torch.inf)
-        values, columns = adds.topk(self.next_units(name), largest=False)
-        return columns + span.start, float(values.sum())
+    def _guesses(self, saving: dict[str, int]) -> dict[str, float]:
+        """Per group, what the units of its next step that add least add one by one, over what they save."""
+        counts = [self.next_units(name) for name in self._span]
+        adds = torch.cat([torch.where(self._left, self._adds, torch.inf), torch.tensor([torch.inf])])
+        rows = adds.index_select(0, self._places.flatten()).reshape(self._places.shape)
+        sums = rows.topk(max(counts), largest=False).values.cumsum(1)
+        last = torch.tensor(counts).clamp(min=1).unsqueeze(1) - 1
+        added = dict(zip(self._span, sums.gather(1, last).flatten().tolist(), strict=True))
+        return {name: self._ratio(added[name], saved) for name, saved in saving.items()}
 
     def _together(self, name: str) -> tuple[Tensor, float]:
         """Columns of a step chosen unit by unit, and what they add together."""
-        count = self.next_units(name)
-        if count == 1:
-            return self._cheapest(name)
-        span = self._span[name]
+        span, count = self._span[name], self.next_units(name)
         adds = torch.where(self._left[span], self._adds[span], torch.inf)
-        columns, total = [], 0.0
+        if count > 1 and name not in self._inside:
+            self._inside[name] = self._rows[:, span].mT @ self._rows[:, span]
+        units, total = [], 0.0
         for _ in range(count):
             unit = int(adds.argmin())
             total += float(adds[unit])
-            columns.append(span.start + unit)
-            adds = adds + 2 * (1 - self.shrinkage) * self._column(span.start + unit)[span]
+            units.append(unit)
+            if count > 1:
+                adds += 2 * (1 - self.shrinkage) * self._inside[name][unit]
             adds[unit] = torch.inf
-        return torch.tensor(columns), total
+        return torch.tensor(units) + span.start, total
 
     def _column(self, column: int) -> Tensor:
-        """One column of `R^T R`, float64 `(units,)`."""
+        """One column of `R^T R`, `(units,)`."""
         if column not in self._columns:
-            # The units that add least are those that leave next.
-            likely = torch.where(self._left, self._adds, torch.inf)
-            likely[column] = -torch.inf
-            if self._columns:
-                likely[list(self._columns)] = torch.inf
+            # The units that add least for what they save are those that leave next.
+            likely = torch.full_like(self._adds, torch.inf)
+            for name, saved in self._saving.items():
+                span = self._span[name]
+                each = saved / self.next_units(name)
+                likely[span] = torch.where(self._left[span], self._adds[span] / max(each, 1e-30), torch.inf)
             if len(self._columns) > 8 * BLOCK:
                 self._columns.clear()
+            if self._columns:
+                likely[list(self._columns)] = torch.inf
+            likely[column] = -torch.inf
             block = likely.topk(min(BLOCK, len(likely)), largest=False).indices
             made = self._rows[:, block].mT @ self._rows
-            self._columns |= dict(zip(block.tolist(), made.double(), strict=True))
+            self._columns |= dict(zip(block.tolist(), made, strict=True))
         return self._columns[column]
 
 

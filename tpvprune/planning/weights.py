@@ -27,11 +27,14 @@ def weight_graph(model: nn.Module, block: tuple[int, int] = (1, 1), layers: Sequ
     Raises:
         ModelError: no layer is left, a pattern matches none, or a block does not divide a weight.
     """
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, _ConvNd)) and module.weight is not None
-    }
+    parameters = {id(p): name for name, p in model.named_parameters()}
+    found, skipped = dict[str, nn.Module](), dict[str, str]()
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, _ConvNd)):
+            if id(module.weight) in parameters:
+                found[name] = module
+            else:
+                skipped[name] = "its weight is computed from other parameters"
     chosen: dict[str, nn.Module] = {}
     for pattern in layers:
         meant = matcher(pattern)
@@ -39,7 +42,6 @@ def weight_graph(model: nn.Module, block: tuple[int, int] = (1, 1), layers: Sequ
         if not hits:
             raise ModelError(f"{pattern!r} matches none of the layers {', '.join(found)}")
         chosen |= hits
-    parameters = {id(p): name for name, p in model.named_parameters()}
     groups: dict[str, Group] = {}
     for module in chosen.values():
         weight = module.weight
@@ -63,5 +65,5 @@ def weight_graph(model: nn.Module, block: tuple[int, int] = (1, 1), layers: Sequ
         shapes=shapes,
         reuse={},
         model_id=fingerprint((name, tuple(tensor.shape)) for name, tensor in everything),
-        skipped={},
+        skipped=skipped,
     )

@@ -34,7 +34,7 @@ def backward(output: Outputs, cotangent: Outputs, wanted: list[Tensor], keep_gra
     return torch.autograd.grad(ends, wanted, seeds, retain_graph=keep_graph, allow_unused=True)
 
 
-IN_CACHE = 2**18  # entries of a product; twice as fast and more than one pass over all of it
+IN_CACHE = 2**22  # entries of a product held at once: few enough to be fast, enough for few calls
 
 
 class _Sink:

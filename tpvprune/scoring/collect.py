@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tpvprune.batches import Batch, Progress
 from tpvprune.errors import InputError, PlanError
 from tpvprune.scores import Scores, Sensitivities, Settled, Tally
-from tpvprune.scoring.engine import Watched, gathered_rows, process, reduced
+from tpvprune.scoring.engine import Watched, digest_of_all, gathered_rows, process, reduced, weights_digest
 from tpvprune.types import Graph
 from tpvprune.version import __version__
 
@@ -95,7 +95,7 @@ class _Rows:
         self.counted += seen.tally.total
 
     def result(self, graph: Graph, cap: int) -> Sensitivities | None:
-        if not self.parts:
+        if not self.parts or not cap:
             return None
         rows = torch.cat(self.parts)
         samples = min(self.samples, cap)
@@ -121,33 +121,42 @@ def collect(
     Raises:
         PlanError: `start` is of another criterion, model or seed.
         DataError: `save` holds scores of other batches.
-        InputError: `until` or `save` under several processes.
+        InputError: `until` or `start` under several processes.
     """
     world = process()[1]
     if world > 1 and until is not None:
         raise InputError("until= looks at the scores after every batch, which several processes cannot; leave it out")
+    if world > 1 and start is not None:
+        raise InputError("start= is for one process: several would each add to it; score anew, or in one process")
     if save is not None and start is not None:
         raise InputError("give start= or save=, not both: a file that exists is gone on with")
     skip = 0
     if save is not None and world == 1 and Path(save).is_file():
         start = Scores.load(save)
         skip = start.tally.batches if start.tally is not None else 0
-    tally = Tally() if start is None else _check_start(start, criterion, graph)
+    made_of = {"weights": weights_digest(model), "settings": _settings(criterion)}
+    tally = Tally() if start is None else _check_start(start, criterion, graph, made_of)
     watched = Watched(batches, skip, "" if start is None else str(start.manifest.get("data", "")))
     rows = _Rows.of(start)
+    cap = getattr(criterion, "cap", 0)
 
     def state(done: int) -> Scores:
-        held = rows.result(graph, getattr(criterion, "cap", 0))
-        return _scores(criterion, model, graph, tally, held, _manifest(watched.digests[done], tally, world))
+        held = rows.result(graph, -(-cap // world))
+        about = _manifest(watched.digests[done], tally, world) | made_of
+        return _scores(criterion, model, graph, tally, held, about)
+
+    def settled(done: int) -> bool:
+        return until is not None and tally.total >= until.least and until.reached(state(done))
 
     fresh, saved = 0, time.monotonic()
     try:
-        if start is None or watched.pending():
+        # A process without a batch of its own has others to wait for it; one alone is told that there is none.
+        if (start is None and world == 1) or (watched.pending() and not settled(skip)):
             for seen in criterion.observe(model, watched, graph, tally.batches, progress):
                 tally = tally + seen.tally
                 rows.add(seen)
                 fresh += 1
-                if until is not None and tally.total >= until.least and until.reached(state(skip + fresh)):
+                if settled(skip + fresh):
                     break
                 if save is not None and world == 1 and time.monotonic() - saved > SAVE_EVERY:
                     state(skip + fresh).save(save)
@@ -160,21 +169,51 @@ def collect(
     if not tally.total:
         raise InputError(f"{criterion.label} could use none of the samples; give more batches")
     result = state(skip + fresh)
-    if world > 1 and result.sensitivities is not None:
-        result = replace(result, sensitivities=gathered_rows(result.sensitivities))
+    if world > 1:
+        about = {**result.manifest, "data": digest_of_all(watched.digests[fresh])}
+        held = gathered_rows(result.sensitivities, rows.counted, cap)
+        result = replace(result, sensitivities=held, manifest=about)
     if save is not None and process()[0] == 0:
         result.save(save)
     return result
 
 
-def _check_start(start: Scores, criterion: Streaming, graph: Graph) -> Tally:
+def _check_start(start: Scores, criterion: Streaming, graph: Graph, made_of: Mapping[str, Any]) -> Tally:
     wanted = (criterion.label, criterion.seed, criterion.probes, graph.model_id)
     given = (start.criterion, start.seed, start.probes, start.model_id)
     if wanted != given:
-        raise PlanError(f"batches cannot be added: the scores are {given}, the request is {wanted}; score anew")
+        raise PlanError(
+            f"batches cannot be added: the scores are {given}, the request is {wanted}; score anew, or to another file"
+        )
+    if start.manifest.get("weights", made_of["weights"]) != made_of["weights"]:
+        raise PlanError(
+            "batches cannot be added: the scores are of a model with other weights; score anew, or to another file"
+        )
+    had, has = start.manifest.get("settings", {}), made_of["settings"]
+    changed = [f"{name}={had[name]!r}, not {has[name]!r}" for name in has if had.get(name, has[name]) != has[name]]
+    if changed:
+        raise PlanError(
+            f"batches cannot be added: the scores were made with {'; '.join(changed)}; score anew, or to another file"
+        )
     if start.tally is None:
-        raise PlanError("batches cannot be added to scores that hold no sums; score anew")
+        raise PlanError("batches cannot be added to scores that hold no sums; score anew, or to another file")
     return start.tally
+
+
+def _settings(criterion: Any, prefix: str = "") -> dict[str, Any]:
+    """The settings of a criterion, and of what it is made of, that can be written down."""
+    found: dict[str, Any] = {}
+    for setting in fields(criterion) if is_dataclass(criterion) else ():
+        name, value = prefix + setting.name, getattr(criterion, setting.name)
+        if name in ("engine", "sensitivities"):  # its words name an engine that matters, and rows can be cut
+            continue
+        if isinstance(value, nn.Module):
+            found[name] = weights_digest(value)
+        elif value is None or isinstance(value, (bool, int, float, str)):
+            found[name] = value
+        else:
+            found |= _settings(value, f"{name}.")
+    return found
 
 
 def _scores(

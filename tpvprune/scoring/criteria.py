@@ -166,6 +166,7 @@ class TPV:
         self, model: nn.Module, batches: Iterable[Batch], graph: Graph, first: int, progress: Progress | None
     ) -> Iterator[Observation]:
         left = self.cap
+
         def fold(sensitivities: dict[str, list[Tensor]]) -> dict[str, Tensor]:
             found = {n: torch.stack(parts).double().square().sum(0) for n, parts in sensitivities.items()}
             if left > 0:

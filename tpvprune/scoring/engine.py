@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tpvprune.batches import Batch, inputs_of, labels_of, length_of
 from tpvprune.errors import DataError
@@ -157,6 +157,14 @@ def _digest(before: str, inputs: Tensor) -> str:
     return hashlib.sha256(before.encode() + str(tuple(inputs.shape)).encode() + entries).hexdigest()
 
 
+def weights_digest(model: nn.Module) -> str:
+    """A fingerprint of a model's parameters and buffers, from evenly spaced entries of each."""
+    found = ""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        found = _digest(found + name, tensor.reshape(1, -1))
+    return found
+
+
 def labels(batch: Batch, criterion: str) -> Tensor:
     """The labels of a batch, `(batch,)`.
 
@@ -176,21 +184,37 @@ def reduced(tally: Tally) -> Tally:
     """The tally of all processes together."""
     if process()[1] == 1:
         return tally
-    gathered: list[Any] = [None] * process()[1]
-    torch.distributed.all_gather_object(gathered, (tally.to_json(), {k: v.cpu() for k, v in tally.sums.items()}))
     whole = Tally()
-    for counts, sums in gathered:
+    for counts, sums in _of_all((tally.to_json(), {k: v.cpu() for k, v in tally.sums.items()})):
         whole = whole + Tally(sums=sums, **{**counts, "samples": tuple(counts["samples"])})
     return whole
 
 
-def gathered_rows(rows: Sensitivities) -> Sensitivities:
-    """The sensitivities of all processes together."""
-    world = process()[1]
-    if world == 1:
-        return rows
-    parts: list[Any] = [None] * world
-    torch.distributed.all_gather_object(parts, (rows.rows.cpu(), rows.linear.cpu(), rows.samples))
-    samples = sum(part[2] for part in parts)
-    linear = sum(part[1] * part[2] for part in parts) / samples
-    return Sensitivities(rows.groups, torch.cat([part[0] for part in parts]), linear, samples)
+def gathered_rows(rows: Sensitivities | None, counted: int, cap: int) -> Sensitivities | None:
+    """The sensitivities of all processes together.
+
+    Args:
+        rows: of this process; None where it saw no batch, or keeps none.
+        counted: samples that their linear part is the mean of.
+        cap: most samples to keep.
+    """
+    parts = [part for part in _of_all((rows, counted)) if part[0] is not None]
+    if not parts:
+        return None
+    effects = torch.cat([part.rows.cpu() for part, _ in parts])
+    samples = sum(part.samples for part, _ in parts)
+    kept = min(samples, cap)
+    linear = sum(part.linear * count for part, count in parts) / sum(count for _, count in parts)
+    return Sensitivities(parts[0][0].groups, effects[: len(effects) // samples * kept], linear, kept)
+
+
+def digest_of_all(digest: str) -> str:
+    """One digest of those of all processes."""
+    return hashlib.sha256("".join(_of_all(digest)).encode()).hexdigest()
+
+
+def _of_all(mine: Any) -> list[Any]:
+    """What each process gives, by rank."""
+    found: list[Any] = [None] * process()[1]
+    torch.distributed.all_gather_object(found, mine)
+    return found

@@ -4,6 +4,7 @@ Three ways to `E_x[(sum over a unit of g * mean)^2 + sum of g^2 * variance]`, `g
 
 * `batched`: one gradient of a whole batch. With cotangents drawn independently per sample the products of different
   samples vanish on average, so its square over the batch size is unbiased: a row of the tally is a batch.
+  Exact cotangents are given a random sign a sample for it.
 * `per_sample`: the gradient of every sample, from each layer's input and output gradient, in chunks. Linear layers
   and convolutions only. A row of the tally is a sample.
 * `factored`: second moments of inputs and of output gradients, multiplied. No weight gradient is formed. It takes the
@@ -13,7 +14,7 @@ Three ways to `E_x[(sum over a unit of g * mean)^2 + sum of g^2 * variance]`, `g
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,12 @@ class Side:
     ndim: int
     mean: Tensor | None
     variance: Tensor | None
+
+    @property
+    def place(self) -> str:
+        """Names the side of a layer that the tensor is on."""
+        param = self.member.param.removesuffix(".bias").removesuffix(".weight")
+        return f"{param}/{'in' if self.member.role == 'consume' else 'out'}"
 
     def fold(self, entries: Tensor) -> Tensor:
         """Sum `(..., *weight)` over each unit's entries, `(..., units)`."""
@@ -104,62 +111,77 @@ def score_gradient(
     Args:
         gradients: per parameter `(..., *weight)`; leading dimensions are samples.
         parts: from `sides`.
-        coherent: whether the members of a unit add up before they are squared, or after.
+        coherent: whether all members of a unit add up before they are squared, or those of each side of a layer (its
+            weight and its bias).
     """
-    means: dict[str, Tensor] = {}
+    means: dict[tuple[str, str], Tensor] = {}
     totals: dict[str, Tensor] = {}
     for name, gradient in gradients.items():
         for side in parts[name]:
             if side.mean is not None:
-                moved = side.fold(gradient * side.mean)
-                into, what = (means, moved) if coherent else (totals, moved.square())
-                into[side.group] = into[side.group] + what if side.group in into else what
+                moved, key = side.fold(gradient * side.mean), (side.group, "" if coherent else side.place)
+                means[key] = means[key] + moved if key in means else moved
             if side.variance is not None:
                 noise = side.fold(gradient.square() * side.variance)
                 totals[side.group] = totals[side.group] + noise if side.group in totals else noise
-    for group, moved in means.items():
+    for (group, _), moved in means.items():
         square = moved.square()
         totals[group] = totals[group] + square if group in totals else square
     return totals
 
 
+def with_sharing(model: nn.Module, layers: Iterable[str]) -> list[tuple[str, nn.Module]]:
+    """The layers, and those that share a weight with one of them under its name."""
+    named = [(name, model.get_submodule(name)) for name in layers]
+    names = {id(module._parameters.get("weight")): name for name, module in named} | {id(None): ""}
+    own = {id(module) for _, module in named}
+    others = [m for m in model.modules() if id(m) not in own and names.get(id(m._parameters.get("weight")))]
+    return named + [(names[id(module.weight)], module) for module in others]
+
+
 class Captured:
     """Inputs and output gradients of layers, for the length of a `with` block.
 
+    Calls of layers that share a weight stand under the name of the first.
+
     Attributes:
-        inputs: per layer, the input of each of its calls.
-        outputs: per layer, the output of each of its calls, to take gradients at.
+        calls: per layer, the module of each call.
+        inputs: per layer, the input of each call.
+        outputs: per layer, the output of each call, to take gradients at.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
         self.model, self.layers = model, list(layers)
+        self.calls: dict[str, list[nn.Module]] = {}
         self.inputs: dict[str, list[Tensor]] = {}
         self.outputs: dict[str, list[Tensor]] = {}
-        for name in layers:
-            module = model.get_submodule(name)
+        self.users = with_sharing(model, layers)
+        for name, module in self.users:
             if not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
                 raise ModelError(
-                    f"{name!r} is a {type(module).__name__}; per-sample and factored scores are made for linear "
-                    "layers and convolutions, use engine='batched'"
+                    f"{name!r} is a {type(module).__name__}, or shares its weight with one; per-sample and factored "
+                    "scores are made for linear layers and convolutions, use engine='batched'"
                 )
 
     @contextmanager
     def __call__(self) -> Iterator[Captured]:
         """Hooks on; what they held is let go at the end."""
+        self.calls = {name: [] for name in self.layers}
         self.inputs = {name: [] for name in self.layers}
         self.outputs = {name: [] for name in self.layers}
-        handles = [self.model.get_submodule(name).register_forward_hook(self._hook(name)) for name in self.layers]
+        handles = [module.register_forward_hook(self._hook(name)) for name, module in self.users]
         try:
             yield self
         finally:
             for handle in handles:
                 handle.remove()
-            self.inputs, self.outputs = {}, {}
+            self.calls, self.inputs, self.outputs = {}, {}, {}
 
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             if not output.requires_grad:
                 output = output.detach().requires_grad_(True)
+            self.calls[name].append(module)
             self.inputs[name].append(args[0].detach())
             self.outputs[name].append(output)
             return output.clone()  # an in-place activation may follow
@@ -167,7 +189,14 @@ class Captured:
         return hook
 
     def ends(self) -> tuple[list[str], list[Tensor]]:
-        """Layer and output of every call, in order."""
+        """Layer and output of every call, in order.
+
+        Raises:
+            ModelError: a layer was not called: it is not used, or its weight is used without it.
+        """
+        idle = next((name for name in self.layers if not self.outputs[name]), None)
+        if idle is not None:
+            raise ModelError(f"the forward pass does not call {idle!r}; leave it out, or use engine='batched'")
         names = [name for name in self.layers for _ in self.outputs[name]]
         return names, [output for name in self.layers for output in self.outputs[name]]
 
@@ -179,15 +208,16 @@ class Captured:
             slopes: output gradient of each of its calls.
             batch: samples in the batch.
         """
-        layer: Any = self.model.get_submodule(name)
-        columns = [by_sample(patches(layer, _wide(value)), batch) for value in self.inputs[name]]
-        rows = [positions(layer, slope, batch) for slope in slopes]
-        size = max(1, CHUNK // layer.weight.numel())
+        calls: list[Any] = self.calls[name]
+        weight = calls[0].weight
+        columns = [by_sample(patches(c, _wide(x)), batch) for c, x in zip(calls, self.inputs[name], strict=True)]
+        rows = [positions(c, slope, batch) for c, slope in zip(calls, slopes, strict=True)]
+        size = max(1, CHUNK // weight.numel())
         for start in range(0, batch, size):
             part = slice(start, min(batch, start + size))
             total = sum(d[part] @ x[part].mT for x, d in zip(columns, rows, strict=True))
             assert isinstance(total, Tensor)
-            yield part, total.reshape(-1, *layer.weight.shape)
+            yield part, total.reshape(-1, *weight.shape)
 
 
 def _wide(value: Tensor) -> Tensor:
@@ -215,13 +245,17 @@ def positions(layer: nn.Module, slope: Tensor, batch: int) -> Tensor:
     return by_sample(slope.reshape(slope.shape[0], groups, slope.shape[1] // groups, -1), batch)
 
 
-def factors(layer: nn.Module, value: Tensor, slope: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-    """Sums over a batch of the two factors of a call: inputs `(groups, inputs)`, output gradients `(groups, outputs)`.
+def factor_of_inputs(layers: Sequence[nn.Module], values: Sequence[Tensor], batch: int) -> Tensor:
+    """Squared inputs, summed over a batch, mean over the positions of all calls, `(groups, inputs)`."""
+    squares = [by_sample(patches(c, _wide(x)), batch).square() for c, x in zip(layers, values, strict=True)]
+    total = sum(square.sum((0, 3)) for square in squares)
+    assert isinstance(total, Tensor)
+    return total / sum(square.shape[3] for square in squares)
 
-    The first is the mean over positions of squared inputs, the second the sum over positions of squared gradients.
-    """
-    squares = by_sample(patches(layer, _wide(value)), batch).square()
-    return squares.mean(3).sum(0), positions(layer, slope, batch).square().sum((0, 3))
+
+def factor_of_slopes(layer: nn.Module, slope: Tensor, batch: int) -> Tensor:
+    """Squared output gradients of a call, summed over a batch and positions, `(groups, outputs)`."""
+    return positions(layer, slope, batch).square().sum((0, 3))
 
 
 def from_factors(layer: nn.Module, inputs: Tensor, slopes: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class Logits:
     def exact(self, output: Tensor) -> Iterator[Tensor]:
         """The unit vectors of one sample's outputs, one at a time."""
         for k in range(output[0].numel()):
-            unit = torch.zeros_like(output).flatten(1)
+            unit = output.new_zeros(len(output), output[0].numel())
             unit[:, k] = 1
             yield unit.view_as(output)
 
@@ -165,7 +165,7 @@ class Cosine:
 
     @staticmethod
     def _onto_sphere(output: Tensor, vector: Tensor) -> Tensor:
-        flat, u = _wide(output).flatten(1), _wide(vector).flatten(1)
+        flat, u = (_wide(value).reshape(len(output), -1) for value in (output, vector))
         length = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
         if bool((length == 0).any()):
             raise ModelError("the cosine head met an embedding of length zero; use head='logits' for such outputs")

@@ -5,6 +5,7 @@ Taylor and JBR square the gradient of a batch's mean loss; Fisher and Jacobian l
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tpvprune.batches import Batch, Progress, Selector, evaluation_mode, finite_output, is_classifier, model_batches
+from tpvprune.batches import (
+    Batch,
+    Progress,
+    Selector,
+    evaluation_mode,
+    finite_output,
+    inputs_of,
+    is_classifier,
+    model_batches,
+)
 from tpvprune.errors import DataError, InputError, ModelError
 from tpvprune.scores import Scores, Tally
 from tpvprune.scoring.activations import Tapped, backward
@@ -22,6 +32,8 @@ from tpvprune.scoring.engine import Parts, global_number, labels, stream
 from tpvprune.scoring.gradients import Side, only, score_gradient, sides
 from tpvprune.scoring.perturb import Isotropic, Removal
 from tpvprune.types import Graph
+
+logger = logging.getLogger(__name__)
 
 
 def _logits(output: Tensor, name: str) -> Tensor:
@@ -32,10 +44,10 @@ def _logits(output: Tensor, name: str) -> Tensor:
 
 def _labels(batch: Batch, output: Tensor, part: slice, name: str) -> Tensor:
     """Labels of a part of a batch, on the output's device."""
-    found = labels(batch, name).to(output.device)[part].long()
-    if len(found) != len(output) or bool((found >= output.shape[1]).any()):
+    found = labels(batch, name)
+    if len(found) != len(inputs_of(batch)) or bool((found >= output.shape[1]).any()):
         raise DataError(f"criterion {name}: the labels do not fit outputs of shape {tuple(output.shape)}")
-    return found
+    return found[part].to(output.device).long()
 
 
 class _FromLoss:
@@ -202,6 +214,10 @@ class Jacobian(_FromLoss):
     output: Selector = None
     over: Literal["consume", "all"] = "all"
 
+    def __post_init__(self) -> None:
+        if self.over not in ("consume", "all"):
+            raise InputError(f"over={self.over!r} must be 'consume' or 'all'")
+
     def observe(
         self, model: nn.Module, batches: Iterable[Batch], graph: Graph, first: int, progress: Progress | None
     ) -> Iterator[Observation]:
@@ -212,6 +228,8 @@ class Jacobian(_FromLoss):
                 f"criterion jacobian scores channels and heads, not single weights ({loose!r}); use fisher"
             )
         tapped, parts = Tapped(model, graph, self.over), Parts()
+        if tapped.left_out:
+            logger.warning("jacobian leaves out %s: used outside layers", ", ".join(sorted(tapped.left_out)))
         for inputs, batch in model_batches(model, batches, "score", progress):
 
             def run(part: slice, inputs: Tensor = inputs, batch: Batch = batch) -> dict[str, Tensor]:

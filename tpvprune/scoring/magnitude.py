@@ -83,7 +83,7 @@ class Random(_FromWeights):
     seed: int = 0
 
     def _of(self, model: nn.Module, group: Group) -> Tensor:
-        place = int.from_bytes(group.id.encode()[-6:], "little")
+        place = int.from_bytes(group.id.encode(), "little")
         return torch.rand(group.units, dtype=torch.float64, generator=stream(self.seed, place, 0))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from tpvprune.batches import Batch, Progress, evaluation_mode, model_inputs
 from tpvprune.errors import ModelError
@@ -16,7 +17,7 @@ from tpvprune.scores import Scores, Tally
 from tpvprune.scoring.activations import channel_axis
 from tpvprune.scoring.collect import Observation, collect
 from tpvprune.scoring.engine import Parts
-from tpvprune.scoring.magnitude import slices
+from tpvprune.scoring.gradients import Side, with_sharing
 from tpvprune.types import Graph, Group
 
 
@@ -37,8 +38,9 @@ def _inputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, list[
 
         return seen
 
-    for name in dict.fromkeys(layers):
-        handles.append(model.get_submodule(name).register_forward_pre_hook(hook(name)))
+    for name, module in with_sharing(model, dict.fromkeys(layers)):
+        if isinstance(module, (nn.Linear, _ConvNd)):
+            handles.append(module.register_forward_pre_hook(hook(name)))
     try:
         yield found
     finally:
@@ -123,24 +125,16 @@ class Wanda(_FromActivations):
                 continue
             norm = moments[member.layer][2].sqrt()
             weight = parameters[member.param].detach().double().abs().cpu()
-            if member.dim is None:
-                layer: Any = model.get_submodule(member.layer)
+            layer: Any = model.get_submodule(member.layer)
+            if getattr(layer, "transposed", False):  # input channels come first
+                read = norm.unsqueeze(1)
+            else:
                 # Output o of a grouped convolution reads the channels of its own group.
                 groups = int(getattr(layer, "groups", 1))
                 read = norm.reshape(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)
-                flat = (weight.flatten(2) if weight.ndim > 2 else weight.unsqueeze(2)) * read.unsqueeze(2)
-                flat = flat.flatten()
-                total += flat if member.index is None else flat[member.index].sum(1)
-            else:
-                summed = next(slices(model, _alone(group, member), "consume")).abs()
-                entries = _channels(member.entries(group.units), len(norm), model, member.layer)
-                per_entry = summed.cpu().reshape(group.units, member.width(), -1).sum(2)
-                total += (per_entry * norm[entries].reshape(group.units, member.width(), -1).mean(2)).sum(1)
+            effect = weight * read.reshape(*read.shape, *(1,) * (weight.ndim - 2))
+            total += Side(group.id, group.units, member, weight.ndim, None, None).fold(effect)
         return total
-
-
-def _alone(group: Group, member: Any) -> Group:
-    return Group(group.id, group.kind, group.units, (member,), group.exact_mask, group.signature)
 
 
 def _channels(entries: Tensor, channels: int, model: nn.Module, layer: str) -> Tensor:

@@ -8,13 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpvprune.batches import Batch, Progress, finite_outputs, model_inputs
+from tpvprune.batches import Batch, Outputs, Progress, finite_outputs, model_inputs
 from tpvprune.errors import InputError, ModelError
 from tpvprune.scores import Tally
 from tpvprune.scoring.activations import backward, tensors
 from tpvprune.scoring.collect import Observation
-from tpvprune.scoring.engine import Parts
-from tpvprune.scoring.gradients import Captured, Side, factors, from_factors, layers_of, only, score_gradient, sides
+from tpvprune.scoring.engine import Parts, global_number, stream
+from tpvprune.scoring.gradients import (
+    Captured,
+    Side,
+    factor_of_inputs,
+    factor_of_slopes,
+    from_factors,
+    layers_of,
+    only,
+    score_gradient,
+    sides,
+)
 from tpvprune.scoring.perturb import Perturbation
 from tpvprune.scoring.probing import Probing, detached
 from tpvprune.types import Graph
@@ -46,9 +56,12 @@ def gradient_observations(
     splitter = Parts()
     for local, inputs in enumerate(model_inputs(model, batches, "score", progress)):
         generators = probing.generators(first + local)
+        signs = _signs(probing, first + local, len(inputs))
 
-        def run(part: slice, inputs: Tensor = inputs, generators: list[torch.Generator] = generators) -> Any:
-            return work(model, inputs[part], parts, probing, generators, over)
+        def run(
+            part: slice, inputs: Tensor = inputs, generators: list[torch.Generator] = generators, signs: Tensor = signs
+        ) -> Any:
+            return work(model, inputs[part], parts, probing, generators, over, signs[part])
 
         found = splitter(len(inputs), run, generators)
         if engine == "batched":
@@ -67,6 +80,7 @@ def _batched(
     probing: Probing,
     generators: list[torch.Generator],
     over: str,
+    signs: Tensor,
 ) -> dict[str, Tensor]:
     """Gradients of one part of a batch, one a probe, `(probes, *weight)` per parameter."""
     names = list(parts)
@@ -75,11 +89,26 @@ def _batched(
         output = finite_outputs(model, inputs, probing.output)
         _check_reached(output)
         for cotangent, last in probing.cotangents(detached(output), generators):
+            cotangent = _signed(cotangent, signs)
             for name, parameter, gradient in zip(
                 names, wanted, backward(output, cotangent, wanted, keep_graph=not last), strict=True
             ):
                 found[name].append(torch.zeros_like(parameter) if gradient is None else gradient.detach())
     return {name: torch.stack(gradients) for name, gradients in found.items()}
+
+
+def _signs(probing: Probing, batch: int, samples: int) -> Tensor:
+    """A sign for each sample of a batch: random where the cotangents are not, one otherwise."""
+    if probing.probes != "exact":
+        return torch.ones(samples)
+    generator = stream(probing.seed, global_number(batch), 0)
+    return torch.randint(0, 2, (samples,), generator=generator) * 2.0 - 1.0
+
+
+def _signed(cotangent: Outputs, signs: Tensor) -> Outputs:
+    if isinstance(cotangent, dict):
+        return {name: _signed(value, signs) for name, value in cotangent.items()}  # type: ignore[misc]
+    return cotangent * signs.to(cotangent).reshape(-1, *(1,) * (cotangent.ndim - 1))
 
 
 def _check_reached(output: Tensor | dict[str, Tensor]) -> None:
@@ -104,6 +133,7 @@ def _per_sample(
     probing: Probing,
     generators: list[torch.Generator],
     over: str,
+    signs: Tensor,
 ) -> Tally:
     """The tally of one part of a batch, a row a sample.
 
@@ -169,6 +199,7 @@ def _factored(
     probing: Probing,
     generators: list[torch.Generator],
     over: str,
+    signs: Tensor,
 ) -> Tally:
     """The tally of the two factors of every weight, one row for the part."""
     batch, layers = len(inputs), layers_of(parts)
@@ -182,17 +213,14 @@ def _factored(
         output = finite_outputs(model, inputs, probing.output)
         _check_reached(output)
         names, ends = seen.ends()
-        held = {name: iter(seen.inputs[name]) for name in layers}
-        values = [next(held[name]) for name in names]
-        for number, (cotangent, last) in enumerate(probing.cotangents(detached(output), generators)):
+        calls = [module for name in layers for module in seen.calls[name]]
+        for name in layers:
+            add(f"{layers[name]}#read", factor_of_inputs(seen.calls[name], seen.inputs[name], batch))
+        for cotangent, last in probing.cotangents(detached(output), generators):
             found = backward(output, cotangent, ends, keep_graph=not last)
-            for name, value, slope in zip(names, values, found, strict=True):
-                if slope is None:
-                    continue
-                read, written = factors(model.get_submodule(name), value, slope.detach(), batch)
-                if number == 0:
-                    add(f"{layers[name]}#read", read)
-                add(f"{layers[name]}#written", written / probing.count)
+            for name, module, end, slope in zip(names, calls, ends, found, strict=True):
+                slope = torch.zeros_like(end) if slope is None else slope.detach()
+                add(f"{layers[name]}#written", factor_of_slopes(module, slope, batch) / probing.count)
     rows = {key: (value / batch).unsqueeze(0).flatten(1) for key, value in sums.items()}
     return Tally.of_rows(rows, stands_for=batch)
 
@@ -206,11 +234,8 @@ def factored_scores(
     for layer, name in layers_of(parts).items():
         module = model.get_submodule(layer)
         groups = int(getattr(module, "groups", 1))
-        read, written = (means.get(f"{name}#{kind}") for kind in ("read", "written"))
+        read, written = (means[f"{name}#{kind}"] for kind in ("read", "written"))
         for side in parts[name]:
-            if read is None or written is None:
-                out[side.group] = torch.zeros(side.units)
-                continue
             energy = from_factors(module, read.reshape(groups, -1), written.reshape(groups, -1))
             total = torch.zeros_like(energy)
             for moment in (None if side.mean is None else side.mean.square(), side.variance):

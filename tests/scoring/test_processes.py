@@ -1,0 +1,171 @@
+"""Several processes that share the batches out give what one process gives over all of them."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tpvprune as tp
+from tests.helpers import built, gap
+
+WORLD = 2
+SUMS = 1e-12
+"""Relative to the largest score: float64 sums over batches in another order."""
+
+
+def data(count: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(n, 6, generator=generator, dtype=torch.float64), torch.randint(4, (n,), generator=generator))
+        for n in (4, 3, 1, 5, 2)[:count]
+    ]
+
+
+def other() -> torch.nn.Module:
+    return torch.nn.Sequential(*[layer for layer in built("mlp").model][:-1], torch.nn.Linear(7, 4).double())
+
+
+def reference() -> torch.nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        return other()
+
+
+# What is scored, on how many batches: five are shared out as three and two, one as one and none.
+CASES: dict[str, tuple[Callable[[], Any], int]] = {
+    "probes": (lambda: tp.TPV(probes=2, seed=3), 5),
+    "exact": (lambda: tp.TPV(probes="exact"), 5),
+    "reference": (lambda: tp.TPV(reference=reference()), 5),
+    "capped": (lambda: tp.TPV(sensitivities=7, reference=reference()), 5),
+    "batched": (lambda: tp.TPV(engine="batched", seed=1), 5),
+    "weights": (lambda: tp.TPV(engine="per_sample"), 5),
+    "jbr": (lambda: tp.JBR(confidence=0.3), 5),
+    "fisher": (tp.Fisher, 5),
+    "variance": (tp.Variance, 5),
+    "one batch": (lambda: tp.TPV(probes=2), 1),
+    "one batch, batched": (lambda: tp.TPV(engine="batched"), 1),
+    "one batch, variance": (tp.Variance, 1),
+}
+
+
+def graph_of(name: str) -> tp.Graph:
+    return tp.weight_graph(built("mlp").model) if name == "weights" else built("mlp").graph
+
+
+def scored(name: str, rank: int = 0, world: int = 1, **kwargs: Any) -> tp.Scores:
+    make, count = CASES[name]
+    return tp.score(built("mlp").model, data(count)[rank::world], graph_of(name), make(), **kwargs)
+
+
+def work(rank: int, folder: str) -> None:
+    """What each process does; what it found is left in the folder."""
+    torch.set_num_threads(1)
+    rendezvous = f"file://{folder}/rendezvous"
+    torch.distributed.init_process_group(
+        "gloo", init_method=rendezvous, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
+    )
+    found: dict[str, Any] = {name: scored(name, rank, WORLD) for name in CASES}
+    for name, kwargs in (("until", {"until": tp.Settled()}), ("start", {"start": found["probes"]})):
+        try:
+            scored("probes", rank, WORLD, **kwargs)
+        except tp.InputError as error:
+            found[name] = str(error)
+    try:
+        tp.score(built("mlp").model, [], built("mlp").graph)
+    except tp.InputError as error:
+        found["nothing"] = str(error)
+    saves: list[str] = []
+    plain = tp.Scores.save
+    tp.Scores.save = lambda self, path: (saves.append(str(path)), plain(self, path))[1]  # type: ignore[method-assign]
+    scored("probes", rank, WORLD, save=f"{folder}/scores")
+    found["saves"] = saves
+    Path(folder, f"found{rank}").write_bytes(pickle.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(work, (str(folder),), WORLD)
+    return folder, [pickle.loads((folder / f"found{rank}").read_bytes()) for rank in range(WORLD)]
+
+
+def sorted_rows(rows: Tensor) -> Tensor:
+    return torch.stack(sorted(rows, key=lambda row: row.tolist()))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_processes_get_the_scores_of_all_batches(name: str, found: Any) -> None:
+    whole = scored(name)
+    for scores in (one[name] for one in found[1]):
+        assert scores.samples == whole.samples
+        assert (scores.tally.total, scores.tally.rows) == (whole.tally.total, whole.tally.rows)
+        assert (scores.stderr is None) == (whole.stderr is None)
+        for one, wanted in ((scores.values, whole.values), (scores.stderr, whole.stderr or {})):
+            for key, value in wanted.items():
+                assert gap(one[key], value) <= SUMS * float(value.abs().max()), key
+        if scores.halves is not None:  # of other rows than those of one process, but of all of them
+            for key, value in whole.values.items():
+                shares = torch.tensor(scores.tally.samples, dtype=torch.float64) / scores.samples
+                both = sum(share * half[key] for share, half in zip(shares, scores.halves, strict=True))
+                if whole.stderr is not None:
+                    assert gap(both, value) <= 10 * SUMS * float(value.abs().max())
+        assert scores.manifest["processes"] == WORLD
+        assert scores.manifest["batches"] == CASES[name][1]
+        assert (scores.sensitivities is None) == (whole.sensitivities is None)
+
+
+@pytest.mark.parametrize("name", ["probes", "exact", "reference", "one batch"])
+def test_sensitivities_are_those_of_all_samples(name: str, found: Any) -> None:
+    whole = scored(name).sensitivities
+    for scores in (one[name] for one in found[1]):
+        held = scores.sensitivities
+        assert (held.samples, held.groups) == (whole.samples, whole.groups)
+        torch.testing.assert_close(sorted_rows(held.rows), sorted_rows(whole.rows), rtol=1e-6, atol=0)
+        torch.testing.assert_close(held.linear, whole.linear, rtol=1e-9, atol=1e-12)
+    assert (name == "reference") == bool(whole.linear.any())
+
+
+def test_the_cap_is_shared_and_the_linear_part_is_of_every_sample(found: Any) -> None:
+    whole, every = scored("capped").sensitivities, scored("reference").sensitivities
+    rows = {tuple(row) for row in every.rows.tolist()}
+    for scores in (one["capped"] for one in found[1]):
+        held = scores.sensitivities
+        assert held.samples == len(held.rows) == whole.samples == 7
+        assert {tuple(row) for row in held.rows.tolist()} <= rows
+        torch.testing.assert_close(held.linear, whole.linear, rtol=1e-9, atol=1e-12)
+
+
+def test_all_processes_get_the_same(found: Any) -> None:
+    one, other = found[1]
+    for name in CASES:
+        assert one[name].manifest == other[name].manifest
+        for key, value in one[name].values.items():
+            assert torch.equal(value, other[name].values[key])
+    digests = [one[name].manifest["data"] for name in ("probes", "exact", "one batch")]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_what_several_processes_cannot_do_is_refused(found: Any) -> None:
+    for one in found[1]:
+        assert "several processes cannot; leave it out" in one["until"]
+        assert "start= is for one process" in one["start"]
+        assert "give more batches" in one["nothing"]
+
+
+def test_one_process_saves_once(found: Any) -> None:
+    folder, (first, second) = found
+    assert (len(first["saves"]), len(second["saves"])) == (1, 0)
+    saved = tp.Scores.load(folder / "scores")
+    for key, value in scored("probes").values.items():
+        assert gap(saved.values[key], value) <= SUMS * float(value.max())
+    # Which batches it is of, only as many processes could say: alone, it is not gone on with by mistake.
+    with pytest.raises(tp.DataError, match="save to another file"):
+        scored("probes", save=folder / "scores")
