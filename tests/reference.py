@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, hessian, jacrev
+from torch.func import functional_call, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tpvprune.types import Graph, Group
@@ -56,7 +56,7 @@ def metric_by_autograd(o: Tensor, head: str) -> Tensor:
     """`M` of one sample's outputs, by differentiating what the head measures the distance of."""
     fixed = o.softmax(0)
     if head == "softmax":  # half of it is KL to second order
-        return hessian(lambda z: (fixed * (fixed.log() - z.log_softmax(0))).sum())(o)
+        return jacrev(jacrev(lambda z: (fixed * (fixed.log() - z.log_softmax(0))).sum()))(o)
     top = int(o.argmax())
     rest = torch.where(torch.arange(len(o)) == top, 0, fixed / (1 - fixed[top]))
     measured = {

@@ -125,7 +125,7 @@ def select_output(output: Any, select: Selector, model: nn.Module) -> Outputs:
         for part in str(select).split("."):
             try:
                 found = _part(found, part)
-            except (KeyError, IndexError, AttributeError, TypeError):
+            except (LookupError, AttributeError, TypeError, ValueError):
                 raise ModelError(
                     f"{type(model).__name__} returns {_describe(found)}, in which output={select!r} finds no {part!r}"
                 ) from None

@@ -72,7 +72,8 @@ def check_perturbation(perturbation: Perturbation, name: str, weight: Tensor) ->
     moments = perturbation.moments(name, given)
     assert torch.equal(given, weight.detach()), "the weight was changed"
     assert torch.equal(random, torch.get_rng_state()), "the global random state was used; moments are no draws"
-    assert isinstance(moments, tuple) and len(moments) == 2, "moments are a pair: mean and variance"
+    assert isinstance(moments, tuple), "moments are a pair: mean and variance"
+    assert len(moments) == 2, "moments are a pair: mean and variance"
     for kind, moment, again in zip(("mean", "variance"), moments, perturbation.moments(name, given), strict=True):
         if moment is None:
             assert again is None, f"the {kind} does not repeat"
@@ -86,7 +87,8 @@ def check_perturbation(perturbation: Perturbation, name: str, weight: Tensor) ->
             ) from None
         assert bool(torch.isfinite(moment).all()), f"the {kind} is not finite"
         assert kind == "mean" or bool((moment >= 0).all()), "the variance is below zero"
-        assert isinstance(again, Tensor) and torch.equal(moment, again), f"the {kind} does not repeat"
+        assert again is not None, f"the {kind} does not repeat"
+        assert torch.equal(moment, again), f"the {kind} does not repeat"
 
 
 def check_criterion(criterion: Criterion, model: nn.Module, batches: Iterable[Batch], graph: Graph) -> None:

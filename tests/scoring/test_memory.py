@@ -7,6 +7,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -124,8 +125,7 @@ def test_batches_in_parts_give_the_same_scores(kind: str, room: int, caplog: pyt
     tried = [7, 3, 1] if room == 1 else [7, 3]
     told = [record.getMessage() for record in caplog.records]
     assert told == [
-        f"out of memory with {a} samples at once; going on with {b}, same result"
-        for a, b in zip(tried, tried[1:], strict=False)
+        f"out of memory with {a} samples at once; going on with {b}, same result" for a, b in pairwise(tried)
     ]
     assert model.sizes == [*tried[:-1], *([1] * 19 if room == 1 else [3, 3, 1, 3, 3, 1, 3, 2])]
 

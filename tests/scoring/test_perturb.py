@@ -123,7 +123,7 @@ def test_wrong_moments_are_refused_by_name(own: Given, match: str, mlp) -> None:
         tp.score(mlp.model, [mlp.inputs], mlp.graph, tp.TPV(perturbation=Given(mean=torch.ones(1, 1, 1))))
 
 
-@pytest.mark.parametrize("weight", [WEIGHT, WEIGHT[0, 0], WEIGHT.float(), torch.zeros(2, 3)], ids=str)
+@pytest.mark.parametrize("weight", [WEIGHT, WEIGHT[0, 0], WEIGHT.float(), torch.zeros(2, 3)], ids="wvfz")
 @pytest.mark.parametrize("name", sorted(PERTURBATIONS))
 def test_the_perturbations_keep_their_promise(name: str, weight: Tensor) -> None:
     check_perturbation(PERTURBATIONS[name](), "w", weight)

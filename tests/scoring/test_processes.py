@@ -29,7 +29,7 @@ def data(count: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def other() -> torch.nn.Module:
-    return torch.nn.Sequential(*[layer for layer in built("mlp").model][:-1], torch.nn.Linear(7, 4).double())
+    return torch.nn.Sequential(*list(built("mlp").model)[:-1], torch.nn.Linear(7, 4).double())
 
 
 def reference() -> torch.nn.Module:

@@ -249,8 +249,8 @@ def test_nan_outside_any_module_is_told() -> None:
     ("after", "match"),
     [
         (lambda y: (y, y), "returns a tuple"),
-        (lambda y: y.argmax(1), "returns a Tensor, not one floating tensor"),
-        (lambda y: y.sum(), "returns a Tensor, not one floating tensor"),
+        (lambda y: y.argmax(1), r"returns a Tensor of torch.int64 and shape \(5,\), not one floating tensor"),
+        (lambda y: y.sum(), r"returns a Tensor of torch.float64 and shape \(\), not one floating tensor"),
         (lambda y: y[:2], "gives 2 outputs for 5 inputs"),
         (lambda y: torch.ones_like(y), "no layer of the graph is on the way"),
     ],

@@ -21,6 +21,7 @@ from tpvprune.scores import Sensitivities
 from tpvprune.types import Graph
 
 BLOCK = 256  # columns of `R^T R` made at once; takes as long as 20 passes over `R`
+CACHE = 2**26  # entries of columns that are kept
 MANY = 4  # units of one step that are worth a pass over `R`
 LOOKED_AT = 1280  # samples that the shrinkage is estimated from
 SMALL = 4096  # units up to which all of `R^T R` is made at once
@@ -59,10 +60,17 @@ class Joint:
             self._span[name] = slice(start, start + units)
             start += units
         self._taken = dict.fromkeys(self._span, 0)
-        # Where each group's units stand, a row a group, so that all are looked at in one go; the rest points past them.
-        self._places = torch.full((len(self._span), max((u for _, u in sensitivities.groups), default=0)), start)
-        for row, span in enumerate(self._span.values()):
-            self._places[row, : span.stop - span.start] = torch.arange(span.start, span.stop)
+        # Where the units of groups of about one size stand, a row a group, so that all are looked at in one go; what
+        # is left of a row points past the last unit.
+        sizes: dict[int, list[str]] = {}
+        for name, units in sensitivities.groups:
+            sizes.setdefault(units.bit_length(), []).append(name)
+        self._places: list[tuple[list[str], Tensor]] = []
+        for names in sizes.values():
+            spans = [self._span[name] for name in names]
+            most = torch.arange(max(span.stop - span.start for span in spans))
+            rows = [torch.where(most < span.stop - span.start, most + span.start, start) for span in spans]
+            self._places.append((names, torch.stack(rows)))
         self._inside: dict[str, Tensor] = {}
         self._saving: dict[str, int] = {}
         self._columns: dict[int, Tensor] = {}
@@ -113,13 +121,18 @@ class Joint:
 
     def _guesses(self, saving: dict[str, int]) -> dict[str, float]:
         """Per group, what the units of its next step that add least add one by one, over what they save."""
-        counts = [self.next_units(name) for name in self._span]
         adds = torch.cat([torch.where(self._left, self._adds, torch.inf), torch.tensor([torch.inf])])
-        rows = adds.index_select(0, self._places.flatten()).reshape(self._places.shape)
-        sums = rows.topk(max(counts), largest=False).values.cumsum(1)
-        last = torch.tensor(counts).clamp(min=1).unsqueeze(1) - 1
-        added = dict(zip(self._span, sums.gather(1, last).flatten().tolist(), strict=True))
-        return {name: self._ratio(added[name], saved) for name, saved in saving.items()}
+        guesses: dict[str, float] = {}
+        for names, places in self._places:
+            counts = [max(1, self.next_units(name)) for name in names]
+            rows = adds.index_select(0, places.flatten()).reshape(places.shape)
+            if max(counts) == 1:
+                sums = rows.amin(1)
+            else:
+                least = rows.topk(max(counts), largest=False).values.cumsum(1)
+                sums = least.gather(1, torch.tensor(counts).unsqueeze(1) - 1)
+            guesses |= dict(zip(names, sums.flatten().tolist(), strict=True))
+        return {name: self._ratio(guesses[name], saved) for name, saved in saving.items()}
 
     def _together(self, name: str) -> tuple[Tensor, float]:
         """Columns of a step chosen unit by unit, and what they add together."""
@@ -138,7 +151,7 @@ class Joint:
         return torch.tensor(units) + span.start, total
 
     def _column(self, column: int) -> Tensor:
-        """One column of `R^T R`, `(units,)`."""
+        """One column of `R^T R`, `(units,)`, for a unit that leaves: it is not asked for again."""
         if column not in self._columns:
             # The units that add least for what they save are those that leave next.
             likely = torch.full_like(self._adds, torch.inf)
@@ -146,15 +159,17 @@ class Joint:
                 span = self._span[name]
                 each = saved / self.next_units(name)
                 likely[span] = torch.where(self._left[span], self._adds[span] / max(each, 1e-30), torch.inf)
-            if len(self._columns) > 8 * BLOCK:
-                self._columns.clear()
+            if (len(self._columns) + BLOCK) * len(likely) > CACHE:
+                order = dict(zip(self._columns, likely[list(self._columns)].tolist(), strict=True))
+                for one in sorted(order, key=lambda c: order[c])[len(order) // 2 :]:
+                    del self._columns[one]
             if self._columns:
                 likely[list(self._columns)] = torch.inf
             likely[column] = -torch.inf
             block = likely.topk(min(BLOCK, len(likely)), largest=False).indices
-            made = self._rows[:, block].mT @ self._rows
-            self._columns |= dict(zip(block.tolist(), made, strict=True))
-        return self._columns[column]
+            made = self._rows.index_select(1, block).mT @ self._rows
+            self._columns |= {one: values.clone() for one, values in zip(block.tolist(), made, strict=True)}
+        return self._columns.pop(column)
 
 
 def estimated_shrinkage(sensitivities: Sensitivities) -> float:
