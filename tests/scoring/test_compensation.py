@@ -11,13 +11,19 @@ from torch.func import jacrev, vmap
 import tpvprune as tp
 from tests import reference, tolerances
 from tests.helpers import Built, assert_scores_close, built
+from tpvprune.scoring import criteria
 from tpvprune.scoring.compensation import residuals
+from tpvprune.scoring.criteria import RIDGES
 
 
-def left_over(inputs: np.ndarray, own: list[int], others: list[int]) -> np.ndarray:
-    """Residuals of some columns after least squares on others and a constant."""
+def left_over(inputs: np.ndarray, own: list[int], others: list[int], numbers: np.ndarray) -> np.ndarray:
+    """Residuals of some columns after least squares on others and a constant, fitted to the rows of the other half."""
     read = np.column_stack([inputs[:, others], np.ones(len(inputs))])
-    return inputs[:, own] - read @ np.linalg.lstsq(read, inputs[:, own], rcond=None)[0]
+    found = np.empty((len(inputs), len(own)))
+    for half in (0, 1):
+        here, there = numbers % 2 == half, numbers % 2 != half
+        found[here] = inputs[here][:, own] - read[here] @ np.linalg.lstsq(read[there], inputs[there][:, own])[0]
+    return found
 
 
 def many(b: Built, count: int) -> Tensor:
@@ -38,9 +44,10 @@ def seen_by(b: Built, layer: str, inputs: Tensor) -> Tensor:
     return value.movedim(axis, -1)
 
 
-def test_compensated_scores_are_those_of_the_residuals(mlp: Built):
+def test_compensated_scores_are_those_of_the_residuals(mlp: Built, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(criteria, "RIDGES", (0.0,))
     inputs = many(mlp, 60)
-    scores = tp.score(mlp.model, [inputs[:40], inputs[40:]], mlp.graph, tp.TPV(compensated=True, probes="exact"))
+    scores = tp.score(mlp.model, [inputs], mlp.graph, tp.TPV(compensated=True, probes="exact"))
     plain = tp.score(mlp.model, [inputs], mlp.graph, tp.TPV(probes="exact"))
     with torch.no_grad():
         metric = reference.metric(mlp.model(inputs), "softmax")
@@ -49,24 +56,19 @@ def test_compensated_scores_are_those_of_the_residuals(mlp: Built):
         jacobian = vmap(jacrev(lambda a, k=reader: mlp.model[k:](a)))(read)
         left = np.column_stack(
             [
-                left_over(read.numpy(), [c], [o for o in range(read.shape[1]) if o != c])[:, 0]
+                left_over(read.numpy(), [c], [o for o in range(read.shape[1]) if o != c], np.arange(60))[:, 0]
                 for c in range(read.shape[1])
             ]
         )
         effect = jacobian * torch.from_numpy(left).unsqueeze(1)
         wanted = torch.einsum("nku,nkl,nlu->u", effect, metric, effect).detach() / len(inputs)
-        # The covariance is damped by a hundredth of its mean, so that the residuals differ from least squares a little.
         assert not torch.allclose(scores.values[name], plain.values[name], rtol=0.2)
-        maps = residuals(mlp.model, [inputs], mlp.graph, 0.0)
-        torch.testing.assert_close(
-            maps[str(reader)](read, -1), torch.from_numpy(left), rtol=0, atol=tolerances.UNDAMPED
-        )
-        assert float((scores.values[name] - wanted).abs().max()) < 0.2 * float(wanted.max())
+        assert float((scores.values[name] - wanted).abs().max()) < tolerances.UNDAMPED * float(plain.values[name].max())
 
 
 def test_scores_follow_from_the_map_exactly(residual: Built):
     inputs = many(residual, 12)
-    maps = residuals(residual.model, [inputs], residual.graph, 1e-2)
+    maps = residuals(residual.model, [inputs], residual.graph, RIDGES)
     got = tp.score(residual.model, [inputs], residual.graph, tp.TPV(compensated=True, probes="exact", head="logits"))
     wanted = {}
     outputs = residual.model(inputs[:1]).shape[1]
@@ -84,7 +86,7 @@ def test_scores_follow_from_the_map_exactly(residual: Built):
             out = residual.model(inputs)
             handle.remove()
             axis = 1 if isinstance(module, torch.nn.Conv2d) else -1
-            left = maps[member.layer](held[0].detach(), axis)
+            left = maps[member.layer](held[0].detach(), axis, range(12))
             for k in range(outputs):
                 (slope,) = torch.autograd.grad(out[:, k].sum(), held[0], retain_graph=True)
                 sums = (slope * left).movedim(axis, -1).flatten(1, -2).sum(1) if left.ndim > 2 else slope * left
@@ -97,7 +99,7 @@ def test_scores_follow_from_the_map_exactly(residual: Built):
 def test_units_of_several_channels_are_predicted_from_the_rest(name: str):
     b = built(name)
     inputs = many(b, 80)
-    maps = residuals(b.model, [inputs], b.graph, 0.0)
+    maps = residuals(b.model, [inputs], b.graph, (0.0,))
     looked = 0
     for group in b.graph.groups:
         for member in group.of_role("consume"):
@@ -105,7 +107,7 @@ def test_units_of_several_channels_are_predicted_from_the_rest(name: str):
                 continue
             layer = b.model.get_submodule(member.layer)
             read = seen_by(b, member.layer, inputs)
-            left = maps[member.layer](read, -1).reshape(-1, read.shape[-1])
+            left = maps[member.layer](read, -1, range(80)).reshape(-1, read.shape[-1])
             rows = read.reshape(-1, read.shape[-1]).numpy()
             width = rows.shape[1] // getattr(layer, "groups", 1)
             for unit in member.entries(group.units).tolist():
@@ -114,7 +116,8 @@ def test_units_of_several_channels_are_predicted_from_the_rest(name: str):
                     if not own or len(own) == width:
                         continue
                     others = [c for c in range(first, first + width) if c not in own]
-                    wanted = torch.from_numpy(left_over(rows, own, others))
+                    numbers = np.repeat(np.arange(80), len(rows) // 80)
+                    wanted = torch.from_numpy(left_over(rows, own, others, numbers))
                     torch.testing.assert_close(left[:, own], wanted, rtol=0, atol=tolerances.UNDAMPED)
                     looked += 1
     assert looked
@@ -144,3 +147,47 @@ def test_what_compensated_scores_refuse(mlp: Built, tmp_path):
     saved = tp.score(mlp.model, [mlp.inputs] * 2, mlp.graph, tp.TPV(compensated=True), save=tmp_path / "s.safetensors")
     again = tp.score(mlp.model, [mlp.inputs] * 2, mlp.graph, tp.TPV(compensated=True), save=tmp_path / "s.safetensors")
     assert_scores_close(again.values, saved.values, 1e-15)
+
+
+def test_a_fit_to_fewer_samples_than_channels_predicts_nothing():
+    # Independent channels cannot make up for each other, however well few samples of them are fitted.
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 3))
+    with torch.no_grad():
+        net[1].weight.copy_(torch.eye(64))
+        net[1].bias.fill_(10.0)
+    inputs = torch.randn(40, 64)
+    graph = tp.trace(net, inputs[:1])
+    left = tp.score(net, [inputs], graph, tp.TPV(head="logits", probes="exact", compensated=True)).values["1"]
+    # What is left of a channel is what varies of it: its squared weights.
+    wanted = net[3].weight.detach().square().sum(0).double()
+    assert 0.7 < float((left / wanted).mean()) < 1.5
+
+
+@pytest.mark.parametrize(("ridges", "chosen"), [((1e-6, 1.0), 1e-6), ((1e-6, 1e-3, 3.0), 3.0)])
+def test_the_ridge_is_the_one_that_leaves_least_of_the_other_half(ridges: tuple[float, ...], chosen: float):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(20, 20), torch.nn.Tanh(), torch.nn.Linear(20, 3)).double()
+    # Many samples of five factors ask for a small ridge, few of independent channels for a large one.
+    many_of_few = torch.randn(400, 5, dtype=torch.float64) @ torch.randn(5, 20, dtype=torch.float64)
+    inputs = many_of_few if chosen < 1 else torch.randn(44, 20, dtype=torch.float64)
+    with torch.no_grad():
+        net[0].weight.copy_(1e-3 * torch.eye(20))  # where tanh is a straight line
+    assert residuals(net, [inputs], tp.trace(net, inputs[:1]), ridges)["2"].ridge == chosen
+
+
+@pytest.mark.parametrize("sizes", [(13, 7, 1, 9), (1,) * 6, (1,)])
+def test_halves_are_dealt_by_the_number_of_batch_and_sample(sizes: tuple[int, ...], mlp: Built):
+    inputs = many(mlp, sum(sizes))
+    batches = list(inputs.split(list(sizes)))
+    numbers = np.concatenate([np.arange(k, k + size) for k, size in enumerate(sizes)])
+    found = residuals(mlp.model, batches, mlp.graph, (0.5,))["2"]
+    read = seen_by(mlp, "2", inputs).numpy()
+    for half in (0, 1):
+        rows = read[numbers % 2 != half] if (numbers % 2 != half).any() else read
+        np.testing.assert_allclose(found.means[half].numpy(), rows.mean(0), atol=tolerances.EXACT)
+        covariance = np.cov(rows.T, bias=True)
+        damped = covariance + max(0.5 * np.trace(covariance) / len(covariance), 1e-30) * np.eye(len(covariance))
+        precision = np.linalg.inv(damped)
+        wanted = precision / np.diag(precision)
+        np.testing.assert_allclose(found.matrices[half].numpy(), wanted, rtol=1e-6, atol=tolerances.EXACT)

@@ -44,6 +44,7 @@ CASES: dict[str, tuple[Callable[[], Any], int]] = {
     "exact": (lambda: tp.TPV(probes="exact"), 5),
     "reference": (lambda: tp.TPV(reference=reference()), 5),
     "capped": (lambda: tp.TPV(sensitivities=7, reference=reference()), 5),
+    "compensated": (lambda: tp.TPV(compensated=True), 5),
     "batched": (lambda: tp.TPV(engine="batched", seed=1), 5),
     "weights": (lambda: tp.TPV(engine="per_sample"), 5),
     "jbr": (lambda: tp.JBR(confidence=0.3), 5),

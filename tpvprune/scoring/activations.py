@@ -34,6 +34,9 @@ def backward(output: Outputs, cotangent: Outputs, wanted: list[Tensor], keep_gra
     return torch.autograd.grad(ends, wanted, seeds, retain_graph=keep_graph, allow_unused=True)
 
 
+Map = Callable[[Tensor, int, range], Tensor]
+"""What a layer's input, its channel axis and the numbers of its samples are turned into."""
+
 IN_CACHE = 2**22  # entries of a product held at once: few enough to be fast, enough for few calls
 
 
@@ -41,14 +44,14 @@ class _Sink:
     """Adds up, per tapped layer and sample, `value * gradient` over positions."""
 
     def __init__(self) -> None:
-        self.batch = 0
+        self.numbers = range(0)
         self.sums: dict[str, Tensor] = {}
-        self.maps: Mapping[str, Callable[[Tensor, int], Tensor]] = {}
+        self.maps: Mapping[str, Map] = {}
 
     def add(self, key: str, value: Tensor, grad: Tensor, axis: int) -> None:
         if key in self.maps:
-            value = self.maps[key](value, axis)
-        part = _reduce(key, value, grad, axis, self.batch)
+            value = self.maps[key](value, axis, self.numbers)
+        part = _reduce(key, value, grad, axis, len(self.numbers))
         self.sums[key] = self.sums[key] + part if key in self.sums else part
 
 
@@ -129,7 +132,7 @@ class Tapped:
         model: the model; its parameters, gradients, modes and hooks are put back afterwards.
         graph: the graph traced from it.
         over: `consume` taps what reads the units; `all` taps what writes and scales them as well.
-        maps: per layer, what its input is turned into before it meets the gradient, `map(input, channel axis)`.
+        maps: per layer, what its input is turned into before it meets the gradient.
 
     Raises:
         PlanError: the graph was traced from another model.
@@ -140,7 +143,7 @@ class Tapped:
         model: nn.Module,
         graph: Graph,
         over: str,
-        maps: Mapping[str, Callable[[Tensor, int], Tensor]] | None = None,
+        maps: Mapping[str, Map] | None = None,
     ) -> None:
         self.model, self.graph, self.over = model, graph, over
         self.sink = _Sink()
@@ -210,14 +213,19 @@ class Tapped:
 
         return hook
 
-    def forward(self, inputs: Tensor, select: Selector = None) -> Outputs:
+    def forward(self, inputs: Tensor, select: Selector = None, first: int = 0) -> Outputs:
         """Outputs `(batch, ...)` with the graph that `backward` needs.
+
+        Args:
+            inputs: `(batch, ...)`.
+            select: of the outputs.
+            first: number of the first sample, for the maps.
 
         Raises:
             NonFiniteError: the outputs hold NaN or infinity; names the first module that made them.
         """
         self.roots: list[Tensor] = []
-        self.sink.batch = inputs.shape[0]
+        self.sink.numbers = range(first, first + len(inputs))
         with torch.enable_grad():
             output = finite_outputs(self.model, inputs, select)
         if not any(value.requires_grad for value in tensors(output)):
@@ -233,7 +241,7 @@ class Tapped:
         """
         self.sink.sums = {}
         backward(output, cotangent, self.roots, keep_graph)
-        zeros = self.roots[0].new_zeros(self.sink.batch, 1)
+        zeros = self.roots[0].new_zeros(len(self.sink.numbers), 1)
         return {group.id: self._of_group(group, zeros) for group in self.graph.groups}
 
     def _of_group(self, group: Group, zeros: Tensor) -> list[Tensor]:

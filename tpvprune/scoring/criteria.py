@@ -18,7 +18,7 @@ from tpvprune.scores import Scores, Settled, Tally
 from tpvprune.scoring.activations import Tapped
 from tpvprune.scoring.collect import Observation, Streaming, collect
 from tpvprune.scoring.compensation import residuals
-from tpvprune.scoring.engine import Parts, Watched
+from tpvprune.scoring.engine import Parts, Watched, global_number
 from tpvprune.scoring.heads import Head, Softmax, head_named
 from tpvprune.scoring.perturb import Perturbation, Removal, perturbation_named
 from tpvprune.scoring.probing import Probing, detached, drift_slope
@@ -28,7 +28,7 @@ from tpvprune.types import Graph, fingerprint
 logger = logging.getLogger(__name__)
 Engine = Literal["auto", "activations", "batched", "per_sample", "factored"]
 SENSITIVITIES = 1280  # samples whose effects are kept
-RIDGE = 1e-2  # of the covariances behind compensated scores, as a share of their mean variance
+RIDGES = (1e-2, 1e-1, 1.0)  # of the covariances behind compensated scores, as shares of their mean variance
 ENGINES = ("auto", "activations", "batched", "per_sample", "factored")
 
 
@@ -228,7 +228,7 @@ class TPV:
             if first and not (isinstance(batches, Watched) and batches.skip):
                 raise InputError("batches cannot be added to compensated scores: what compensates what would change")
             repeatable(source, "compensated scores read them twice")
-            maps = residuals(model, source, graph, RIDGE)
+            maps = residuals(model, source, graph, RIDGES)
         tapped, parts = Tapped(model, graph, self.over, maps), Parts()
         if tapped.left_out:
             logger.warning("over='all' leaves out %s: used outside layers", ", ".join(sorted(tapped.left_out)))
@@ -236,9 +236,12 @@ class TPV:
             generators = probing.generators(first + local)
 
             def run(
-                part: slice, inputs: Tensor = inputs, generators: list[torch.Generator] = generators
+                part: slice,
+                inputs: Tensor = inputs,
+                generators: list[torch.Generator] = generators,
+                number: int = global_number(first + local),
             ) -> dict[str, Tensor]:
-                return self._of_part(tapped, inputs[part], probing, generators, fold)
+                return self._of_part(tapped, inputs[part], number + part.start, probing, generators, fold)
 
             found = parts(len(inputs), run, generators)
             yield {name: torch.cat([one[name] for one in found]) for name in found[0]}
@@ -247,6 +250,7 @@ class TPV:
         self,
         tapped: Tapped,
         inputs: Tensor,
+        number: int,
         probing: Probing,
         generators: list[torch.Generator],
         fold: Callable[[dict[str, list[Tensor]]], dict[str, Tensor]],
@@ -258,7 +262,7 @@ class TPV:
         totals: dict[str, Tensor] = {}
         rows: list[Tensor] = []
         with tapped() as taps:
-            output = taps.forward(inputs, self.output)
+            output = taps.forward(inputs, self.output, number)
             fixed = detached(output)
             slope = None if wanted is None else drift_slope(probing.head, fixed, wanted)
             for cotangent, last in probing.cotangents(fixed, generators):

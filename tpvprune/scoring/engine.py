@@ -185,7 +185,7 @@ def reduced(tally: Tally) -> Tally:
     if process()[1] == 1:
         return tally
     whole = Tally()
-    for counts, sums in _of_all((tally.to_json(), {k: v.cpu() for k, v in tally.sums.items()})):
+    for counts, sums in of_all((tally.to_json(), {k: v.cpu() for k, v in tally.sums.items()})):
         whole = whole + Tally(sums=sums, **{**counts, "samples": tuple(counts["samples"])})
     return whole
 
@@ -198,7 +198,7 @@ def gathered_rows(rows: Sensitivities | None, counted: int, cap: int) -> Sensiti
         counted: samples that their linear part is the mean of.
         cap: most samples to keep.
     """
-    parts = [part for part in _of_all((rows, counted)) if part[0] is not None]
+    parts = [part for part in of_all((rows, counted)) if part[0] is not None]
     if not parts:
         return None
     effects = torch.cat([part.rows.cpu() for part, _ in parts])
@@ -210,10 +210,10 @@ def gathered_rows(rows: Sensitivities | None, counted: int, cap: int) -> Sensiti
 
 def digest_of_all(digest: str) -> str:
     """One digest of those of all processes."""
-    return hashlib.sha256("".join(_of_all(digest)).encode()).hexdigest()
+    return hashlib.sha256("".join(of_all(digest)).encode()).hexdigest()
 
 
-def _of_all(mine: Any) -> list[Any]:
+def of_all(mine: Any) -> list[Any]:
     """What each process gives, by rank."""
     found: list[Any] = [None] * process()[1]
     torch.distributed.all_gather_object(found, mine)
