@@ -29,35 +29,60 @@ from tpvprune.zoo.models import create_model
 STEPS, SHARE, LEAST = 18, 0.9, 0.3
 POINTS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 
-# Name to (criterion of the dense model and the seed, allocator, whether the seed changes anything).
-CRITERIA: dict[str, tuple[Callable[[nn.Module, int], Any], str, bool]] = {
-    "random": (lambda dense, seed: tp.Random(seed=seed), "global", True),
-    "l1": (lambda dense, seed: tp.L1(), "global", False),
-    "l2": (lambda dense, seed: tp.L2(), "global", False),
-    "lamp": (lambda dense, seed: tp.LAMP(), "global", False),
-    "fpgm": (lambda dense, seed: tp.FPGM(), "global", False),
-    "bnscale": (lambda dense, seed: tp.BNScale(), "global", False),
-    "whc": (lambda dense, seed: tp.WHC(), "global", False),
-    "taylor (labels)": (lambda dense, seed: tp.Taylor(), "global", True),
-    "fisher (labels)": (lambda dense, seed: tp.Fisher(seed=seed), "global", True),
-    "jacobian (labels)": (lambda dense, seed: tp.Jacobian(), "global", True),
-    "jbr": (lambda dense, seed: tp.JBR(reference=dense), "global", True),
-    "variance": (lambda dense, seed: tp.Variance(), "global", True),
-    "wanda": (lambda dense, seed: tp.Wanda(), "global", True),
-    "tpv all members": (lambda dense, seed: tp.TPV(over="all", seed=seed), "global", True),
-    "tpv": (lambda dense, seed: tp.TPV(seed=seed), "global", True),
-    "tpv logits": (lambda dense, seed: tp.TPV(head="logits", seed=seed), "global", True),
-    "tpv probabilities": (lambda dense, seed: tp.TPV(head="probabilities", seed=seed), "global", True),
-    "tpv margin": (lambda dense, seed: tp.TPV(head="margin", seed=seed), "global", True),
-    "tpv compensated": (lambda dense, seed: tp.TPV(compensated=True, seed=seed), "global", True),
-    "tpv plan, no linear part": (lambda dense, seed: tp.TPV(sensitivities=10**9, seed=seed), "joint", True),
-    "tpv plan": (lambda dense, seed: tp.TPV(sensitivities=10**9, reference=dense, seed=seed), "joint", True),
+GLOBAL, JOINT = {"allocator": "global"}, {"allocator": "joint"}
+EVERY = 10**9  # samples whose sensitivities are kept
+
+# Name to (criterion of the dense model and the seed, how units are chosen, whether the seed changes anything).
+CRITERIA: dict[str, tuple[Callable[[nn.Module, int], Any], dict[str, Any], bool]] = {
+    "random": (lambda dense, seed: tp.Random(seed=seed), GLOBAL, True),
+    "l1": (lambda dense, seed: tp.L1(), GLOBAL, False),
+    "l2": (lambda dense, seed: tp.L2(), GLOBAL, False),
+    "lamp": (lambda dense, seed: tp.LAMP(), GLOBAL, False),
+    "fpgm": (lambda dense, seed: tp.FPGM(), GLOBAL, False),
+    "bnscale": (lambda dense, seed: tp.BNScale(), GLOBAL, False),
+    "whc": (lambda dense, seed: tp.WHC(), GLOBAL, False),
+    "taylor (labels)": (lambda dense, seed: tp.Taylor(), GLOBAL, True),
+    "fisher (labels)": (lambda dense, seed: tp.Fisher(seed=seed), GLOBAL, True),
+    "jacobian (labels)": (lambda dense, seed: tp.Jacobian(), GLOBAL, True),
+    "jbr": (lambda dense, seed: tp.JBR(reference=dense), GLOBAL, True),
+    "variance": (lambda dense, seed: tp.Variance(), GLOBAL, True),
+    "wanda": (lambda dense, seed: tp.Wanda(), GLOBAL, True),
+    "tpv all members": (lambda dense, seed: tp.TPV(over="all", seed=seed), GLOBAL, True),
+    "tpv": (lambda dense, seed: tp.TPV(seed=seed), GLOBAL, True),
+    "tpv compensated": (lambda dense, seed: tp.TPV(compensated=True, seed=seed), GLOBAL, True),
+    "tpv plan": (lambda dense, seed: tp.TPV(sensitivities=EVERY, reference=dense, seed=seed), JOINT, True),
+}
+
+# What the parts of the best are worth: "tpv plan" with one thing changed, and other heads.
+ABLATIONS: dict[str, tuple[Callable[[nn.Module, int], Any], dict[str, Any], bool]] = {
+    "tpv plan, no linear part": (lambda dense, seed: tp.TPV(sensitivities=EVERY, seed=seed), JOINT, True),
+    "tpv plan, no shrinkage": (*CRITERIA["tpv plan"][:1], JOINT | {"shrinkage": 0.0}, True),
+    "tpv plan, no covariances": (*CRITERIA["tpv plan"][:1], JOINT | {"shrinkage": 1.0}, True),
     "tpv plan, 4 probes": (
-        lambda dense, seed: tp.TPV(sensitivities=10**9, reference=dense, probes=4, seed=seed),
-        "joint",
+        lambda dense, seed: tp.TPV(sensitivities=EVERY, reference=dense, probes=4, seed=seed),
+        JOINT,
         True,
     ),
+    "tpv plan, exact": (
+        lambda dense, seed: tp.TPV(sensitivities=EVERY, reference=dense, probes="exact"),
+        JOINT,
+        True,
+    ),
+    "tpv plan, logits": (
+        lambda dense, seed: tp.TPV(head="logits", sensitivities=EVERY, reference=dense, seed=seed),
+        JOINT,
+        True,
+    ),
+    "tpv plan, probabilities": (
+        lambda dense, seed: tp.TPV(head="probabilities", sensitivities=EVERY, reference=dense, seed=seed),
+        JOINT,
+        True,
+    ),
+    "tpv logits": (lambda dense, seed: tp.TPV(head="logits", seed=seed), GLOBAL, True),
+    "tpv probabilities": (lambda dense, seed: tp.TPV(head="probabilities", seed=seed), GLOBAL, True),
+    "tpv margin": (lambda dense, seed: tp.TPV(head="margin", seed=seed), GLOBAL, True),
 }
+ALL = CRITERIA | ABLATIONS
 
 
 @torch.no_grad()
@@ -65,12 +90,14 @@ def answers(model: nn.Module, batches: list[Tensor]) -> Tensor:
     return torch.cat([model(batch).softmax(1) for batch in batches])
 
 
-def cut_to(small: nn.Module, batches: list[Any], criterion: Any, allocator: str, units: int, per: str) -> nn.Module:
+def cut_to(
+    small: nn.Module, batches: list[Any], criterion: Any, choice: dict[str, Any], units: int, per: Any
+) -> nn.Module:
     """One step: score what is left, and remove units until `units` are left."""
     graph = tp.trace(small, batches[0][0][:1])
     scores = tp.score(small, batches, graph, criterion)
     budget = tp.Budget(units=units, round_to=1, min_keep=1e-9)
-    return tp.apply(small, tp.allocate(scores, graph, budget, allocator=allocator, per=per))
+    return tp.apply(small, tp.allocate(scores, graph, budget, per=per, **choice))
 
 
 def curve(
@@ -83,14 +110,14 @@ def curve(
     seed: int,
 ) -> list[dict[str, float]]:
     """Accuracy, agreement and KL after every step, until fewer than `LEAST` of the multiply-adds are left."""
-    make, allocator, _ = CRITERIA[name]
+    make, choice, _ = ALL[name]
     graph = tp.trace(dense, batches[0][0][:1])
     whole, macs = graph.units, graph.macs()
     p, small, found = answers(dense, test), dense, []
     for step in range(STEPS + 1):
         if step:
             left = whole - round(whole * SHARE * step / STEPS)
-            small = cut_to(small, batches, make(dense, seed), allocator, left, per)
+            small = cut_to(small, batches, make(dense, seed), choice, left, per)
         q = answers(small, test)
         found.append(
             {
@@ -176,7 +203,7 @@ def jobs(args: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
     for seed in args.seeds:
         for name in args.criteria:
             for per in args.per:
-                if CRITERIA[name][2] or seed == args.seeds[0]:
+                if ALL[name][2] or seed == args.seeds[0]:
                     yield name, per, seed
 
 
@@ -187,7 +214,7 @@ def main() -> None:
     parser.add_argument("--net", default="resnet20")
     parser.add_argument("--batches", type=int, default=10)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--criteria", nargs="+", default=list(CRITERIA), choices=list(CRITERIA))
+    parser.add_argument("--criteria", nargs="+", default=list(CRITERIA), choices=list(ALL))
     parser.add_argument("--per", nargs="+", default=["units", "macs"], choices=["units", "macs"])
     parser.add_argument("--test", type=int, default=3000)
     parser.add_argument("--results", type=Path, default=Path("runs/criteria.jsonl"))

@@ -99,7 +99,10 @@ class _BatchLoss(_FromLoss):
 
             done = parts(len(inputs), run)
             used = sum(count for _, count in done)
-            whole = {name: sum(one[name] for one, _ in done) / max(used, 1) for name in names}
+            if not used:  # nothing was seen, which is not the same as a gradient of zero
+                yield Observation(Tally(batches=1))
+                continue
+            whole = {name: sum(one[name] for one, _ in done) / used for name in names}
             units = score_gradient(whole, members, coherent=False)
             rows = {name: value.unsqueeze(0) for name, value in units.items()}
             yield Observation(Tally.of_rows(rows, stands_for=len(inputs)))
@@ -108,6 +111,9 @@ class _BatchLoss(_FromLoss):
 @dataclass(frozen=True)
 class Taylor(_BatchLoss):
     """Square of weight times gradient of the labelled loss (Molchanov 2019, arXiv 1906.10771). Needs labels.
+
+    The gradient of the batch's mean loss, times the weight, is summed over a unit's slice of a member and squared;
+    members are added up, without biases, and batches averaged by their samples.
 
     Attributes:
         output: which part of what the model returns is the logits.
@@ -123,13 +129,14 @@ class Taylor(_BatchLoss):
 class JBR(_BatchLoss):
     """The pruning criterion of the TPV paper (Arpit 2026, arXiv 2512.11089): no labels needed.
 
-    The dense model's answers, frozen, are the labels; samples it gives less than `confidence` are left out. The
+    The dense model's answers, frozen, are the labels; samples it gives no more than `confidence` are left out. The
     gradient of the batch's mean loss, times the weight, is summed over a unit's slice of a member and squared;
-    members are added up. Nothing is normalised.
+    members are added up, without biases, and batches averaged by their samples. Nothing is normalised. A batch of
+    which no sample is left counts nothing.
 
     Attributes:
         reference: the dense model, where a pruned one is scored.
-        confidence: least probability of the top class.
+        confidence: probability that the top class must exceed.
         output: which part of what the model returns is the logits.
     """
 
@@ -204,7 +211,7 @@ class Jacobian(_FromLoss):
     """Square of weight times the labelled loss's gradient, coherent over members, per sample. Needs labels.
 
     The Jacobian criterion of Optimal Brain Connection (Chen 2025, arXiv 2508.05521): what all weights of a unit, in
-    every layer that holds them, do together to the loss of one sample, squared and averaged over samples.
+    every layer that holds them, do together to the loss of one sample, squared and averaged over samples; biases too.
 
     Attributes:
         output: which part of what the model returns is the logits.

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tpvprune.batches import Batch, Progress
 from tpvprune.errors import ModelError
@@ -121,7 +121,7 @@ class FPGM(_FromWeights):
 
     def _of(self, model: nn.Module, group: Group) -> Tensor:
         _no_weights(group, "fpgm")
-        return _averaged([torch.cdist(w, w).sum(1) for w in slices(model, group, "produce") if w.shape[1] > 1], group)
+        return _averaged([torch.cdist(w, w).sum(1) for w in slices(model, group, "produce")], group)
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class BNScale(_FromWeights):
         scales = []
         for member in group.of_role("affine"):
             module: Any = model.get_submodule(member.layer)
-            if isinstance(module, _NormBase) and member.param.endswith("weight"):
+            if isinstance(module, _BatchNorm) and member.param.endswith("weight"):
                 rows = module.weight.detach().double().abs()
                 scales.append((rows if member.index is None else rows[member.index.to(rows.device)].mean(1)).cpu())
         return torch.stack(scales).mean(0) if scales else torch.full((group.units,), torch.inf, dtype=torch.float64)

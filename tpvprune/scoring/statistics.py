@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from tpvprune.batches import Batch, Progress, evaluation_mode, model_inputs
-from tpvprune.errors import ModelError
+from tpvprune.errors import ModelError, NonFiniteError
 from tpvprune.scores import Scores, Tally
 from tpvprune.scoring.activations import channel_axis
 from tpvprune.scoring.collect import Observation, collect
@@ -82,6 +82,11 @@ class _FromActivations:
                 sums = {
                     name: sum(m.reshape(batch, -1, *m.shape[1:]).sum(1) for m in calls) for name, calls in found.items()
                 }
+                for name, value in sums.items():
+                    if not bool(torch.isfinite(value).all()):  # type: ignore[arg-type]
+                        raise NonFiniteError(
+                            f"layer {name!r} is given NaN or infinity; check the input and the weights"
+                        )
                 return {name: value.flatten(1) for name, value in sums.items()}  # type: ignore[union-attr]
 
             done = parts(len(inputs), run)
@@ -115,7 +120,10 @@ class Variance(_FromActivations):
 
 @dataclass(frozen=True)
 class Wanda(_FromActivations):
-    """Absolute weight times the norm of the activation it reads, summed over a unit (Sun 2024, arXiv 2306.11695)."""
+    """Absolute weight times the norm of the activation it reads, summed over a unit (Sun 2024, arXiv 2306.11695).
+
+    The norm's square is a sum over positions and a mean over samples: more samples do not make it larger.
+    """
 
     def _of(self, model: nn.Module, group: Group, moments: Mapping[str, Tensor]) -> Tensor:
         total = torch.zeros(group.units, dtype=torch.float64)
