@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tpvprune as tp
+from tpvprune.scoring.activations import Tapped
 
 ONE_BY_ONE = 4  # samples that the one-at-a-time estimator is timed on
 
@@ -61,6 +62,7 @@ def rows(model: nn.Module, batch: Tensor, graph: tp.Graph) -> dict[str, tuple[Ca
     return {
         "plain forward + backward": (lambda: plain(model, batch, labels), 1.0),
         "forward alone": (lambda: forward(model, batch), 1.0),
+        "forward + backward to the layers that read units": (lambda: no_reduction(model, batch, graph), 1.0),
         "tpv, 1 probe": (lambda: tp.score(model, [batch], graph), 1.0),
         "tpv, 1 probe, sensitivities": (lambda: tp.score(model, [batch], graph, tp.TPV(sensitivities=10**6)), 1.0),
         "tpv, all members": (lambda: tp.score(model, [batch], graph, tp.TPV(over="all")), 1.0),
@@ -70,6 +72,15 @@ def rows(model: nn.Module, batch: Tensor, graph: tp.Graph) -> dict[str, tuple[Ca
         "wanda": (lambda: tp.score(model, [batch], graph, tp.Wanda()), 1.0),
         "one sample at a time (scaled up)": (lambda: one_by_one(model, batch, graph), scale),
     }
+
+
+def no_reduction(model: nn.Module, batch: Tensor, graph: tp.Graph) -> None:
+    """What one probe costs without the products of activations and gradients."""
+    tapped = Tapped(model, graph, "consume")
+    tapped.sink.add = lambda *args: None  # type: ignore[method-assign]
+    with tapped() as taps:
+        output = taps.forward(batch)
+        taps.backward(output, torch.randn_like(output), keep_graph=False)
 
 
 @torch.no_grad()

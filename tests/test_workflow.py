@@ -39,7 +39,7 @@ def recipe(place: Path, *overrides: str) -> Any:
     return validate_recipe(data, "mine.yaml", overrides)
 
 
-@pytest.mark.parametrize("overrides", [(), ("score.probes=2", "score.compensated=false"), ("score.criterion=jbr",)])
+@pytest.mark.parametrize("overrides", [(), ("score.probes=2", "score.compensated=false"), ("score.criterion=wanda",)])
 def test_a_stopped_scoring_goes_on_where_it_was(
     place: Path, overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ):

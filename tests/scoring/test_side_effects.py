@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import gc
+import random
 import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import tpvprune as tp
 from tests.helpers import assert_same_state, assert_scores_close, built
+from tpvprune.scoring.criteria import ENGINES
+from tpvprune.scoring.registry import CRITERIA, LABELLED
 
 HOOKS = (
     "_forward_hooks",
@@ -38,6 +44,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         "hooks": {(n, h): list(getattr(m, h)) for n, m in model.named_modules() for h in HOOKS},
         "own": {n: sorted(m.__dict__) for n, m in model.named_modules()},
         "rng": torch.get_rng_state(),
+        "other rng": (random.getstate(), np.random.get_state()[1].tolist()),
         "grad_mode": torch.is_grad_enabled(),
     }
 
@@ -69,24 +76,65 @@ def prepared(name: str) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("over", ["consume", "all"])
-@pytest.mark.parametrize("probes", [2, "exact"])
-@pytest.mark.parametrize("name", ["conv_bn", "vit", "depthwise"])
-def test_scoring_leaves_the_model_as_it_was(name: str, over: str, probes: int | str) -> None:
-    model, before = prepared(name), None
-    before = fingerprint(model)
-    tp.score(model, [built(name).inputs], built(name).graph, tp.TPV(over=over, probes=probes))
-    assert_unchanged(model, before)
+# All of the registry, and `TPV` with all of its engines and settings.
+EVERY: dict[str, Callable[[], Any]] = {
+    **CRITERIA,
+    "jbr": lambda: tp.JBR(confidence=0.0),  # so that no sample is left out
+    "jbr, reference": lambda: tp.JBR(confidence=0.0, reference=prepared("conv_bn")),
+    "jacobian, consume": lambda: tp.Jacobian(over="consume"),
+    **{f"tpv, {engine}": partial(tp.TPV, engine=engine, probes=2) for engine in ENGINES},
+    **{f"tpv, {engine}, exact": partial(tp.TPV, engine=engine, probes="exact") for engine in ENGINES},
+    "tpv, rounding": lambda: tp.TPV(perturbation="rounding"),
+    "tpv, isotropic": lambda: tp.TPV(perturbation="isotropic"),
+    "tpv, all": lambda: tp.TPV(over="all", probes=2),
+    "tpv, all, exact": lambda: tp.TPV(over="all", probes="exact"),
+    "tpv, all, batched": lambda: tp.TPV(over="all", engine="batched"),
+    "tpv, compensated": lambda: tp.TPV(compensated=True),
+    "tpv, reference": lambda: tp.TPV(reference=prepared("conv_bn")),
+}
+FROM_WEIGHTS = ("random", "l1", "l2", "lamp", "fpgm", "whc", "bnscale")
+READING = [which for which in EVERY if which not in FROM_WEIGHTS]  # the batches
+
+
+def graph_for(name: str, which: str) -> tp.Graph:
+    return tp.weight_graph(built(name).model) if "factored" in which else built(name).graph
+
+
+def labelled(name: str) -> tuple[Tensor, Tensor]:
+    x = built(name).inputs
+    return x, torch.arange(len(x)) % 4
+
+
+ON_CASES = [("conv_bn", which) for which in EVERY] + [
+    (name, which)
+    for name in ("vit", "depthwise")
+    for which in EVERY
+    if "reference" not in which and (name, which) != ("vit", "bnscale")  # which has no batch norm
+]
+
+
+@pytest.mark.parametrize(("name", "which"), ON_CASES)
+def test_scoring_leaves_everything_as_it_was(name: str, which: str) -> None:
+    criterion, model, (x, y) = EVERY[which](), prepared(name), labelled(name)
+    models = [m for m in (model, getattr(criterion, "reference", None)) if m is not None]
+    before, held = [fingerprint(m) for m in models], (x.clone(), y.clone())
+    tp.score(model, [(x, y), (x[:2], y[:2])], graph_for(name, which), criterion)
+    for m, old in zip(models, before, strict=True):
+        assert_unchanged(m, old)
+    assert torch.equal(x, held[0])
+    assert torch.equal(y, held[1])
+    assert not x.requires_grad
+    assert x.grad is None
 
 
 class Fails(Exception):
     pass
 
 
-@pytest.mark.parametrize("over", ["consume", "all"])
+@pytest.mark.parametrize("which", READING)
 @pytest.mark.parametrize("where", ["bn1", "conv2", "fc"])
-def test_scoring_leaves_the_model_as_it_was_when_its_forward_raises(where: str, over: str) -> None:
-    b, model = built("conv_bn"), prepared("conv_bn")
+def test_scoring_leaves_the_model_as_it_was_when_its_forward_raises(where: str, which: str) -> None:
+    model = prepared("conv_bn")
 
     def fail(*_: object) -> None:
         raise Fails
@@ -94,51 +142,70 @@ def test_scoring_leaves_the_model_as_it_was_when_its_forward_raises(where: str, 
     model.get_submodule(where).register_forward_hook(fail)
     before = fingerprint(model)
     with pytest.raises(Fails):
-        tp.score(model, [b.inputs], b.graph, tp.TPV(over=over))
+        tp.score(model, [labelled("conv_bn")], graph_for("conv_bn", which), EVERY[which]())
     assert_unchanged(model, before)
 
 
-def test_scoring_leaves_the_model_as_it_was_when_its_batches_raise(conv_bn) -> None:
-    def batches() -> Any:
-        yield conv_bn.inputs
-        raise Fails
+@pytest.mark.parametrize("which", READING)
+def test_scoring_leaves_the_model_as_it_was_when_its_batches_raise(which: str) -> None:
+    class Batches:
+        def __iter__(self) -> Any:
+            yield labelled("conv_bn")
+            raise Fails
 
     model = prepared("conv_bn")
     before = fingerprint(model)
     with pytest.raises(Fails):
-        tp.score(model, batches(), conv_bn.graph)
+        tp.score(model, Batches(), graph_for("conv_bn", which), EVERY[which]())
     assert_unchanged(model, before)
 
 
-def test_between_batches_the_model_is_as_it_was(conv_bn) -> None:
+@pytest.mark.parametrize("which", READING)
+def test_between_batches_the_model_is_as_it_was(which: str) -> None:
     # A loader may use the model itself; it must not meet it with taps on.
     model = prepared("conv_bn")
     before = fingerprint(model)
 
-    def batches() -> Any:
-        for _ in range(2):
-            assert_unchanged(model, before)
-            yield conv_bn.inputs
+    class Batches:
+        def __iter__(self) -> Any:
+            for _ in range(2):
+                assert_unchanged(model, before)
+                yield labelled("conv_bn")
 
-    tp.score(model, batches(), conv_bn.graph)
+    tp.score(model, Batches(), graph_for("conv_bn", which), EVERY[which]())
 
 
-def test_scoring_works_under_no_grad(mlp) -> None:
-    plain = tp.score(mlp.model, [mlp.inputs], mlp.graph)
+@pytest.mark.parametrize("which", EVERY)
+def test_scores_do_not_depend_on_the_state_the_model_is_in(which: str) -> None:
+    # Train mode, frozen parameters, gradients that are there, hooks and the global random state.
+    criterion, graph = EVERY[which](), graph_for("conv_bn", which)
+    plain = tp.score(built("conv_bn").model, [labelled("conv_bn")], graph, criterion)
+    torch.manual_seed(99)
+    found = tp.score(prepared("conv_bn"), [labelled("conv_bn")], graph, criterion)
+    assert_scores_close(found.values, plain.values, 0)
+
+
+@pytest.mark.parametrize("which", EVERY)
+def test_scoring_works_under_no_grad(which: str) -> None:
+    model, graph, criterion = built("conv_bn").model, graph_for("conv_bn", which), EVERY[which]()
+    plain = tp.score(model, [labelled("conv_bn")], graph, criterion)
     with torch.no_grad():
-        inside = tp.score(mlp.model, [mlp.inputs], mlp.graph)
+        inside = tp.score(model, [labelled("conv_bn")], graph, criterion)
         assert not torch.is_grad_enabled()
     assert_scores_close(inside.values, plain.values, 0)
+    assert all(not value.requires_grad for value in plain.values.values())
 
 
 def test_no_activation_outlives_the_call() -> None:
-    b, alive = built("conv_bn"), []
-    model = copy.deepcopy(b.model)
-    model.bn1.register_forward_hook(lambda m, a, output: alive.append(weakref.ref(output)))
-    tp.score(model, [b.inputs] * 2, b.graph, tp.TPV(over="all"))
+    alive: dict[str, list[Any]] = {which: [] for which in READING}
+    for which, refs in alive.items():
+        model, graph = copy.deepcopy(built("conv_bn").model), graph_for("conv_bn", which)
+        model.bn1.register_forward_hook(lambda m, a, output, refs=refs: refs.append(weakref.ref(output)))
+        tp.score(model, [labelled("conv_bn")] * 2, graph, EVERY[which]())
     gc.collect()
-    assert len(alive) == 2
-    assert all(ref() is None for ref in alive)
+    for which, refs in alive.items():
+        assert len(refs) == (4 if "compensated" in which else 2), which  # compensation takes a pass more
+        assert all(ref() is None for ref in refs), which
 
 
 class Untouchable:
@@ -157,10 +224,23 @@ class Untouchable:
         raise AssertionError("a label was indexed")
 
 
-def test_labels_are_never_looked_at(mlp) -> None:
+@pytest.mark.parametrize("which", [which for which in EVERY if which.split(",")[0] not in LABELLED])
+def test_labels_are_looked_at_by_none_but_those_that_need_them(which: str) -> None:
+    x, model = labelled("conv_bn")[0], built("conv_bn").model
+    graph, criterion = graph_for("conv_bn", which), EVERY[which]()
+    plain = tp.score(model, [x], graph, criterion)
+    for batch in ((x, Untouchable()), [x, Untouchable()], {"image": x, "y": Untouchable()}):
+        assert_scores_close(tp.score(model, [batch], graph, criterion).values, plain.values, 0)
+
+
+@pytest.mark.parametrize("which", LABELLED)
+def test_those_that_need_labels_say_so(mlp, which: str) -> None:
+    with pytest.raises(tp.DataError, match=f"criterion {which} needs labels"):
+        tp.score(mlp.model, [mlp.inputs], mlp.graph, EVERY[which]())
+
+
+def test_recovery_without_labels_never_looks_at_them(mlp) -> None:
     plain = tp.score(mlp.model, [mlp.inputs], mlp.graph)
-    for batch in ((mlp.inputs, Untouchable()), [mlp.inputs, Untouchable()], {"image": mlp.inputs, "y": Untouchable()}):
-        assert_scores_close(tp.score(mlp.model, [batch], mlp.graph).values, plain.values, 0)
     small = tp.apply(mlp.model, tp.allocate(plain, mlp.graph, tp.Budget(macs=0.6)))
     batches = [(mlp.inputs, Untouchable())]
     tp.reconstruct(small, batches, mlp.model)

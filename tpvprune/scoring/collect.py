@@ -167,7 +167,10 @@ def collect(
         raise
     tally = reduced(tally)
     if not tally.total:
-        raise InputError(f"{criterion.label} could use none of the samples; give more batches")
+        raise InputError(
+            f"{criterion.label} could use none of the samples; give more batches, or ask less of them (jbr: a lower "
+            "confidence)"
+        )
     result = state(skip + fresh)
     if world > 1:
         about = {**result.manifest, "data": digest_of_all(watched.digests[fresh])}

@@ -11,6 +11,7 @@ the samples are dealt out to two halves, and each half's residuals are those of 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +98,6 @@ def residuals(model: nn.Module, batches: Iterable[Batch], graph: Graph, ridges: 
     """
     layers = dict.fromkeys(member.layer for group in graph.groups for member in group.of_role("consume"))
     moments = {name: (_Moments(), _Moments()) for name in layers}
-    handles = []
     numbers = range(0)
 
     def hook(name: str) -> Any:
@@ -109,20 +109,17 @@ def residuals(model: nn.Module, batches: Iterable[Batch], graph: Graph, ridges: 
         return seen
 
     seen = 0
-    try:
-        for name in layers:
-            handles.append(model.get_submodule(name).register_forward_pre_hook(hook(name)))
-        with evaluation_mode(model), torch.no_grad():
-            for local, inputs in enumerate(model_inputs(model, batches, "covariance")):
-                first = global_number(local)
-                numbers = range(first, first + len(inputs))
-                model(inputs)
-                seen += len(inputs)
-                if seen >= SAMPLES // process()[1]:
-                    break
-    finally:
-        for handle in handles:
-            handle.remove()
+    for local, inputs in enumerate(model_inputs(model, batches, "covariance")):
+        first = global_number(local)
+        numbers = range(first, first + len(inputs))
+        # Hooks are on for the pass alone: what gives the batches may use the model too.
+        with evaluation_mode(model), torch.no_grad(), ExitStack() as hooks:
+            for name in layers:
+                hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(hook(name)))
+            model(inputs)
+        seen += len(inputs)
+        if seen >= SAMPLES // process()[1]:
+            break
     if process()[1] > 1:
         moments = _together(of_all(moments))
     return {
