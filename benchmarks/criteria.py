@@ -83,6 +83,7 @@ ABLATIONS: dict[str, tuple[Callable[[nn.Module, int], Any], dict[str, Any], bool
     "tpv margin": (lambda dense, seed: tp.TPV(head="margin", seed=seed), GLOBAL, True),
 }
 ALL = CRITERIA | ABLATIONS
+FROM_WEIGHTS = ("random", "l1", "l2", "lamp", "fpgm", "bnscale", "whc")  # the number of batches changes nothing
 
 
 @torch.no_grad()
@@ -149,8 +150,12 @@ def read(path: Path) -> list[dict[str, Any]]:
 def report(path: Path, plots: Path | None) -> None:
     """Tables of everything measured so far, best first, and a plot for each."""
     rows: dict[tuple[str, int, str], dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
-    for row in read(path):
-        rows[row["net"], row["batches"], row["per"]][row["criterion"]].append(row)
+    found = read(path)
+    sizes = {(row["net"], row["batches"]) for row in found if row["batches"]}
+    for row in found:
+        for net, batches in sizes:
+            if net == row["net"] and row["batches"] in (None, batches):
+                rows[net, batches, row["per"]][row["criterion"]].append(row)
     for (net, batches, per), named in sorted(rows.items()):
         print(f"\n{net}, {batches} batches of 128, ranked per {'channel' if per == 'units' else 'multiply-add'}\n")
         print(f"| criterion | seeds | area | {' | '.join(f'{m:g}' for m in POINTS)} | agreement at 0.7 / 0.5 | s |")
@@ -230,7 +235,8 @@ def main() -> None:
         test, labels = list(images.split(250)), torch.tensor([item[1] for item in items])
         drawn: dict[int, list[Any]] = {}
         for name, per, seed in jobs(args):
-            about = {"net": args.net, "batches": args.batches, "criterion": name, "per": per, "seed": seed}
+            count = None if name in FROM_WEIGHTS else args.batches
+            about = {"net": args.net, "batches": count, "criterion": name, "per": per, "seed": seed}
             if any(about.items() <= row.items() for row in read(args.results)):
                 continue
             if seed not in drawn:
