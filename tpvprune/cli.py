@@ -26,10 +26,10 @@ from tpvprune.checkpoint import ABOUT, load
 from tpvprune.errors import InputError, RecipeError, TpvpruneError
 from tpvprune.files import write_text
 from tpvprune.recipe import Recipe, builtin_recipes, find_recipe, load_recipe
-from tpvprune.report import compare, latencies
+from tpvprune.report import compare, latencies, stored_report
 from tpvprune.runfolder import PRODUCTS
 from tpvprune.targets import flags, is_saved_model, resolve, resolve_model
-from tpvprune.types import Graph, read_json
+from tpvprune.types import Graph
 from tpvprune.version import __version__
 from tpvprune.workflow import Run
 from tpvprune.zoo.data import open_pool
@@ -131,7 +131,7 @@ def _stage(name: str, text: str) -> None:
         given = flags(checkpoint=checkpoint, data=data, labels=labels, macs=macs, params=params)
         stored = Path(target) / PRODUCTS["eval"]
         if name == "report" and stored.is_file() and not (given or overrides or out_dir):
-            told = read_json(stored, "report")  # looking at a result needs neither its images nor its weights
+            told = stored_report(stored)  # looking at a result needs neither its images nor its weights
             _print_json(told) if as_json else _print_report(told, Path(target))
             return
         if name == "eval" and is_saved_model(target):
@@ -338,9 +338,15 @@ def _print_report(told: Mapping[str, Any], folder: Path) -> None:
     asked, got, drift = told["asked"], told["got"], told["drift"]
     seconds = sum(told["seconds"].values())
     data = told["data"]
+    for name, bound in asked.items():
+        share = "" if got[name]["share"] is None else f" ({got[name]['share']:.1%})"
+        out.print(
+            f"asked {name} <= {_number(bound['at_most'])} ({bound['as_written']}), "
+            f"got {_number(got[name]['value'])}{share}",
+            highlight=False,
+            markup=False,
+        )
     out.print(
-        f"asked {asked['quantity']} <= {asked['at_most']:,} ({asked['as_written']}), "
-        f"got {got['value']:,} ({got['share']:.1%})\n"
         f"KL to the dense model in nats: predicted {_number(drift['predicted_kl'])}, "
         f"pruned {_number(drift['pruned_kl'])}, recovered {_number(drift['recovered_kl'])}\n"
         f"scored on {data['scored']} images, measured on {data['measured']} others, "

@@ -30,7 +30,8 @@ from tpvprune.batches import (
 from tpvprune.budget import Budget
 from tpvprune.errors import DataError
 from tpvprune.plan import Plan
-from tpvprune.types import Measure, Report
+from tpvprune.planning.widths import costs_of
+from tpvprune.types import REPORT_FORMAT, Measure, Report, check_format, read_json
 
 PACKAGES = ("tpvprune", "torch", "torch-pruning", "timm", "numpy")
 
@@ -148,6 +149,31 @@ def environment(latency_batch: int, device: torch.device) -> dict[str, Any]:
     }
 
 
+def stored_report(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A report as it was written.
+
+    Raises:
+        PlanError: the file is missing, broken or of another version.
+    """
+    found = read_json(path, "report")
+    check_format(found, REPORT_FORMAT, f"report {path}")
+    return dict(found)
+
+
+def asked_and_got(budget: Budget, plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Per bounded cost, what was written and its absolute value; and what the plan comes to, with its share."""
+    asked: dict[str, Any] = {}
+    got: dict[str, Any] = {}
+    for name in budget.quantities:
+        dense, left = costs_of(name, plan.graph).total, costs_of(name, plan.graph, plan.keep).total
+        asked[name] = {"as_written": budget.as_written[name], "at_most": budget.bound(name, dense)}
+        got[name] = {"value": left, "share": left / dense}
+    if budget.most_drift is not None:
+        asked["drift"] = {"as_written": budget.as_written["drift"], "at_most": budget.most_drift}
+        got["drift"] = {"value": plan.made_by.get("predicted_kl"), "share": None}
+    return asked, got
+
+
 def build(
     *,
     dense: nn.Module,
@@ -191,8 +217,7 @@ def build(
     graph = plan.graph
     costs = {"before": (graph.params(), graph.macs()), "pruned": (plan.params, plan.macs)}
     measures = {name: Measure(*costs.get(name, costs["pruned"]), milliseconds[name], metrics[name]) for name in models}
-    quantity = budget.quantity
-    got = graph.cost(quantity, plan.keep)
+    asked, got = asked_and_got(budget, plan)
     drift = {
         "predicted_kl": predicted,
         "pruned_kl": metrics["pruned"].get("kl"),
@@ -201,8 +226,8 @@ def build(
         "recovered_agreement": metrics.get("recovered", {}).get("agreement"),
     }
     return Report(
-        asked={"quantity": quantity, "as_written": getattr(budget, quantity), "at_most": budget.bound(graph)},
-        got={"quantity": quantity, "value": got, "share": got / graph.cost(quantity)},
+        asked=asked,
+        got=got,
         before=measures["before"],
         pruned=measures["pruned"],
         recovered=measures.get("recovered"),

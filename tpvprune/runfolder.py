@@ -25,7 +25,7 @@ PRODUCTS = {
     "eval": "report.json",
 }
 RECIPE, STATE = "recipe.yaml", "stages.json"
-STATE_FORMAT = 2  # raised when a stage's result is no longer what an older version made
+STATE_FORMAT = 3  # raised when a stage's result is no longer what an older version made
 
 
 def stage_keys(recipe: Recipe, last: str) -> dict[str, str]:

@@ -330,5 +330,4 @@ class Run:
         )
 
     def _report(self) -> dict[str, Any]:
-        found = read_json(self._path("eval"), "report")
-        return dict(found)
+        return reporting.stored_report(self._path("eval"))

@@ -122,11 +122,13 @@ def test_what_steps_add_sums_up_to_the_drift_of_the_plan(name: str, step: int) -
     widths = {g.id: [g.units, *(k for k in range(g.units - 1, 0, -1) if k % step == 0)] for g in graph.groups}
     steps, gone, total = Joint(graph, widths, known, RHO), [], 0.0
     while saving := {name: 7 for name in widths if steps.next_units(name)}:
-        name, ratio = steps.best(saving)
+        name, added = steps.best(saving)
         gone += [places(graph)[name][unit] for unit in steps.take(name).tolist()]
-        total += 7 * ratio
+        total += added
     assert len(set(gone)) == len(gone) == graph.units - sum(kept[-1] for kept in widths.values())
     assert total == pytest.approx(drift(known, gone, RHO), rel=tolerances.FLOAT32)
+    left = {group: ~mask for group, mask in masks(graph, gone).items()}
+    assert steps.drift(left) == pytest.approx(drift(known, gone, RHO), rel=tolerances.FLOAT32)
 
 
 @pytest.mark.parametrize("small", [0, 10**9])

@@ -12,6 +12,7 @@ pick the units whose noise cancels. So they are shrunk by a factor `1 - shrinkag
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -49,10 +50,11 @@ class Joint:
     ) -> None:
         if sensitivities.groups != tuple((group.id, group.units) for group in graph.groups):
             raise PlanError("the sensitivities are of other groups than the graph's; score again")
-        self.widths = widths
+        self.widths, self.dearest_first = widths, True
         self.shrinkage = estimated_shrinkage(sensitivities) if shrinkage is None else shrinkage
         self._rows = sensitivities.rows.float() / math.sqrt(sensitivities.samples)
-        self._adds = sensitivities.linear.double() + self._rows.double().square().sum(0)
+        self._linear = sensitivities.linear.double()
+        self._adds = self._linear + self._rows.double().square().sum(0)
         self._left = torch.ones(len(self._adds), dtype=torch.bool)
         self._span: dict[str, slice] = {}
         start = 0
@@ -72,7 +74,7 @@ class Joint:
             rows = [torch.where(most < span.stop - span.start, most + span.start, start) for span in spans]
             self._places.append((names, torch.stack(rows)))
         self._inside: dict[str, Tensor] = {}
-        self._saving: dict[str, int] = {}
+        self._saving: dict[str, float] = {}
         self._columns: dict[int, Tensor] = {}
         if len(self._adds) <= SMALL:
             self._columns = dict(enumerate(self._rows.mT @ self._rows))
@@ -82,15 +84,15 @@ class Joint:
         widths, taken = self.widths[name], self._taken[name]
         return widths[taken] - widths[taken + 1] if taken + 1 < len(widths) else 0
 
-    def best(self, saving: dict[str, int]) -> tuple[str, float]:
-        """The group whose next step adds least per saving, and that ratio.
+    def best(self, saving: dict[str, float]) -> tuple[str, float]:
+        """The group whose next step adds least per saving, and what it adds.
 
         Groups are looked at in the order of what the units of their step add one by one; the first whose true
         ratio, covariances within the step included, stays below the next one's guess is taken.
         """
         guesses = self._guesses(saving)
         self._saving = saving
-        found: tuple[str, float] | None = None
+        found: tuple[str, float, float] | None = None
         self._chosen: dict[str, Tensor] = {}
         for name in sorted(guesses, key=lambda n: guesses[n]):
             if found is not None and guesses[name] >= found[1]:
@@ -98,9 +100,9 @@ class Joint:
             self._chosen[name], added = self._together(name)
             ratio = self._ratio(added, saving[name])
             if found is None or ratio < found[1]:
-                found = name, ratio
+                found = name, ratio, added
         assert found is not None
-        return found
+        return found[0], found[2]
 
     def take(self, name: str) -> Tensor:
         """Take a group's next step; the units that leave, numbered within the group."""
@@ -115,11 +117,20 @@ class Joint:
         self._taken[name] += 1
         return columns - self._span[name].start
 
+    def drift(self, gone: Mapping[str, Tensor]) -> float:
+        """Drift when the units of these bool masks `(units,)` have left; products shrunk like all others."""
+        columns = torch.zeros(len(self._adds), dtype=torch.bool)
+        for name, mask in gone.items():
+            columns[self._span[name]] = mask
+        rows = self._rows[:, columns].double()
+        together, alone = rows.sum(1).square().sum(), rows.square().sum()
+        return float(self._linear[columns].sum() + (1 - self.shrinkage) * together + self.shrinkage * alone)
+
     @staticmethod
-    def _ratio(added: float, saved: int) -> float:
+    def _ratio(added: float, saved: float) -> float:
         return added / saved if saved else math.inf
 
-    def _guesses(self, saving: dict[str, int]) -> dict[str, float]:
+    def _guesses(self, saving: dict[str, float]) -> dict[str, float]:
         """Per group, what the units of its next step that add least add one by one, over what they save."""
         adds = torch.cat([torch.where(self._left, self._adds, torch.inf), torch.tensor([torch.inf])])
         guesses: dict[str, float] = {}
