@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -387,3 +388,17 @@ def test_a_finished_run_is_reported_without_its_images(place, run):
     code, told, _ = run("report", "out", "--json")
     assert code == 0
     assert json.loads(told)["got"]["macs"]["share"] <= 0.6
+
+
+def test_bounds_are_options_and_replace_those_of_a_recipe(place, run):
+    words = prune_words("--bytes", "80%", "--drift", "50", "--set", "recover.finetune=null", "--json")
+    code, told, _ = run(*words)
+    assert code == 0
+    assert list(json.loads(told)["got"]) == ["bytes", "drift"]
+    code, told, _ = run("plan", "out", "--params", "0.7", "--out", "other", "--json")
+    assert code == 0
+    assert json.loads(told)["share_of_params"] <= 0.7
+    assert yaml.safe_load((place / "other" / "recipe.yaml").read_text())["budget"]["drift"] is None
+    code, _, said = run("prune", "test_resnet", "--data", "images")
+    assert code == 2
+    assert "no budget" in said

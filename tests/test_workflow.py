@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,48 @@ def test_the_stage_says_how_sure_the_ranking_is(place: Path):
     assert 0 <= told["wrong_side"] <= 0.5
     assert -1 <= told["rank_correlation"] <= 1
     assert told["samples_to_settle"] > 12
+
+
+def test_a_stopped_schedule_goes_on_where_it_was(place: Path):
+    asked = ("plan.steps=3", "budget.macs=0.7", "budget.round_to=1", "score.compensated=false")
+    whole = Run(recipe(place, *asked), place / "whole")
+    told = whole.until("plan")
+    assert told["share_of_macs"] <= 0.7
+    assert len(whole.plan.made_by["steps"]) == 3
+
+    def stop(stage: str, done: int, total: int | None) -> None:
+        if (stage, done) == ("plan", 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Run(recipe(place, *asked), place / "broken", progress=stop).until("plan")
+    assert len(list((place / "broken").glob("plan-*.partial.json"))) == 1
+    steps: list[int] = []
+    again = Run(
+        recipe(place, *asked), place / "broken", progress=lambda s, d, t: steps.append(d) if s == "plan" else None
+    )
+    assert again.until("plan") == told
+    assert steps == [2, 3]
+    assert again.plan.to_json() == whole.plan.to_json()
+    assert not list((place / "broken").glob("*.partial.*"))
+
+
+def test_a_recipe_bounds_several_costs_and_drift(place: Path):
+    run = Run(recipe(place, "budget.bytes=0.8", "budget.params=90%", "budget.drift=50"), place / "out")
+    run.until("eval")
+    report = json.loads((place / "out" / "report.json").read_text())
+    dense = sum(t.nbytes for t in (*run.dense.parameters(), *run.dense.buffers()))
+    assert list(report["asked"]) == list(report["got"]) == ["params", "bytes", "drift"]
+    assert report["asked"]["bytes"] == {"as_written": 0.8, "at_most": int(0.8 * dense)}
+    assert report["got"]["bytes"]["value"] <= 0.8 * dense
+    assert report["got"]["drift"]["value"] <= 50
+    assert report["got"]["params"]["share"] <= 0.9
+
+
+def test_half_the_multiply_adds_is_the_default_where_nothing_is_bounded(place: Path):
+    assert recipe(place).limits().as_written == {"macs": 0.5}
+    assert recipe(place, "budget.round_to=1").limits().as_written == {"macs": 0.5}
+    assert recipe(place, "budget.drift=0.05").limits().as_written == {"drift": 0.05}
+    assert recipe(place, "budget.drift=0.05").criterion().compensated is False
+    with pytest.raises(tp.RecipeError, match="bounds at least one"):
+        recipe(place, "budget.macs=null")

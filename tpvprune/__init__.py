@@ -23,6 +23,7 @@ from tpvprune.recovery.batchnorm import reestimate_batchnorm
 from tpvprune.recovery.finetune import Finetune, finetune
 from tpvprune.recovery.reconstruct import Reconstruct, reconstruct
 from tpvprune.recovery.recover import recover
+from tpvprune.schedule import Planning, plan_for
 from tpvprune.scores import Scores, Sensitivities, Settled
 from tpvprune.scoring.criteria import TPV, score
 from tpvprune.scoring.heads import Cosine, Function, Logits, Margin, Probabilities, Several, Softmax
@@ -66,6 +67,7 @@ __all__ = [
     "NonFiniteError",
     "Plan",
     "PlanError",
+    "Planning",
     "Probabilities",
     "Pruned",
     "Random",
@@ -89,6 +91,7 @@ __all__ = [
     "finetune",
     "load",
     "mask",
+    "plan_for",
     "prune",
     "reconstruct",
     "recover",

@@ -11,6 +11,7 @@ from tpvprune.errors import BudgetError, InputError
 
 Quantity = Literal["macs", "params", "bytes", "latency_ms", "units"]
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
+BOUNDS = (*QUANTITIES, "drift")  # all that can be bounded
 _SUFFIXES = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _UNITS = {"bytes": "b", "latency_ms": "ms", "drift": "nats"}
 
@@ -90,7 +91,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if not self.as_written:
-            raise BudgetError(f"a budget bounds at least one of {', '.join((*QUANTITIES, 'drift'))}; give one")
+            raise BudgetError(f"a budget bounds at least one of {', '.join(BOUNDS)}; give one")
         for name, value in self.as_written.items():
             parse_amount(value, name)
         for name, share in {"min_keep": self.min_keep, **self.per_group}.items():
@@ -105,7 +106,7 @@ class Budget:
     @property
     def as_written(self) -> dict[str, float | str]:
         """The bounds that are given, as they were given; costs first."""
-        given = {name: getattr(self, name) for name in (*QUANTITIES, "drift")}
+        given = {name: getattr(self, name) for name in BOUNDS}
         return {name: value for name, value in given.items() if value is not None}
 
     @property

@@ -53,6 +53,8 @@ Data = Annotated[str | None, typer.Option(help="Unlabeled images: a folder in an
 Labels = Annotated[str | None, typer.Option(help="'folders' or a class-map file; used for the accuracy line only.")]
 Macs = Annotated[str | None, typer.Option(help="Multiply-adds to keep at most: 0.5, 50% or 1.2G.")]
 Params = Annotated[str | None, typer.Option(help="Parameters to keep at most: 0.5, 50% or 3M.")]
+Size = Annotated[str | None, typer.Option("--bytes", help="Weights in memory, at most: 0.5, 50% or 20MB.")]
+Drift = Annotated[str | None, typer.Option(help="Predicted KL from the dense model at most, in nats: 0.05.")]
 
 out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
 
@@ -99,6 +101,8 @@ def prune(
     labels: Labels = None,
     macs: Macs = None,
     params: Params = None,
+    size: Size = None,
+    drift: Drift = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="key=value of any recipe key, as in recover.finetune.epochs=3")
     ] = None,
@@ -108,9 +112,10 @@ def prune(
     """Prune a model without a recipe."""
     if data is None:
         raise InputError("--data is missing; give a folder of images (labels are not needed)")
-    if macs is None and params is None:
-        raise InputError("no budget; give --macs 0.5 or --params 0.5")
-    given = flags(checkpoint=checkpoint, data=data, labels=labels, macs=macs, params=params)
+    bounds = {"macs": macs, "params": params, "bytes": size, "drift": drift}
+    if not any(bounds.values()):
+        raise InputError("no budget; give --macs 0.5, --params 0.5, --bytes 20MB or --drift 0.05")
+    given = flags(checkpoint=checkpoint, data=data, labels=labels, **bounds)
     _finish(resolve_model(model, [*given, *(overrides or [])], out_dir), "report", as_json)
 
 
@@ -125,17 +130,20 @@ def _stage(name: str, text: str) -> None:
         labels: Labels = None,
         macs: Macs = None,
         params: Params = None,
+        size: Size = None,
+        drift: Drift = None,
         out_dir: Out = None,
         as_json: AsJson = False,
     ) -> None:
-        given = flags(checkpoint=checkpoint, data=data, labels=labels, macs=macs, params=params)
+        bounds = {"macs": macs, "params": params, "bytes": size, "drift": drift}
+        given = flags(checkpoint=checkpoint, data=data, labels=labels, **bounds)
         stored = Path(target) / PRODUCTS["eval"]
         if name == "report" and stored.is_file() and not (given or overrides or out_dir):
             told = stored_report(stored)  # looking at a result needs neither its images nor its weights
             _print_json(told) if as_json else _print_report(told, Path(target))
             return
         if name == "eval" and is_saved_model(target):
-            if overrides or checkpoint or macs or params or out_dir:
+            if overrides or checkpoint or any(bounds.values()) or out_dir:
                 raise InputError("a saved model is measured with --data and --labels alone")
             _evaluate(Path(target), data, labels, as_json)
         else:

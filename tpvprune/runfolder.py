@@ -61,7 +61,7 @@ def _matters(recipe: Recipe, stage: str) -> dict[str, Any]:
         return {"recover": sections["recover"], "labels": labels}
     if stage == "eval":
         return {"labels": [data.get("labels"), held["labels"]], "samples": held["samples"]}
-    return {"budget": sections["budget"]} if stage == "plan" else {}
+    return {"budget": sections["budget"], "plan": sections["plan"]} if stage == "plan" else {}
 
 
 def one_line(told: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tpvprune.budget import BOUNDS
 from tpvprune.checkpoint import ABOUT
 from tpvprune.errors import RecipeError
 from tpvprune.recipe import Recipe, Suite, builtin_recipes, load_recipe, validate_recipe
@@ -16,16 +17,11 @@ from tpvprune.zoo.models import is_model
 
 def flags(**given: str | None) -> list[str]:
     """Options as overrides; quoted as YAML strings, so that a path is never read as anything else."""
-    keys = {
-        "checkpoint": "model.checkpoint",
-        "data": "data.images",
-        "labels": "data.labels",
-        "macs": "budget.macs",
-        "params": "budget.params",
-    }
+    keys = {"checkpoint": "model.checkpoint", "data": "data.images", "labels": "data.labels"}
+    keys |= {name: f"budget.{name}" for name in BOUNDS}
     found = [f"{keys[name]}={json.dumps(value)}" for name, value in given.items() if value is not None]
-    if given.get("params") is not None and given.get("macs") is None:
-        found.append("budget.macs=null")
+    if any(given.get(name) is not None for name in BOUNDS):  # what a recipe bounds besides gives way
+        found = [f"budget.{name}=null" for name in BOUNDS if given.get(name) is None] + found
     return found
 
 

@@ -23,12 +23,12 @@ from tpvprune.checkpoint import load, save
 from tpvprune.errors import DataError, ModelError, RecipeError, TpvpruneError
 from tpvprune.files import write_text
 from tpvprune.plan import Plan
-from tpvprune.planning.allocate import allocate
 from tpvprune.planning.graph import trace
 from tpvprune.planning.widths import check_reachable
 from tpvprune.recipe import Recipe
 from tpvprune.recovery.recover import recover
 from tpvprune.runfolder import PRODUCTS, RECIPE, STAGES, STATE, one_line, stage_keys, stored_recipe
+from tpvprune.schedule import plan_for
 from tpvprune.scores import Scores
 from tpvprune.scoring.collect import Streaming
 from tpvprune.scoring.criteria import predicted_kl, score
@@ -226,8 +226,11 @@ class Run:
             "stays_whole": dict(graph.skipped),
         }
 
+    def _scored(self) -> Pool:
+        return self.images.scored.sample(self.recipe.score.samples, self.recipe.seed)
+
     def _score(self) -> dict[str, Any]:
-        pool = self.images.scored.sample(self.recipe.score.samples, self.recipe.seed)
+        pool = self._scored()
         # What a stopped scoring has done is kept under the key of its settings, and goes with the stage's end.
         partial = self.folder / f"scores-{stage_keys(self.recipe, 'score')['score'][:12]}.partial.safetensors"
         criterion, graph = self.recipe.criterion(), self.graph
@@ -245,9 +248,22 @@ class Run:
         }
 
     def _plan(self) -> dict[str, Any]:
-        graph = self.graph
-        plan = allocate(Scores.load(self._path("score")), graph, self.recipe.limits())
+        graph, recipe = self.graph, self.recipe
+        partial = self.folder / f"plan-{stage_keys(recipe, 'plan')['plan'][:12]}.partial.json"
+        plan = plan_for(
+            self.dense,
+            self._loader(self._scored()),
+            graph,
+            recipe.limits(),
+            criterion=recipe.criterion(),
+            planning=recipe.planning(),
+            scores=Scores.load(self._path("score")),
+            progress=self.progress,
+            save=partial,
+        )
         plan.save(self._path("plan"))
+        for left in self.folder.glob("plan-*.partial.json"):
+            left.unlink()
         return {
             "removed": plan.removed,
             "of": graph.units,
