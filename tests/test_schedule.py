@@ -69,7 +69,7 @@ def test_one_step_is_a_plain_plan(residual) -> None:
 
 def test_steps_may_differ_from_one_step() -> None:
     # Otherwise the tests above could not tell a second scoring from none.
-    name, found = "conv_bn", set()
+    name, found = "residual", set()
     for steps in (1, 4):
         plan = tp.plan_for(
             built(name).model, batches(name), built(name).graph, tp.Budget(macs=0.5, round_to=1, min_keep=0.01),

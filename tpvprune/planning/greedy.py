@@ -46,6 +46,10 @@ class Steps(Protocol):
         """Drift when the units of these bool masks have left."""
         ...
 
+    def improve(self, graph: Graph, gone: dict[str, Tensor], spending: Spending) -> None:
+        """Lower the drift of what has left, within the bounds; brings `gone` and `spending` up to date."""
+        ...
+
 
 class Spending:
     """What is bounded while groups shrink, and what a step saves of what is still too much.
@@ -66,6 +70,11 @@ class Spending:
         """Quantities above their bound."""
         return tuple(name for name, cost in self.bounded.items() if cost.total > self.bounds[name])
 
+    @property
+    def ranked(self) -> float:
+        """What is left of the quantity that steps are ranked by, where it is not bounded itself."""
+        return 0.0 if self.rank is None or self.rank in self.bounded.values() else self.rank.total
+
     def saving(self, group: Group, units: int, unmet: tuple[str, ...]) -> float:
         """What a step is worth."""
         if self.rank is not None:
@@ -81,6 +90,21 @@ class Spending:
     def affords(self, group: Group, units: int) -> bool:
         """Whether all bounds hold once `units` have come back."""
         return all(c.total - c.saving(group, -units) <= self.bounds[n] for n, c in self.bounded.items())
+
+    def exchange(self, back: Group, comes: int, out: Group, goes: int) -> bool:
+        """Widen one group and shrink another, if all bounds hold afterwards and no less is saved of what is ranked by.
+
+        Returns:
+            Whether it was done.
+        """
+        before = self.ranked
+        self.remove(back, -comes)
+        self.remove(out, goes)
+        if not self.unmet and self.ranked <= before:
+            return True
+        self.remove(out, -goes)
+        self.remove(back, comes)
+        return False
 
     def touches(self, group: Group, other: Group) -> bool:
         """Whether shrinking one group changes what a step of the other is worth."""
@@ -134,12 +158,26 @@ def shrink(graph: Graph, steps: Steps, spending: Spending, most: float | None) -
             f"the budget cannot be met with a drift of at most {(most or 0) / 2:g} nats: within it stays {found}; "
             "allow more drift or ask for less"
         )
-    gone_of = {group.id: torch.zeros(group.units, dtype=torch.bool) for group, _, _ in taken}
+    gone_of = {group.id: torch.zeros(group.units, dtype=torch.bool) for group in graph.groups}
     for group, gone, _ in taken:
         gone_of[group.id][gone] = True
+    if spending.bounded:
+        _give_back(steps, spending, taken, gone_of, most)
+    steps.improve(graph, gone_of, spending)
+    return {name: ~mask for name, mask in gone_of.items() if bool(mask.any())}
+
+
+def _give_back(
+    steps: Steps,
+    spending: Spending,
+    taken: list[tuple[Group, Tensor, float]],
+    gone_of: dict[str, Tensor],
+    most: float | None,
+) -> None:
+    """Take back what the bounds do not ask for."""
     last = {step[0].id: step for step in taken}
     back = sorted(taken, key=lambda step: -step[2]) if steps.dearest_first else [*last.values()][::-1]
-    for group, gone, _ in back if spending.bounded else ():
+    for group, gone, _ in back:
         if not spending.affords(group, len(gone)) or not _lands_on_a_width(steps, group, gone_of[group.id], gone):
             continue
         gone_of[group.id][gone] = False
@@ -147,7 +185,6 @@ def shrink(graph: Graph, steps: Steps, spending: Spending, most: float | None) -
             gone_of[group.id][gone] = True
             continue
         spending.remove(group, -len(gone))
-    return {name: ~mask for name, mask in gone_of.items() if bool(mask.any())}
 
 
 def _number(value: float) -> str:
@@ -207,6 +244,9 @@ class Ladders:
     def drift(self, gone: Mapping[str, Tensor]) -> float:
         """See `Steps`: the sum of scores."""
         return sum(float(self._values[name][mask].sum()) for name, mask in gone.items())
+
+    def improve(self, graph: Graph, gone: dict[str, Tensor], spending: Spending) -> None:
+        """See `Steps`: the ranking is kept as it is, to be compared with others."""
 
 
 @dataclass

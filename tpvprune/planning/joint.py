@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from tpvprune.errors import PlanError
+from tpvprune.planning.exchange import Exchange
+from tpvprune.planning.greedy import Spending
 from tpvprune.scores import Sensitivities
 from tpvprune.types import Graph
 
@@ -125,6 +127,11 @@ class Joint:
         rows = self._rows[:, columns].double()
         together, alone = rows.sum(1).square().sum(), rows.square().sum()
         return float(self._linear[columns].sum() + (1 - self.shrinkage) * together + self.shrinkage * alone)
+
+    def improve(self, graph: Graph, gone: dict[str, Tensor], spending: Spending) -> None:
+        """See `Steps`."""
+        exchange = Exchange(self._rows, self._linear, self.shrinkage, self._span, self.widths)
+        exchange.improve(graph, gone, spending)
 
     @staticmethod
     def _ratio(added: float, saved: float) -> float:
