@@ -56,9 +56,7 @@ def theirs(model: nn.Module, example: torch.Tensor) -> dict[str, float]:
 
     dense = torch_pruning.utils.count_ops_and_params(model, example)[0]
     start = time.perf_counter()
-    heads = {
-        m.qkv: m.num_heads for m in model.modules() if hasattr(m, "num_heads") and isinstance(m.qkv, nn.Linear)
-    }
+    heads = {m.qkv: m.num_heads for m in model.modules() if hasattr(m, "num_heads") and isinstance(m.qkv, nn.Linear)}
     for module in model.modules():  # its example does the same: fused attention reshapes to a width fixed when built
         if hasattr(module, "fused_attn"):
             module.fused_attn = False

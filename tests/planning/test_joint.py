@@ -133,16 +133,33 @@ def test_what_steps_add_sums_up_to_the_drift_of_the_plan(name: str, step: int) -
 
 @pytest.mark.parametrize("small", [0, 10**9])
 @pytest.mark.parametrize("share", [0.7, 0.3])
-def test_products_made_in_blocks_give_the_same_plan(small: int, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_that_are_not_held_give_the_same_plan(
+    small: int, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     graph = built("residual").graph
     scores = scores_of(graph, made_up(graph, 1))
     budget = tp.Budget(macs=share, round_to=1, min_keep=0.01)
     wanted = tp.allocate(scores, graph, budget)
     monkeypatch.setattr(joint, "SMALL", small)
-    monkeypatch.setattr(joint, "BLOCK", 3)
-    for cache in (10**9, 5 * graph.units, 0):
-        monkeypatch.setattr(joint, "CACHE", cache)
-        assert tp.allocate(scores, graph, budget).diff(wanted) == {}
+    monkeypatch.setattr(joint, "FRESH", 10**9)
+    assert tp.allocate(scores, graph, budget).diff(wanted) == {}
+
+
+def test_products_that_wait_are_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = built("residual").graph
+    known = made_up(graph, 1)
+    monkeypatch.setattr(joint, "SMALL", 0)
+    monkeypatch.setattr(joint, "FRESH", 2)
+    widths = {g.id: list(range(g.units, 0, -1)) for g in graph.groups}
+    steps, gone = Joint(graph, widths, known, RHO), []
+    for _ in range(8):
+        name, _ = steps.best({name: 1 for name in widths if steps.next_units(name)})
+        gone += [places(graph)[name][unit] for unit in steps.take(name).tolist()]
+        if not steps._counts[1]:
+            left = [c for columns in places(graph).values() for c in columns if c not in gone]
+            wanted = [drift(known, [*gone, c], RHO) - drift(known, gone, RHO) for c in left]
+            assert steps._adds[left].tolist() == pytest.approx(wanted, rel=tolerances.FLOAT32, abs=1e-6)
+    assert gone
 
 
 def chain(units: int) -> tp.Graph:

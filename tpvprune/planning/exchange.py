@@ -62,6 +62,7 @@ class Exchange:
         left = torch.zeros(len(self.linear), dtype=torch.bool)
         for name, mask in gone.items():
             left[self.spans[name]] = mask
+        self.together = self.rows[:, left].sum(1)
         self.passes = WORK // max(1, self.rows.numel())
         while self.passes > 0:
             self._descend(graph, left, spending)
@@ -73,9 +74,10 @@ class Exchange:
     def _slopes(self, left: Tensor) -> tuple[Tensor, Tensor, float]:
         """What each unit adds when it leaves, what it adds when it comes back, and the drift."""
         self.passes -= 1
-        together = self.rows[:, left].sum(1)
-        slopes = (2 * self.keep_share) * (self.rows.mT @ together).double()
-        square = self.keep_share * together.double().square().sum() + (1 - self.keep_share) * self.alone[left].sum()
+        slopes = (2 * self.keep_share) * (self.rows.mT @ self.together).double()
+        square = (
+            self.keep_share * self.together.double().square().sum() + (1 - self.keep_share) * self.alone[left].sum()
+        )
         return (
             self.linear + self.alone + slopes,
             -self.linear + (1 - 2 * (1 - self.keep_share)) * self.alone - slopes,
@@ -92,7 +94,13 @@ class Exchange:
             if found is None:
                 break
             _, comes, goes = found
-            left[comes], left[goes] = False, True
+            self._move(left, comes, False)
+            self._move(left, goes, True)
+
+    def _move(self, left: Tensor, columns: Tensor, leave: bool) -> None:
+        left[columns] = leave
+        effect = self.rows[:, columns].sum(1)
+        self.together += effect if leave else -effect
 
     def _chained(self, graph: Graph, left: Tensor, spending: Spending) -> bool:
         """Whether a chain has led to a lower drift."""
@@ -123,7 +131,7 @@ class Exchange:
 
     def _do(self, graph: Graph, left: Tensor, spending: Spending, name: str, columns: Tensor, comes: bool) -> None:
         spending.remove(graph[name], -len(columns) if comes else len(columns))
-        left[columns] = not comes
+        self._move(left, columns, not comes)
 
     def _link(
         self, graph: Graph, left: Tensor, locked: Tensor, adds: Tensor, back: Tensor, spending: Spending

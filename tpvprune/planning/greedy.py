@@ -152,19 +152,28 @@ def shrink(graph: Graph, steps: Steps, spending: Spending, most: float | None) -
         for other in graph.groups:
             if other.id == best or spending.touches(group, other):
                 saving.pop(other.id, None)
+    while most is not None and taken and steps.drift(_gone_of(graph, taken)) > most:  # what steps add is nearly exact
+        group, gone, _ = taken.pop()
+        spending.remove(group, -len(gone))
+        unmet = spending.unmet
     if unmet:
         found = ", ".join(f"{n} {_number(spending.bounded[n].total)} > {_number(spending.bounds[n])}" for n in unmet)
         raise BudgetError(
             f"the budget cannot be met with a drift of at most {(most or 0) / 2:g} nats: within it stays {found}; "
             "allow more drift or ask for less"
         )
-    gone_of = {group.id: torch.zeros(group.units, dtype=torch.bool) for group in graph.groups}
-    for group, gone, _ in taken:
-        gone_of[group.id][gone] = True
+    gone_of = _gone_of(graph, taken)
     if spending.bounded:
         _give_back(steps, spending, taken, gone_of, most)
     steps.improve(graph, gone_of, spending)
     return {name: ~mask for name, mask in gone_of.items() if bool(mask.any())}
+
+
+def _gone_of(graph: Graph, taken: list[tuple[Group, Tensor, float]]) -> dict[str, Tensor]:
+    gone_of = {group.id: torch.zeros(group.units, dtype=torch.bool) for group in graph.groups}
+    for group, gone, _ in taken:
+        gone_of[group.id][gone] = True
+    return gone_of
 
 
 def _give_back(

@@ -1,9 +1,8 @@
 """The joint allocator: what a step adds to the drift of the whole plan.
 
 With `R` the sensitivities (rows by units) and `S` what has left, the drift is `|R 1_S|^2 / samples + linear . 1_S`, so
-that unit `c` adds `linear_c + |R_c|^2 + 2 R_c . R 1_S` (over samples). What units that leave do to all others takes a
-pass over all of `R`: many that leave together share one, and for one by one, columns of `R^T R` are made in blocks, of
-the units that are likely to leave next. What the units of one group do to each other is made once a group.
+that unit `c` adds `linear_c + |R_c|^2 + 2 R_c . R 1_S` (over samples). Where there are too many units for all products
+to be held, what units that leave do to all others takes a pass over `R`, which is shared by a small share of them.
 
 With fewer samples than units the products of different units are noise as much as signal, and a greedy choice would
 pick the units whose noise cancels. So they are shrunk by a factor `1 - shrinkage` (Schaefer and Strimmer 2005).
@@ -23,11 +22,9 @@ from tpvprune.planning.greedy import Spending
 from tpvprune.scores import Sensitivities
 from tpvprune.types import Graph
 
-BLOCK = 256  # columns of `R^T R` made at once; takes as long as 20 passes over `R`
-CACHE = 2**26  # entries of columns that are kept
-MANY = 4  # units of one step that are worth a pass over `R`
 LOOKED_AT = 1280  # samples that the shrinkage is estimated from
-SMALL = 4096  # units up to which all of `R^T R` is made at once
+SMALL = 4096  # units up to which all of `R^T R` is held
+FRESH = 256  # one in so many of the units that have left may wait for its products with the others
 
 
 class Joint:
@@ -76,10 +73,9 @@ class Joint:
             rows = [torch.where(most < span.stop - span.start, most + span.start, start) for span in spans]
             self._places.append((names, torch.stack(rows)))
         self._inside: dict[str, Tensor] = {}
-        self._saving: dict[str, float] = {}
-        self._columns: dict[int, Tensor] = {}
-        if len(self._adds) <= SMALL:
-            self._columns = dict(enumerate(self._rows.mT @ self._rows))
+        self._products = self._rows.mT @ self._rows if len(self._adds) <= SMALL else None
+        self._waiting = torch.zeros(len(self._rows))  # effects of units whose products are not in `_adds` yet
+        self._counts = 0, 0  # units that have left, and that wait
 
     def next_units(self, name: str) -> int:
         """Units in a group's next step; 0 at its floor."""
@@ -93,7 +89,6 @@ class Joint:
         ratio, covariances within the step included, stays below the next one's guess is taken.
         """
         guesses = self._guesses(saving)
-        self._saving = saving
         found: tuple[str, float, float] | None = None
         self._chosen: dict[str, Tensor] = {}
         for name in sorted(guesses, key=lambda n: guesses[n]):
@@ -110,12 +105,15 @@ class Joint:
         """Take a group's next step; the units that leave, numbered within the group."""
         columns = self._chosen[name]
         self._left[columns] = False
-        if len(columns) >= MANY and int(columns[0]) not in self._columns:
-            changes = [self._rows.mT @ self._rows.index_select(1, columns).sum(1)]
+        if self._products is not None:
+            self._adds += 2 * (1 - self.shrinkage) * self._products[columns].sum(0)
         else:
-            changes = [self._column(column) for column in columns.tolist()]
-        for change in changes:
-            self._adds += 2 * (1 - self.shrinkage) * change
+            self._waiting += self._rows.index_select(1, columns).sum(1)
+            self._counts = self._counts[0] + len(columns), self._counts[1] + len(columns)
+            if self._counts[1] * FRESH >= self._counts[0]:
+                self._adds += 2 * (1 - self.shrinkage) * (self._rows.mT @ self._waiting)
+                self._waiting.zero_()
+                self._counts = self._counts[0], 0
         self._taken[name] += 1
         return columns - self._span[name].start
 
@@ -167,27 +165,6 @@ class Joint:
                 adds += 2 * (1 - self.shrinkage) * self._inside[name][unit]
             adds[unit] = torch.inf
         return torch.tensor(units) + span.start, total
-
-    def _column(self, column: int) -> Tensor:
-        """One column of `R^T R`, `(units,)`, for a unit that leaves: it is not asked for again."""
-        if column not in self._columns:
-            # The units that add least for what they save are those that leave next.
-            likely = torch.full_like(self._adds, torch.inf)
-            for name, saved in self._saving.items():
-                span = self._span[name]
-                each = saved / self.next_units(name)
-                likely[span] = torch.where(self._left[span], self._adds[span] / max(each, 1e-30), torch.inf)
-            if (len(self._columns) + BLOCK) * len(likely) > CACHE:
-                order = dict(zip(self._columns, likely[list(self._columns)].tolist(), strict=True))
-                for one in sorted(order, key=lambda c: order[c])[len(order) // 2 :]:
-                    del self._columns[one]
-            if self._columns:
-                likely[list(self._columns)] = torch.inf
-            likely[column] = -torch.inf
-            block = likely.topk(min(BLOCK, len(likely)), largest=False).indices
-            made = self._rows.index_select(1, block).mT @ self._rows
-            self._columns |= {one: values.clone() for one, values in zip(block.tolist(), made, strict=True)}
-        return self._columns.pop(column)
 
 
 def estimated_shrinkage(sensitivities: Sensitivities) -> float:
