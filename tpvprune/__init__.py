@@ -18,6 +18,7 @@ from tpvprune.pipeline import Pruned, prune
 from tpvprune.plan import Plan
 from tpvprune.planning.allocate import allocate
 from tpvprune.planning.graph import trace
+from tpvprune.planning.latency import LatencyTable, latency_table
 from tpvprune.planning.weights import weight_graph
 from tpvprune.recovery.batchnorm import reestimate_batchnorm
 from tpvprune.recovery.finetune import Finetune, finetune
@@ -59,6 +60,7 @@ __all__ = [
     "InternalError",
     "Isotropic",
     "Jacobian",
+    "LatencyTable",
     "Logits",
     "Margin",
     "Measure",
@@ -89,6 +91,7 @@ __all__ = [
     "allocate",
     "apply",
     "finetune",
+    "latency_table",
     "load",
     "mask",
     "plan_for",

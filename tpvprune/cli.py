@@ -54,6 +54,7 @@ Labels = Annotated[str | None, typer.Option(help="'folders' or a class-map file;
 Macs = Annotated[str | None, typer.Option(help="Multiply-adds to keep at most: 0.5, 50% or 1.2G.")]
 Params = Annotated[str | None, typer.Option(help="Parameters to keep at most: 0.5, 50% or 3M.")]
 Size = Annotated[str | None, typer.Option("--bytes", help="Weights in memory, at most: 0.5, 50% or 20MB.")]
+Latency = Annotated[str | None, typer.Option(help="Milliseconds of a forward pass at most: '8 ms' or 0.5.")]
 Drift = Annotated[str | None, typer.Option(help="Predicted KL from the dense model at most, in nats: 0.05.")]
 
 out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
@@ -102,6 +103,7 @@ def prune(
     macs: Macs = None,
     params: Params = None,
     size: Size = None,
+    latency_ms: Latency = None,
     drift: Drift = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="key=value of any recipe key, as in recover.finetune.epochs=3")
@@ -112,9 +114,9 @@ def prune(
     """Prune a model without a recipe."""
     if data is None:
         raise InputError("--data is missing; give a folder of images (labels are not needed)")
-    bounds = {"macs": macs, "params": params, "bytes": size, "drift": drift}
+    bounds = {"macs": macs, "params": params, "bytes": size, "latency_ms": latency_ms, "drift": drift}
     if not any(bounds.values()):
-        raise InputError("no budget; give --macs 0.5, --params 0.5, --bytes 20MB or --drift 0.05")
+        raise InputError("no budget; give --macs 0.5, --params 0.5, --bytes 20MB, --latency-ms '8 ms' or --drift 0.05")
     given = flags(checkpoint=checkpoint, data=data, labels=labels, **bounds)
     _finish(resolve_model(model, [*given, *(overrides or [])], out_dir), "report", as_json)
 
@@ -131,11 +133,12 @@ def _stage(name: str, text: str) -> None:
         macs: Macs = None,
         params: Params = None,
         size: Size = None,
+        latency_ms: Latency = None,
         drift: Drift = None,
         out_dir: Out = None,
         as_json: AsJson = False,
     ) -> None:
-        bounds = {"macs": macs, "params": params, "bytes": size, "drift": drift}
+        bounds = {"macs": macs, "params": params, "bytes": size, "latency_ms": latency_ms, "drift": drift}
         given = flags(checkpoint=checkpoint, data=data, labels=labels, **bounds)
         stored = Path(target) / PRODUCTS["eval"]
         if name == "report" and stored.is_file() and not (given or overrides or out_dir):
@@ -350,7 +353,8 @@ def _print_report(told: Mapping[str, Any], folder: Path) -> None:
         share = "" if got[name]["share"] is None else f" ({got[name]['share']:.1%})"
         out.print(
             f"asked {name} <= {_number(bound['at_most'])} ({bound['as_written']}), "
-            f"got {_number(got[name]['value'])}{share}",
+            f"got {_number(got[name]['value'])}{share}"
+            + (f"; measured {_number(got[name]['measured'])}" if "measured" in got[name] else ""),
             highlight=False,
             markup=False,
         )
