@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from typing import Any, Literal
 
@@ -58,6 +58,7 @@ class SensitivityCurve:
         units: how many it has.
         order: its units, least important first; the first `units - kept` of them leave.
         points: one a share, widest first.
+        measured: KL in nats by units kept, of all widths that were measured so far, at other shares too.
     """
 
     group: str
@@ -65,6 +66,7 @@ class SensitivityCurve:
     units: int
     order: tuple[int, ...]
     points: tuple[SensitivityPoint, ...]
+    measured: Mapping[int, float] = field(default_factory=dict)
 
     def gone(self, kept: int) -> tuple[int, ...]:
         """Units that leave when `kept` stay."""
@@ -75,6 +77,12 @@ class SensitivityCurve:
         mask = torch.ones(self.units, dtype=torch.bool)
         mask[list(self.gone(kept))] = False
         return mask
+
+    def with_measured(self, more: Mapping[int, float]) -> SensitivityCurve:
+        """The curve with more widths measured, its points too."""
+        known = {**self.measured, **more}
+        points = tuple(replace(point, measured_kl=known.get(point.kept)) for point in self.points)
+        return replace(self, points=points, measured=known)
 
     def at(self, share: float) -> SensitivityPoint:
         """The point of a share.
@@ -170,9 +178,11 @@ class SensitivityCurves:
             curves = []
             for one in values["curves"]:
                 points = tuple(SensitivityPoint(**point) for point in one["points"])
-                curves.append(SensitivityCurve(**{**one, "order": tuple(one["order"]), "points": points}))
+                measured = {int(kept): kl for kept, kl in one["measured"].items()}
+                changed = {"order": tuple(one["order"]), "points": points, "measured": measured}
+                curves.append(SensitivityCurve(**{**one, **changed}))
             return cls(**{**values, "shares": tuple(values["shares"]), "curves": tuple(curves)})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"the sensitivity curves are incomplete ({error!r}); make them again") from error
 
     def save(self, path: str | PathLike[str]) -> None:

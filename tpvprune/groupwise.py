@@ -60,7 +60,7 @@ def sensitivity(
         DataError: there is no batch.
         ModelError: measured outputs are not `(batch, classes)`.
     """
-    wanted = _checked_shares(shares)
+    wanted = checked_shares(shares)
     check_model(model, graph)
     _check_groups(graph)
     if held_out is not None:
@@ -85,7 +85,12 @@ def sensitivity(
     return found
 
 
-def _checked_shares(shares: Sequence[float]) -> tuple[float, ...]:
+def checked_shares(shares: Sequence[float]) -> tuple[float, ...]:
+    """Shares in descending order, each once.
+
+    Raises:
+        InputError: there is none, or one does not lie between 0 and 1.
+    """
     for share in shares:
         if not 0 < share < 1:
             raise InputError(f"a share of {share:g} is not between 0 and 1; give shares of units that stay, as 0.5")
@@ -162,23 +167,18 @@ def _with_measured(found: SensitivityCurves, earlier: SensitivityCurves | None) 
     images = earlier.made_of.get("held_out")
     if images is None or found.made_of["held_out"] not in (None, images):
         return found
-    known = {
-        (curve.group, frozenset(curve.gone(point.kept))): point.measured_kl
-        for curve in earlier.curves
-        for point in curve.points
-    }
-    curves = tuple(
-        replace(
-            curve,
-            points=tuple(
-                replace(point, measured_kl=known.get((curve.group, frozenset(curve.gone(point.kept)))))
-                for point in curve.points
-            ),
+    known = {curve.group: curve for curve in earlier.curves}
+    curves = []
+    for curve in found.curves:
+        old = known.get(curve.group)
+        same = (
+            {}
+            if old is None
+            else {kept: kl for kept, kl in old.measured.items() if set(old.gone(kept)) == set(curve.gone(kept))}
         )
-        for curve in found.curves
-    )
+        curves.append(curve.with_measured(same))
     made_of = {**found.made_of, "held_out": images}
-    return replace(found, curves=curves, measured_images=earlier.measured_images, made_of=made_of)
+    return replace(found, curves=tuple(curves), measured_images=earlier.measured_images, made_of=made_of)
 
 
 def _measured(
@@ -190,10 +190,7 @@ def _measured(
     progress: Progress | None,
 ) -> Iterator[SensitivityCurves]:
     """The curves with one group more measured, until all are."""
-    whole = tuple(  # a group that keeps all of its units has not drifted
-        replace(c, points=tuple(replace(p, measured_kl=0.0) if p.kept == c.units else p for p in c.points))
-        for c in found.curves
-    )
+    whole = tuple(c.with_measured({c.units: 0.0}) for c in found.curves)  # with all of its units nothing drifts
     found = replace(found, curves=whole)
     todo = [c for c in found.curves if any(point.measured_kl is None for point in c.points)]
     each = length_of(held_out)
@@ -214,11 +211,8 @@ def _measured(
             raise ModelError(
                 "KL is measured between outputs (batch, classes); measure without held_out, or name output="
             )
-        points = tuple(
-            point if point.measured_kl is not None else replace(point, measured_kl=metrics[str(point.kept)]["kl"])
-            for point in curve.points
-        )
-        curves = tuple(replace(c, points=points) if c.group == curve.group else c for c in found.curves)
+        more = curve.with_measured({n: metrics[str(n)]["kl"] for n in kept})
+        curves = tuple(more if c.group == curve.group else c for c in found.curves)
         found = replace(found, curves=curves, measured_images=images)
         yield found
     if not todo:

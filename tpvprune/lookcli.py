@@ -17,7 +17,7 @@ from tpvprune.console import bars, log_line, number, out, print_json, print_tabl
 from tpvprune.curves import SensitivityCurves
 from tpvprune.errors import InputError
 from tpvprune.files import write_bytes
-from tpvprune.groupwise import SHARES
+from tpvprune.groupwise import SHARES, checked_shares
 from tpvprune.groupwise import sensitivity as curves_of
 from tpvprune.options import AsJson, Bytes, Checkpoint, Data, Macs, Overrides, Params, Target
 from tpvprune.planning.graph import trace
@@ -226,7 +226,7 @@ def sensitivity(
     """Show how far the outputs drift when one group alone is cut, from most robust to most sensitive."""
     if plot:
         plots.check()
-    wanted = tuple(shares or SHARES)
+    wanted = checked_shares(shares or SHARES)
     if at is not None and not any(math.isclose(at, one) for one in wanted):
         raise InputError(
             f"--at {at:g} is none of the shares {', '.join(f'{one:g}' for one in wanted)}; name one of them"

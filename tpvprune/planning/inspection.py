@@ -219,7 +219,7 @@ def _unprunable(
         dense, floor = _by_tensor(graph, quantity), _by_tensor(graph, quantity, keep)
         for tensor, cost in dense.items():
             reason = _reason(tensor, why, shaped, touched)
-            if reason is None or not cost:
+            if reason is None or not cost or (tensor == REST and quantity != "macs"):
                 continue
             both = sums.setdefault(reason, {}).setdefault(quantity, [0, 0])
             both[0] += cost
