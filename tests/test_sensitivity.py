@@ -262,7 +262,8 @@ def test_other_weights_images_or_units_are_measured_again(mlp, tmp_path: Path, m
 
 
 def test_a_group_that_keeps_all_of_its_units_is_not_run(tmp_path: Path, monkeypatch) -> None:
-    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 4)).double()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 4)).double()
     inputs = torch.randn(5, 3, dtype=torch.float64)
     graph = tp.trace(model, inputs[:1])
     counted = Counted(monkeypatch)
@@ -329,6 +330,30 @@ def test_scores_that_predict_no_kl_are_refused(mlp, criterion) -> None:
     scores = tp.score(mlp.model, [mlp.inputs], mlp.graph, criterion)
     with pytest.raises(tp.PlanError, match=r"curves are drawn from scores in nats .* score with TPV\(\)"):
         tp.sensitivity(mlp.model, (), mlp.graph, scores)
+
+
+class TwoOutputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.logits, self.map = nn.Linear(5, 6), nn.Linear(6, 4), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.hidden(x).tanh()
+        return {"logits": self.logits(x), "map": self.map(x).reshape(len(x), 2, 3)}
+
+
+def test_one_of_several_outputs_is_named() -> None:
+    torch.manual_seed(0)
+    model, inputs = TwoOutputs().double(), torch.randn(6, 5, dtype=torch.float64)
+    graph = tp.trace(model, inputs[:1])
+    found = tp.sensitivity(model, [inputs], graph, shares=(0.5,), held_out=[inputs], output="logits")
+    curve = found["hidden"]
+    cut = reference.zeroed(model, graph, {"hidden": list(curve.gone(3))})
+    wanted = kl(outputs(model, inputs)["logits"], outputs(cut, inputs)["logits"])
+    assert curve.points[0].measured_kl == pytest.approx(wanted, rel=tolerances.EXACT)
+    scores = tp.score(model, [inputs], graph, tp.TPV(output="logits"))
+    with pytest.raises(tp.ModelError, match=r"outputs \(batch, classes\)"):
+        tp.sensitivity(model, (), graph, scores, (0.5,), [inputs], output="map")
 
 
 def test_models_without_a_group_are_refused_with_the_reason() -> None:
