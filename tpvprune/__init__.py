@@ -2,6 +2,7 @@
 
 from tpvprune.budget import Budget
 from tpvprune.checkpoint import load, save
+from tpvprune.curves import SensitivityCurve, SensitivityCurves, SensitivityPoint
 from tpvprune.errors import (
     BudgetError,
     CheckpointError,
@@ -14,10 +15,12 @@ from tpvprune.errors import (
     RecipeError,
     TpvpruneError,
 )
+from tpvprune.groupwise import sensitivity
 from tpvprune.pipeline import Pruned, prune
 from tpvprune.plan import Plan
 from tpvprune.planning.allocate import allocate
 from tpvprune.planning.graph import trace
+from tpvprune.planning.inspection import InspectedGroup, Inspection, Unprunable, inspect
 from tpvprune.planning.latency import LatencyTable, latency_table
 from tpvprune.planning.weights import weight_graph
 from tpvprune.recovery.batchnorm import reestimate_batchnorm
@@ -57,6 +60,8 @@ __all__ = [
     "Graph",
     "Group",
     "InputError",
+    "InspectedGroup",
+    "Inspection",
     "InternalError",
     "Isotropic",
     "Jacobian",
@@ -80,17 +85,22 @@ __all__ = [
     "Rounding",
     "Scores",
     "Sensitivities",
+    "SensitivityCurve",
+    "SensitivityCurves",
+    "SensitivityPoint",
     "Settled",
     "Several",
     "Softmax",
     "Taylor",
     "TpvpruneError",
+    "Unprunable",
     "Variance",
     "Wanda",
     "__version__",
     "allocate",
     "apply",
     "finetune",
+    "inspect",
     "latency_table",
     "load",
     "mask",
@@ -101,6 +111,7 @@ __all__ = [
     "reestimate_batchnorm",
     "save",
     "score",
+    "sensitivity",
     "trace",
     "weight_graph",
 ]
