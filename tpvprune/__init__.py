@@ -18,9 +18,11 @@ from tpvprune.pipeline import Pruned, prune
 from tpvprune.plan import Plan
 from tpvprune.planning.allocate import allocate
 from tpvprune.planning.graph import trace
+from tpvprune.planning.sparsity import sparsify
 from tpvprune.planning.weights import weight_graph
 from tpvprune.recovery.batchnorm import reestimate_batchnorm
 from tpvprune.recovery.finetune import Finetune, finetune
+from tpvprune.recovery.masks import Masks
 from tpvprune.recovery.reconstruct import Reconstruct, reconstruct
 from tpvprune.recovery.recover import recover
 from tpvprune.schedule import Planning, plan_for
@@ -33,6 +35,7 @@ from tpvprune.scoring.perturb import Isotropic, Removal, Rounding
 from tpvprune.scoring.statistics import Variance, Wanda
 from tpvprune.surgery.masking import mask
 from tpvprune.surgery.removal import apply
+from tpvprune.surgery.semistructured import to_semi_structured
 from tpvprune.types import Graph, Group, Measure, Member, Report
 from tpvprune.version import __version__
 
@@ -61,6 +64,7 @@ __all__ = [
     "Jacobian",
     "Logits",
     "Margin",
+    "Masks",
     "Measure",
     "Member",
     "ModelError",
@@ -98,6 +102,8 @@ __all__ = [
     "reestimate_batchnorm",
     "save",
     "score",
+    "sparsify",
+    "to_semi_structured",
     "trace",
     "weight_graph",
 ]

@@ -305,8 +305,8 @@ def _unpacked(name: str, bits: str, graph: Graph) -> Tensor:
     return torch.from_numpy(np.unpackbits(found, count=count).astype(bool)).reshape(shape)
 
 
-def attach(model: nn.Module, plan: Plan) -> None:
-    """Let a pruned model carry its plan, so that it can be saved and recovered by name."""
+def attach(model: nn.Module, plan: Plan | None) -> None:
+    """Let a pruned model carry its plan, so that it can be saved and recovered by name; None takes it away."""
     object.__setattr__(model, _ATTRIBUTE, plan)
 
 

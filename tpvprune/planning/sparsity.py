@@ -59,18 +59,21 @@ def sparsify(
         A plan with `weights`. After an earlier plan, the one plan of the dense model that does both.
 
     Raises:
-        PlanError: the scores belong to another model or lack a group, units are channels, `after` is of another
-            model or touches a part of a block.
+        PlanError: the scores belong to another model or lack a group, units are channels (or blocks, for a pattern),
+            `after` is of another model or touches a part of a block.
         BudgetError: sparsity, pattern or scope cannot be read or be met, or a name matches nothing.
     """
     _check(scores, graph, sparsity, pattern, scope)
-    parts = [_Part.of(group, graph, scores, ground) for group, ground in _grounds(graph, after)]
+    if isinstance(protect, str):
+        raise BudgetError(f"protect={protect!r} is one string; give a list of patterns")
     protected = {group.id for name in protect for group in matching_groups(graph, name)}
     dense = dict.fromkeys(sorted(protected), "protected")
+    grounds = _grounds(graph, after)
+    parts = [_Part.of(group, graph, scores, ground) for group, ground in grounds if group.id not in protected]
     made_by: dict[str, Any] = {"planner": "sparsify", "criterion": scores.criterion, "samples": scores.samples}
     if pattern is not None:
         kept, of = _pattern(pattern)
-        dense |= {p.group.id: why for p in parts if (why := _unfit(p, of)) and p.group.id not in protected}
+        dense |= {part.group.id: why for part in parts if (why := _unfit(part, of))}
         chosen = _chosen(parts, dense)
         for part in chosen:
             part.keep_of(kept, of)

@@ -1,11 +1,14 @@
-"""Hold a plan's masked weights at zero while a model is trained."""
+"""Hold a plan's masked weights at zero while a model is trained or refitted."""
 
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tpvprune.plan import plan_of
+
+RELATIVE = 1e-12  # residual, against the one at the start, at which a refit is done
+MOST_ITERATIONS = 1000
 
 
 class Masks:
@@ -37,3 +40,37 @@ class Masks:
         """Set masked weights to zero."""
         for parameter, zero in self._zero:
             parameter.masked_fill_(zero, 0)
+
+
+def solve_free(a: Tensor, b: Tensor, free: Tensor) -> Tensor:
+    """Minimise `x^T A x / 2 - b^T x` of every column over its free entries, the others being zero.
+
+    Each column has free entries of its own, so each would need a factorisation of its own; conjugate gradients of
+    all columns at once need one product with `A` an iteration. They start from zero and never leave it for worse:
+    where `A` is too ill-conditioned to finish, what comes out is still an improvement.
+
+    Args:
+        a: symmetric and positive definite, `(groups, entries, entries)`.
+        b: `(groups, entries, columns)`.
+        free: bool, shaped as `b`.
+
+    Returns:
+        `x`, shaped as `b`.
+    """
+    scale = 1 / a.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    x, rest = torch.zeros_like(b), b * free
+    ahead = rest * scale
+    size = (rest * ahead).sum(1, keepdim=True)
+    enough = RELATIVE**2 * size
+    for _ in range(min(4 * b.shape[1], MOST_ITERATIONS)):
+        going = size > enough
+        if not bool(going.any()):
+            break
+        pushed = (a @ ahead) * free
+        step = torch.where(going, size / (ahead * pushed).sum(1, keepdim=True), 0)
+        x += step * ahead
+        rest -= step * pushed
+        scaled = rest * scale
+        before, size = size, torch.where(going, (rest * scaled).sum(1, keepdim=True), size)
+        ahead = torch.where(going, scaled + size / before * ahead, ahead)
+    return x
