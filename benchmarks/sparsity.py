@@ -1,10 +1,12 @@
 """Single weights: accuracy of masks by TPV and by magnitude, at the same sparsity, without recovery and with it.
 
     python benchmarks/sparsity.py --data cifar10/ --checkpoint resnet20_cifar10.safetensors --refit
+    python benchmarks/sparsity.py --data cifar10/ --checkpoint resnet20_cifar10.safetensors --scope layer
+    python benchmarks/sparsity.py --data cifar10/ --checkpoint resnet20_cifar10.safetensors --steps 10
 
-Scores 1,280 unlabeled training images, masks the weights of all layers (global) at several sparsities and 2:4, and
-measures accuracy and KL to the dense model on 2,000 test images. `--refit` adds the closed form on the same images.
-Prints the table in Markdown.
+Scores 1,280 unlabeled training images, masks the weights at several sparsities and 2:4, and measures accuracy and KL
+to the dense model on 2,000 test images. `--refit` adds the closed form on the same images, `--steps` scores what is
+left again on the way to each sparsity. Prints the table in Markdown.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import argparse
 import time
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 import tpvprune as tp
 from tpvprune.report import compare
@@ -33,6 +37,29 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+def plan_of(
+    dense: nn.Module,
+    batches: list[Any],
+    graph: tp.Graph,
+    scores: tp.Scores,
+    criterion: Any,
+    asked: dict[str, Any],
+    scope: Any,
+    steps: int,
+) -> tp.Plan:
+    """In each step the same share of the weights that are left leaves; patterns take one step."""
+    if "pattern" in asked:
+        return tp.sparsify(scores, graph, **asked)
+    plan = None
+    for step in range(1, steps + 1):
+        share = 1 - (1 - asked["sparsity"]) ** (step / steps)
+        if plan is not None:
+            scores = tp.score(tp.apply(dense, plan), batches, graph, criterion)
+        plan = tp.sparsify(scores, graph, share, scope=scope, after=plan)
+    assert plan is not None
+    return plan
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="a folder with train/ and test/, images by class")
@@ -42,6 +69,8 @@ def main() -> None:
     parser.add_argument("--scored", type=int, default=1280)
     parser.add_argument("--measured", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scope", choices=["global", "layer"], default="global")
+    parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--refit", action="store_true", help="measure after the closed form too")
     args = parser.parse_args()
     dense = create_model(args.model, str(args.checkpoint))
@@ -59,7 +88,7 @@ def main() -> None:
         scored[name] = tp.score(dense, train, graph, CRITERIA[name]), time.perf_counter() - start
     for way, asked in WAYS.items():
         for name, (scores, seconds) in scored.items():
-            plan = tp.sparsify(scores, graph, **asked)
+            plan = plan_of(dense, train, graph, scores, CRITERIA[name], asked, args.scope, args.steps)
             models = {"masked": tp.apply(dense, plan)}
             if args.refit:
                 models["refitted"] = tp.reconstruct(models["masked"], train, dense)
