@@ -175,3 +175,12 @@ def test_a_refit_around_masks_comes_closer(name: str) -> None:
     errors = [float((outputs(m, x) - wanted).square().mean()) for m in (found, small)]
     assert errors[0] < 0.5 * errors[1]
     assert gap(found.get_parameter(next(iter(plan.weights))), small.get_parameter(next(iter(plan.weights)))) > 0
+
+
+def test_zeros_that_had_grown_back_are_zero_again() -> None:
+    dense, small, batches = masked("mlp")
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.add_(0.1)
+    found = tp.finetune(small, batches, dense, tp.Finetune(epochs=1))
+    assert sum(int((p == 0).sum()) for p in found.parameters()) == plan_of(found).zeros > 0

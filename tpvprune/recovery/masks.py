@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tpvprune.plan import plan_of
 
-RELATIVE = 1e-12  # residual, against the one at the start, at which a refit is done
+RELATIVE = 1e-8  # residual, against the one at the start, at which a refit is done
 MOST_ITERATIONS = 1000
 
 
