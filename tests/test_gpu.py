@@ -6,9 +6,12 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+from torch.sparse import SparseSemiStructuredTensor
 
 import tpvprune as tp
 from tests.helpers import Built
+from tpvprune.plan import plan_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -77,3 +80,46 @@ def test_channels_last_and_autocast_together_stay_close(residual: Built, dtype: 
         rough = tp.score(there, [inputs], residual.graph, tp.TPV(probes="exact"))
     for name, value in exact.values.items():
         assert float((rough.values[name] - value).abs().max()) < 0.2 * float(value.max()), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_two_of_four_runs_on_sparse_tensor_cores(dtype: torch.dtype):
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("no sparse tensor cores on this device")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10)).eval()
+    graph = tp.weight_graph(model)
+    plan = tp.sparsify(tp.score(model, [], graph, tp.L1()), graph, pattern="2:4", protect=["4"])
+    masked = tp.apply(model, plan).to("cuda", dtype)
+    fast = tp.to_semi_structured(masked)
+    inputs = torch.randn(64, 128, device="cuda", dtype=dtype)
+    with torch.no_grad():
+        wanted, got = masked(inputs).float(), fast(inputs).float()
+    assert float((got - wanted).abs().max()) < 0.02 * float(wanted.abs().max())
+    for name in ("0", "2"):
+        sparse, dense = fast.get_submodule(name).weight, masked.get_submodule(name).weight
+        assert isinstance(sparse, SparseSemiStructuredTensor)
+        assert torch.equal(sparse.to_dense(), dense)
+    assert type(fast[4].weight) is nn.Parameter  # 10 rows are no multiple, and it is dense
+    assert plan_of(fast) is None
+    assert plan_of(masked) is not None
+    with pytest.raises(tp.CheckpointError, match="carries no plan"):
+        tp.save(fast, "nowhere")
+    with pytest.raises(tp.PlanError, match="0: not 2:4"):
+        tp.to_semi_structured(model.to("cuda", dtype))
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+def test_masks_are_made_and_held_on_the_device(residual: Built, optimizer: str):
+    there = copy.deepcopy(residual.model).float().cuda()
+    inputs = residual.inputs.float()
+    graph = tp.weight_graph(there)
+    plan = tp.sparsify(tp.score(there, [inputs], graph, tp.TPV()), graph, 0.6)
+    masked = tp.apply(there, plan)
+    refitted = tp.reconstruct(masked, [inputs], there)
+    for model in (masked, tp.mask(there, plan), refitted):
+        assert sum(int((p == 0).sum()) for p in model.parameters()) == plan.zeros
+    for precision in ("no", "fp16", "bf16"):
+        how = tp.Finetune(epochs=3, lr=1e-2, optimizer=optimizer, precision=precision)
+        found = tp.finetune(masked, [inputs], there, how)
+        assert sum(int((p == 0).sum()) for p in found.parameters()) == plan.zeros

@@ -112,8 +112,14 @@ def test_save_and_load(name: str, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"format": 2}, "format 2 is not 1"),
-        ({"format": None}, "format None is not 1"),
+        ({"format": 3}, "format 3 is not 2"),
+        ({"format": None}, "format None is not 2"),
+        ({"weights": None}, "incomplete or damaged"),
+        ({"weights": {"0.weight": 3}}, "incomplete or damaged"),
+        ({"weights": {"nine": ""}}, "incomplete or damaged"),
+        ({"weights": {"0.weight": "AAAAAAA="}}, "holds 5 bytes for the 48 weights of '0.weight'"),
+        ({"weights": {"0.weight": "AAAAAAAAAA=="}}, "holds 7 bytes for the 48 weights"),
+        ({"weights": {"0.weight": "AAAA!AAA"}}, "no base64"),
         ({"keep": None}, "incomplete or damaged"),
         ({"keep": {"0": [99]}}, "incomplete or damaged"),
         ({"keep": {"0": []}}, "would lose all 8 units"),

@@ -40,7 +40,8 @@ def test_python_blocks_of_a_guide_run_one_after_the_other(guide, tmp_path, monke
 
 
 def test_the_verbs_named_exist():
-    known = {command.name or command.callback.__name__ for command in cli.app.registered_commands} | {"recipes"}
+    known = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
+    known |= {group.name for group in cli.app.registered_groups}
     named = set(re.findall(r"\| `tpvprune (\w+)", README)) | {"score", "plan", "apply", "recover", "eval", "report"}
     assert named <= known
 

@@ -22,9 +22,11 @@ from tpvprune.planning.allocate import allocate
 from tpvprune.planning.graph import trace
 from tpvprune.planning.inspection import InspectedGroup, Inspection, Unprunable, inspect
 from tpvprune.planning.latency import LatencyTable, latency_table
+from tpvprune.planning.sparsity import sparsify
 from tpvprune.planning.weights import weight_graph
 from tpvprune.recovery.batchnorm import reestimate_batchnorm
 from tpvprune.recovery.finetune import Finetune, finetune
+from tpvprune.recovery.masks import Masks
 from tpvprune.recovery.reconstruct import Reconstruct, reconstruct
 from tpvprune.recovery.recover import recover
 from tpvprune.schedule import Planning, plan_for
@@ -37,6 +39,7 @@ from tpvprune.scoring.perturb import Isotropic, Removal, Rounding
 from tpvprune.scoring.statistics import Variance, Wanda
 from tpvprune.surgery.masking import mask
 from tpvprune.surgery.removal import apply
+from tpvprune.surgery.semistructured import to_semi_structured
 from tpvprune.types import Graph, Group, Measure, Member, Report
 from tpvprune.version import __version__
 
@@ -68,6 +71,7 @@ __all__ = [
     "LatencyTable",
     "Logits",
     "Margin",
+    "Masks",
     "Measure",
     "Member",
     "ModelError",
@@ -112,6 +116,8 @@ __all__ = [
     "save",
     "score",
     "sensitivity",
+    "sparsify",
+    "to_semi_structured",
     "trace",
     "weight_graph",
 ]

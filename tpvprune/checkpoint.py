@@ -45,12 +45,20 @@ def save(model: nn.Module, folder: str | PathLike[str]) -> None:
         folder: created if missing; a model saved there before is replaced.
 
     Raises:
-        CheckpointError: the model carries no plan, or the folder cannot be written.
+        CheckpointError: the model carries no plan, weights that its plan holds at zero are not, or the folder cannot
+            be written.
     """
     plan = plan_of(model)
     if plan is None:
         raise CheckpointError("this model carries no plan; save what apply(), recover() or load() returned")
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
+    for name, mask in plan.weight_masks().items():
+        moved = int((tensors[name][~mask] != 0).sum())
+        if moved:
+            raise CheckpointError(
+                f"{moved} weights of {name!r} are not zero, and the plan holds them at zero; call "
+                "tpvprune.Masks(model).weights() after each step of your training, or now"
+            )
     weights = save_tensors(tensors)
     plan_text = json.dumps(plan.to_json())
     about = {

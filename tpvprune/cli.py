@@ -35,6 +35,7 @@ from tpvprune.options import (
     Params,
     Target,
 )
+from tpvprune.plancli import plans_app
 from tpvprune.recipe import Recipe, builtin_recipes, find_recipe, load_recipe
 from tpvprune.report import compare, latencies, stored_report
 from tpvprune.runfolder import PRODUCTS
@@ -53,6 +54,7 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="List, show, copy and check recipes.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(plans_app, name="plans")
 
 
 def _version(asked: bool) -> None:

@@ -329,14 +329,20 @@ def fingerprint(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def check_format(data: Mapping[str, Any], known: int, what: str) -> None:
+def check_format(data: Mapping[str, Any], known: int, what: str, older: tuple[int, ...] = ()) -> None:
     """Refuse a file whose format number this version does not know.
+
+    Args:
+        data: what the file holds.
+        known: the format that is written.
+        what: the file, in words.
+        older: formats that are read too.
 
     Raises:
         PlanError: no format number, or another one.
     """
     found = data.get("format") if isinstance(data, Mapping) else None
-    if found != known:
+    if found != known and found not in older:
         raise PlanError(f"{what}: format {found!r} is not {known}, the one this version of tpvprune reads")
 
 

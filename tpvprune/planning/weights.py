@@ -12,6 +12,8 @@ from tpvprune.errors import ModelError
 from tpvprune.planning.patterns import matcher
 from tpvprune.types import Graph, Group, Member, fingerprint
 
+TRANSPOSED = "transposed"  # in the signature of a group: its weight holds the inputs first
+
 
 def weight_graph(model: nn.Module, block: tuple[int, int] = (1, 1), layers: Sequence[str] = ("*",)) -> Graph:
     """A graph whose units are weights, or blocks of them, of convolutions and linear layers.
@@ -57,7 +59,8 @@ def weight_graph(model: nn.Module, block: tuple[int, int] = (1, 1), layers: Sequ
             index = entries.transpose(1, 2).reshape(-1, high * wide)
         units = weight.numel() // (high * wide)
         member = Member(name, None, index, "consume")
-        groups[name] = Group(name, "weight", units, (member,), True, f"weight:{high}x{wide}")
+        signature = f"weight:{high}x{wide}" + (f":{TRANSPOSED}" if getattr(module, "transposed", False) else "")
+        groups[name] = Group(name, "weight", units, (member,), True, signature)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     everything = [*model.named_parameters(), *model.named_buffers()]
     return Graph(

@@ -35,6 +35,7 @@ from tpvprune.batches import (
     single_tensor,
 )
 from tpvprune.errors import DataError, InputError, NonFiniteError
+from tpvprune.recovery.masks import Masks
 
 Log = Callable[[dict[str, float]], None]
 
@@ -99,6 +100,8 @@ def finetune(
 ) -> nn.Module:
     """A copy of a model, distilled from the teacher on unlabeled batches.
 
+    Weights that the model's plan holds at zero stay exactly zero, after every step.
+
     Args:
         model: the pruned model; it is left as it was.
         batches: a list or DataLoader, read once per epoch. Labels are looked at only if `label_weight` asks.
@@ -138,6 +141,7 @@ def finetune(
         t_in_epochs=False,
     )
     wrapped, stepper = accelerator.prepare(student, optimizer)
+    masks = Masks(student)
     update = done = 0
     with evaluation_mode(teacher):
         for epoch in range(settings.epochs):
@@ -151,8 +155,10 @@ def finetune(
                 loss = _loss(single_tensor(wrapped(inputs), student, output), wanted, batch, settings)
                 accelerator.backward(loss / window)
                 if (number + 1) % settings.accumulate == 0 or number + 1 == per_epoch:
+                    masks.gradients()
                     accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip)
                     stepper.step()
+                    masks.weights()
                     stepper.zero_grad()
                     update += 1
                     schedule.step_update(update)

@@ -1,8 +1,8 @@
 """Closed-form recovery: refit what is left of each layer to what the dense layer gave.
 
-For every layer that reads pruned units, in execution order, the kept weights and the bias solve a ridge
-regression: on the pruned network's own inputs (the layers before already refitted), come as close as
-possible to the dense layer's outputs on the same unlabeled images. Reconstruction by least squares:
+For every layer that reads pruned units or has masked weights, in execution order, the kept weights and the
+bias solve a ridge regression: on the pruned network's own inputs (the layers before already refitted), come as
+close as possible to the dense layer's outputs on the same unlabeled images. Reconstruction by least squares:
 He 2017 (arXiv 1707.06168), Luo 2017 (arXiv 1707.06342); sequential and shrunk toward the kept weights
 as in section 5 of the design.
 """
@@ -25,6 +25,7 @@ from tpvprune.errors import InputError, PlanError
 from tpvprune.patches import patches
 from tpvprune.plan import Plan, plan_of
 from tpvprune.recovery.lockstep import strands
+from tpvprune.recovery.masks import solve_free
 
 logger = logging.getLogger(__name__)
 MOST_STRANDS = 16
@@ -56,7 +57,8 @@ def reconstruct(
     """A copy of a pruned model with its consumer layers refitted to the dense one's outputs.
 
     Costs one forward pass of each network over the batches, plus Gram matrices and solves. The
-    activations of all batches at the current layer are held in memory.
+    activations of all batches at the current layer are held in memory. Masked weights stay zero: each output is
+    refitted over the weights that are left to it.
 
     Args:
         model: from `apply`; carries its plan.
@@ -77,7 +79,7 @@ def reconstruct(
     if wrong is not None:
         raise PlanError(f"the teacher is not the dense original: {wrong!r} is {dense.get(wrong)} there")
     inputs = _merged(list(model_inputs(model, batches, "reconstruct", None)))
-    small = copy.deepcopy(model)
+    small, masks = copy.deepcopy(model), plan.weight_masks()
     with evaluation_mode(small, teacher):
         layers, followers = _order(small, inputs[0], _consumers(small, plan))
         with (
@@ -91,7 +93,7 @@ def reconstruct(
                 name = next(str(n) for n in names)
                 rows = plan.kept_entries(f"{name}.weight", 0).to(inputs[0].device)
                 pairs = [(s.value, m.value) for s, m in zip(students, masters, strict=True)]
-                _refit(small, name, followers.get(name), pairs, rows, settings.ridge)
+                _refit(small, name, followers.get(name), pairs, rows, settings.ridge, masks.get(f"{name}.weight"))
                 if progress:
                     progress("reconstruct", done + 1, len(layers))
     return small
@@ -106,9 +108,11 @@ def _merged(inputs: list[Tensor]) -> list[Tensor]:
 
 
 def _consumers(model: nn.Module, plan: Plan) -> list[str]:
-    """Layers that read units of which some have left and whose refit is linear least squares."""
+    """Layers that lack inputs or weights and whose refit is linear least squares."""
     pruned = [plan.graph[name] for name, keep in plan.keep.items() if not bool(keep.all())]
     names = dict.fromkeys(m.layer for group in pruned for m in group.of_role("consume"))
+    masked = [name for name, mask in plan.weights.items() if not bool(mask.all())]
+    names |= dict.fromkeys(name.removesuffix(".weight") for name in masked if name.endswith(".weight"))
     return [n for n in names if isinstance(model.get_submodule(n), (nn.Linear, nn.Conv1d, nn.Conv2d))]
 
 
@@ -170,8 +174,14 @@ class _Normal:
         self.x, self.d = self.x + x.sum(1).double(), self.d + d.sum(1).double()
         self.dd += float(d.double().square().sum())
 
-    def solve(self, ridge: float, biased: bool) -> tuple[Tensor, Tensor]:
-        """Change of the weights `(groups, outputs, inputs)` and of the bias `(groups, outputs)`."""
+    def solve(self, ridge: float, biased: bool, free: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Change of the weights `(groups, outputs, inputs)` and of the bias `(groups, outputs)`.
+
+        Args:
+            ridge: share of the mean input variance.
+            biased: whether there is a bias to move.
+            free: which weights may change, shaped as they are; None for all.
+        """
         xx, xd = self.xx / self.rows, self.xd / self.rows
         x, d = self.x / self.rows, self.d / self.rows
         if biased:
@@ -181,7 +191,10 @@ class _Normal:
         eye = torch.eye(width, dtype=xx.dtype, device=xx.device)
         # The floor keeps the factorisation safe where inputs are dead or fewer than the weights.
         damped = xx + (max(ridge, 1e-8) * scale).reshape(-1, 1, 1) * eye
-        change = torch.cholesky_solve(xd, torch.linalg.cholesky(damped))
+        if free is None:
+            change = torch.cholesky_solve(xd, torch.linalg.cholesky(damped))
+        else:
+            change = solve_free(damped, xd, free.to(xd.device).mT)
         bias = d - (x.unsqueeze(1) @ change).squeeze(1) if biased else torch.zeros_like(d)
         return change.mT, bias
 
@@ -194,6 +207,7 @@ def _refit(
     pairs: list[tuple[Tensor | None, Tensor | None]],
     rows: Tensor,
     ridge: float,
+    mask: Tensor | None,
 ) -> None:
     """Refit one layer in place from (its input in the pruned network, the dense layer's output)."""
     layer: Any = model.get_submodule(name)
@@ -210,7 +224,9 @@ def _refit(
             return
         normal.add(rows_read, residual.reshape(residual.shape[0], groups, -1).transpose(0, 1))
     biased = layer.bias is not None or norm is not None
-    change, shift = normal.solve(ridge, biased)
+    whole = mask is None or bool(mask.all())
+    free = None if mask is None or whole else mask.reshape(groups, -1, normal.x.shape[1])
+    change, shift = normal.solve(ridge, biased, free)
     weight: Tensor = layer.weight
     weight += change.reshape(weight.shape).to(weight.dtype)
     if layer.bias is not None:

@@ -193,7 +193,12 @@ class TPV:
 
         Returns:
             The value and its standard error.
+
+        Raises:
+            PlanError: the plan masks single weights too.
         """
+        if plan.zeros:
+            raise PlanError("the drift of masked weights is not predicted; apply the plan and measure it instead")
         gone = {name: ~mask for name, mask in plan.keep.items() if not bool(mask.all())}
 
         def moved(sensitivities: dict[str, list[Tensor]]) -> dict[str, Tensor]:

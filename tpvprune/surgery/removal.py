@@ -1,9 +1,10 @@
-"""Slice a plan's units out of a copy of a network."""
+"""Slice a plan's units out of a copy of a network, and zero the weights it masks."""
 
 from __future__ import annotations
 
 import copy
 
+import torch
 from torch import Tensor, nn
 
 from tpvprune.errors import InternalError, PlanError
@@ -11,23 +12,21 @@ from tpvprune.plan import Plan, attach, plan_of
 from tpvprune.surgery.layers import refresh
 
 
+@torch.no_grad()
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
-    """A new, smaller model without the plan's units; the old one is untouched.
+    """A new, smaller model without the plan's units and with its masked weights at zero; the old one is untouched.
 
     All slices are taken in the coordinates of the model the plan was traced from, so the order of the
     groups does not matter. The new model carries its plan; applying a second plan composes the two.
 
     Args:
         model: the model the plan's graph was traced from.
-        plan: from `allocate`, `Plan.load` or by hand.
+        plan: from `allocate`, `sparsify`, `Plan.load` or by hand.
 
     Raises:
         PlanError: the plan speaks of other tensors or shapes.
     """
     check_fits(model, plan)
-    loose = next((name for name in plan.keep if plan.graph[name].kind == "weight"), None)
-    if loose is not None:
-        raise PlanError(f"the plan speaks of single weights of {loose!r}, which cannot be cut out; use mask()")
     earlier = plan_of(model)
     whole = earlier.compose(plan) if earlier is not None else plan
     small = copy.deepcopy(model)
@@ -38,18 +37,16 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         layer, _, key = name.rpartition(".")
         owner = small.get_submodule(layer)
         old = getattr(owner, key)
-        new = old.detach()
-        for dim in range(old.ndim):
-            kept = plan.kept_entries(name, dim)
-            if len(kept) != old.shape[dim]:
-                new = new.index_select(dim, kept.to(old.device))
-        _replace(owner, key, old, new)
+        _replace(owner, key, old, plan.cut(name, old.detach()))
     for module in small.modules():
         refresh(module)
     left = plan.graph.sizes(plan.keep)
     for name, parameter in small.named_parameters():
         if tuple(parameter.shape) != left[name]:
             raise InternalError(f"{name!r} came out with shape {tuple(parameter.shape)}, the plan says {left[name]}")
+    for name, mask in plan.weight_masks().items():
+        parameter = small.get_parameter(name)
+        parameter.masked_fill_(~mask.to(parameter.device), 0)
     attach(small, whole)
     return small
 
