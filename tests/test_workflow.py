@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 import tpvprune as tp
 from tests.helpers import assert_scores_close
 from tests.test_cli import CLASSES, make_images
+from tpvprune.planning.widths import costs_of
 from tpvprune.recipe import validate_recipe
 from tpvprune.workflow import Run
 
@@ -144,3 +145,28 @@ def test_half_the_multiply_adds_is_the_default_where_nothing_is_bounded(place: P
     assert recipe(place, "budget.drift=0.05").criterion().compensated is False
     with pytest.raises(tp.RecipeError, match="bounds at least one"):
         recipe(place, "budget.macs=null")
+
+
+def test_a_budget_of_milliseconds_is_planned_by_a_table_of_this_machine(
+    place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+):
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    asked = ("budget.latency_ms=0.7", "budget.round_to=1", "latency.batch_size=2", "recover.reconstruct=null")
+    run = Run(recipe(place, *asked), place / "out")
+    run.until("eval")
+    (kept,) = (cache / "tpvprune" / "latency").glob("*.json")
+    table = tp.LatencyTable.load(kept)
+    assert table.measured["batch"] == [2, 3, 32, 32]
+    report = json.loads((place / "out" / "report.json").read_text())
+    got, asked_for = report["got"]["latency_ms"], report["asked"]["latency_ms"]
+    dense = costs_of("latency_ms", run.graph, latency=table).total
+    assert asked_for["at_most"] == pytest.approx(0.7 * dense)
+    assert got["value"] == pytest.approx(costs_of("latency_ms", run.graph, run.plan.keep, latency=table).total)
+    assert got["value"] <= asked_for["at_most"]
+    assert got["measured"] == report["pruned"]["latency_ms"] > 0
+    assert "batch 2" in report["environment"]["latency"]
+    monkeypatch.setattr("tpvprune.workflow.latency_table", lambda *args, **kwargs: table)
+    with pytest.raises(tp.BudgetError, match=r"latency_ms <= 0\.001 cannot be reached"):
+        Run(recipe(place, "budget.latency_ms='0.001 ms'"), place / "other").until("plan")
+    assert not (place / "other" / "scores.safetensors").exists()

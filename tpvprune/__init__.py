@@ -2,6 +2,7 @@
 
 from tpvprune.budget import Budget
 from tpvprune.checkpoint import load, save
+from tpvprune.curves import SensitivityCurve, SensitivityCurves, SensitivityPoint
 from tpvprune.errors import (
     BudgetError,
     CheckpointError,
@@ -14,11 +15,14 @@ from tpvprune.errors import (
     RecipeError,
     TpvpruneError,
 )
+from tpvprune.groupwise import sensitivity
 from tpvprune.pipeline import Pruned, prune
 from tpvprune.plan import Plan
 from tpvprune.planning.allocate import allocate
 from tpvprune.planning.graph import trace
 from tpvprune.planning.sparsity import sparsify
+from tpvprune.planning.inspection import InspectedGroup, Inspection, Unprunable, inspect
+from tpvprune.planning.latency import LatencyTable, latency_table
 from tpvprune.planning.weights import weight_graph
 from tpvprune.recovery.batchnorm import reestimate_batchnorm
 from tpvprune.recovery.finetune import Finetune, finetune
@@ -59,9 +63,12 @@ __all__ = [
     "Graph",
     "Group",
     "InputError",
+    "InspectedGroup",
+    "Inspection",
     "InternalError",
     "Isotropic",
     "Jacobian",
+    "LatencyTable",
     "Logits",
     "Margin",
     "Masks",
@@ -82,17 +89,23 @@ __all__ = [
     "Rounding",
     "Scores",
     "Sensitivities",
+    "SensitivityCurve",
+    "SensitivityCurves",
+    "SensitivityPoint",
     "Settled",
     "Several",
     "Softmax",
     "Taylor",
     "TpvpruneError",
+    "Unprunable",
     "Variance",
     "Wanda",
     "__version__",
     "allocate",
     "apply",
     "finetune",
+    "inspect",
+    "latency_table",
     "load",
     "mask",
     "plan_for",
@@ -102,6 +115,7 @@ __all__ = [
     "reestimate_batchnorm",
     "save",
     "score",
+    "sensitivity",
     "sparsify",
     "to_semi_structured",
     "trace",

@@ -9,21 +9,32 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
-from tpvprune.batches import Progress
 from tpvprune.checkpoint import ABOUT, load
-from tpvprune.console import AsJson, err, number, out, print_json, print_table
+from tpvprune.console import bars, err, log_line, number, out, print_json, print_table
 from tpvprune.errors import InputError, RecipeError, TpvpruneError
 from tpvprune.files import write_text
+from tpvprune.lookcli import add_verbs
+from tpvprune.options import (
+    AsJson,
+    Bytes,
+    Checkpoint,
+    Data,
+    Drift,
+    Labels,
+    Latency,
+    Macs,
+    Out,
+    Overrides,
+    Params,
+    Target,
+)
 from tpvprune.plancli import plans_app
 from tpvprune.recipe import Recipe, builtin_recipes, find_recipe, load_recipe
 from tpvprune.report import compare, latencies, stored_report
@@ -44,17 +55,6 @@ app = typer.Typer(
 recipes_app = typer.Typer(help="List, show, copy and check recipes.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(plans_app, name="plans")
-
-Target = Annotated[str, typer.Argument(help="A recipe (name or YAML file), a run's folder, or a timm model name.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, as in budget.macs=0.4", show_default=False)]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the results; runs/NAME by default.")]
-Checkpoint = Annotated[str | None, typer.Option(help="Weights: .safetensors, .pth or .pth.tar, as timm loads them.")]
-Data = Annotated[str | None, typer.Option(help="Unlabeled images: a folder in any tree, .npz/.npy, or 'digits'.")]
-Labels = Annotated[str | None, typer.Option(help="'folders' or a class-map file; used for the accuracy line only.")]
-Macs = Annotated[str | None, typer.Option(help="Multiply-adds to keep at most: 0.5, 50% or 1.2G.")]
-Params = Annotated[str | None, typer.Option(help="Parameters to keep at most: 0.5, 50% or 3M.")]
-Size = Annotated[str | None, typer.Option("--bytes", help="Weights in memory, at most: 0.5, 50% or 20MB.")]
-Drift = Annotated[str | None, typer.Option(help="Predicted KL from the dense model at most, in nats: 0.05.")]
 
 
 def _version(asked: bool) -> None:
@@ -99,7 +99,8 @@ def prune(
     labels: Labels = None,
     macs: Macs = None,
     params: Params = None,
-    size: Size = None,
+    size: Bytes = None,
+    latency_ms: Latency = None,
     drift: Drift = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="key=value of any recipe key, as in recover.finetune.epochs=3")
@@ -110,9 +111,9 @@ def prune(
     """Prune a model without a recipe."""
     if data is None:
         raise InputError("--data is missing; give a folder of images (labels are not needed)")
-    bounds = {"macs": macs, "params": params, "bytes": size, "drift": drift}
+    bounds = {"macs": macs, "params": params, "bytes": size, "latency_ms": latency_ms, "drift": drift}
     if not any(bounds.values()):
-        raise InputError("no budget; give --macs 0.5, --params 0.5, --bytes 20MB or --drift 0.05")
+        raise InputError("no budget; give --macs 0.5, --params 0.5, --bytes 20MB, --latency-ms '8 ms' or --drift 0.05")
     given = flags(checkpoint=checkpoint, data=data, labels=labels, **bounds)
     _finish(resolve_model(model, [*given, *(overrides or [])], out_dir), "report", as_json)
 
@@ -128,12 +129,13 @@ def _stage(name: str, text: str) -> None:
         labels: Labels = None,
         macs: Macs = None,
         params: Params = None,
-        size: Size = None,
+        size: Bytes = None,
+        latency_ms: Latency = None,
         drift: Drift = None,
         out_dir: Out = None,
         as_json: AsJson = False,
     ) -> None:
-        bounds = {"macs": macs, "params": params, "bytes": size, "drift": drift}
+        bounds = {"macs": macs, "params": params, "bytes": size, "latency_ms": latency_ms, "drift": drift}
         given = flags(checkpoint=checkpoint, data=data, labels=labels, **bounds)
         stored = Path(target) / PRODUCTS["eval"]
         if name == "report" and stored.is_file() and not (given or overrides or out_dir):
@@ -157,6 +159,9 @@ _stage("apply", "Cut the plan's units out and save the smaller model.")
 _stage("recover", "Bring accuracy back on unlabeled images.")
 _stage("eval", "Measure before, pruned and recovered on images the scorer did not see.")
 _stage("report", "Print the report of a run.")
+
+
+add_verbs(app)
 
 
 @recipes_app.command("ls")
@@ -222,8 +227,8 @@ def _finish(runs: list[tuple[Recipe, Path]], stage: str, as_json: bool) -> None:
     for recipe, folder in runs:
         if len(runs) > 1:
             err.print(f"{recipe.name} -> {folder}", highlight=False)
-        with _progress() as progress:
-            job = Run(recipe, folder, progress=progress, log=_log_line)
+        with bars() as progress:
+            job = Run(recipe, folder, progress=progress, log=log_line)
             told = job.until(stage)
         found.append({"recipe": recipe.name, "out": str(folder), "stage": stage, **told})
         if not as_json:
@@ -238,7 +243,7 @@ def _evaluate(folder: Path, data: str | None, labels: str | None, as_json: bool)
         raise InputError("--data is missing; give images to measure on")
     model = load(folder)
     batches = open_pool(data, model, labels=labels).loader(64)
-    with _progress() as progress:
+    with bars() as progress:
         metrics, images = compare({"model": model}, model, batches, progress=progress)
     first = next(iter(batches))[0][:8]
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
@@ -254,30 +259,6 @@ def _evaluate(folder: Path, data: str | None, labels: str | None, as_json: bool)
         print_json(told)
     else:
         print_table(["measure", "value"], [[name, number(value)] for name, value in told.items()])
-
-
-def _log_line(line: str) -> None:
-    err.print(line, highlight=False, markup=False)
-
-
-@contextmanager
-def _progress() -> Iterator[Progress | None]:
-    """Bars on a terminal; nothing but the stage lines when piped."""
-    if not err.is_terminal:
-        yield None
-        return
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Bar(*columns, TimeRemainingColumn(), console=err, transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def tell(stage: str, done: int, total: int | None) -> None:
-            if stage not in tasks or done <= 1:
-                for task in tasks.values():
-                    bar.update(task, visible=False)
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
-        yield tell
 
 
 def _print_stage(stage: str, told: Mapping[str, Any], folder: Path) -> None:
@@ -324,7 +305,8 @@ def _print_report(told: Mapping[str, Any], folder: Path) -> None:
         share = "" if got[name]["share"] is None else f" ({got[name]['share']:.1%})"
         out.print(
             f"asked {name} <= {number(bound['at_most'])} ({bound['as_written']}), "
-            f"got {number(got[name]['value'])}{share}",
+            f"got {number(got[name]['value'])}{share}"
+            + (f"; measured {number(got[name]['measured'])}" if "measured" in got[name] else ""),
             highlight=False,
             markup=False,
         )

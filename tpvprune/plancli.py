@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from tpvprune.checkpoint import PLAN
-from tpvprune.console import AsJson, number, out, print_json, print_table
+from tpvprune.console import number, out, print_json, print_table
 from tpvprune.errors import PlanError
+from tpvprune.options import AsJson
 from tpvprune.plan import Plan
 from tpvprune.types import KINDS
 

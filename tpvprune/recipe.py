@@ -101,6 +101,13 @@ FinetuneSection: Any = _section_of(
 PlanSection: Any = _section_of(Planning, "PlanSection")
 
 
+class LatencySection(_Strict):
+    """What milliseconds are measured with: the batch, and whether the model runs under `torch.compile`."""
+
+    batch_size: int = Field(default=8, ge=1)
+    compiled: bool = False
+
+
 class RecoverSection(_Strict):
     """What follows the cut; null leaves a step out."""
 
@@ -120,6 +127,7 @@ class Recipe(_Strict):
     score: ScoreSection = Field(default_factory=ScoreSection)
     budget: BudgetSection = Field(default_factory=BudgetSection)  # macs=0.5 where nothing is bounded
     plan: PlanSection = Field(default_factory=PlanSection)
+    latency: LatencySection = Field(default_factory=LatencySection)
     recover: RecoverSection = Field(default_factory=RecoverSection)
     device: str = "auto"
     seed: int = 0

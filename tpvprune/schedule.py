@@ -17,6 +17,7 @@ from tpvprune.errors import BudgetError, DataError
 from tpvprune.plan import Plan, plan_of
 from tpvprune.planning.allocate import ALLOCATORS, Allocator, allocate
 from tpvprune.planning.graph import trace
+from tpvprune.planning.latency import LatencyTable
 from tpvprune.planning.widths import check_reachable, costs_of, widths_of
 from tpvprune.report import compare
 from tpvprune.scores import Scores
@@ -76,6 +77,7 @@ def plan_for(
     criterion: Criterion | None = None,
     planning: Planning | None = None,
     scores: Scores | None = None,
+    latency: LatencyTable | None = None,
     progress: Progress | None = None,
     save: str | PathLike[str] | None = None,
 ) -> Plan:
@@ -93,6 +95,7 @@ def plan_for(
         criterion: how to score; `TPV()` by default.
         planning: how to plan; one step by default.
         scores: of the dense model, if there are any.
+        latency: see `allocate`.
         progress: called as `progress("plan", steps_done, steps)`, and by scoring.
         save: where the plan so far is kept; a plan found there is gone on with.
 
@@ -100,9 +103,10 @@ def plan_for(
         InputError: see `score` and `allocate`; what is kept in `save` stays valid.
     """
     planning, criterion = planning or Planning(), criterion or TPV()
-    choice = {field.name: getattr(planning, field.name) for field in fields(planning)}
+    choice: dict[str, Any] = {field.name: getattr(planning, field.name) for field in fields(planning)}
     del choice["steps"], choice["spacing"]
-    finals = check_reachable(graph, budget)
+    choice["latency"] = latency
+    finals = check_reachable(graph, budget, latency=latency)
     if planning.steps == 1:
         alone = scores if scores is not None else score(model, batches, graph, criterion, progress=progress)
         return allocate(alone, graph, budget, **choice)
@@ -110,7 +114,9 @@ def plan_for(
     example = next(iter(batches), None)
     if example is None:
         raise DataError("there is no batch; give at least one")
-    ways = {name: planning.bounds(costs_of(name, graph).total, bound) for name, bound in finals.items()}
+    ways = {
+        name: planning.bounds(costs_of(name, graph, latency=latency).total, bound) for name, bound in finals.items()
+    }
     plan = Plan.load(save) if save is not None and Path(save).is_file() else Plan({}, graph, {"steps": []})
     small = apply(model, plan) if plan.removed else model
     for step in range(len(plan.made_by["steps"]), planning.steps):

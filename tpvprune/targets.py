@@ -12,7 +12,7 @@ from tpvprune.checkpoint import ABOUT
 from tpvprune.errors import RecipeError
 from tpvprune.recipe import Recipe, Suite, builtin_recipes, load_recipe, validate_recipe
 from tpvprune.runfolder import RECIPE, branch, stored_recipe
-from tpvprune.zoo.models import is_model
+from tpvprune.zoo.models import is_model, near_models
 
 
 def flags(**given: str | None) -> list[str]:
@@ -43,7 +43,12 @@ def resolve(target: str, overrides: Sequence[str], folder: Path | None) -> list[
             return resolve_model(target, overrides, folder)
         if path.is_dir():
             raise RecipeError(f"{target} is no folder of a run (it holds no {RECIPE})")
-    recipe = load_recipe(target, overrides)
+    try:
+        recipe = load_recipe(target, overrides)
+    except RecipeError as error:
+        if path.suffix in (".yaml", ".yml") or path.exists() or target in builtin_recipes():
+            raise
+        raise RecipeError(f"{error}; nor is it a model{near_models(target)}") from error
     base = folder or Path("runs") / recipe.name
     if isinstance(recipe, Recipe):
         return [(recipe, base)]

@@ -24,6 +24,7 @@ from tpvprune.errors import DataError, ModelError, RecipeError, TpvpruneError
 from tpvprune.files import write_text
 from tpvprune.plan import Plan
 from tpvprune.planning.graph import trace
+from tpvprune.planning.latency import LatencyTable, default_cache, latency_table
 from tpvprune.planning.widths import check_reachable
 from tpvprune.recipe import Recipe
 from tpvprune.recovery.recover import recover
@@ -122,7 +123,7 @@ class Run:
             with torch.no_grad():
                 finite_output(self.dense, first[0].to(self.device))
         if STAGES.index(last) >= STAGES.index("plan"):
-            check_reachable(self._traced, self.recipe.limits())
+            check_reachable(self._traced, self.recipe.limits(), latency=self._latency)
 
     @cached_property
     def _traced(self) -> Graph:
@@ -134,6 +135,22 @@ class Run:
         graph = trace(self.dense, self._example(), progress=self.progress)
         self._tracing = time.perf_counter() - start
         return graph
+
+    @cached_property
+    def _latency(self) -> LatencyTable | None:
+        """A table of this machine, where milliseconds are planned by; measured once and kept between runs."""
+        recipe = self.recipe
+        if recipe.budget.latency_ms is None and recipe.plan.per != "latency_ms":
+            return None
+        example = self._example().expand(recipe.latency.batch_size, -1, -1, -1).contiguous()
+        return latency_table(
+            self.dense,
+            self._traced,
+            example,
+            compiled=recipe.latency.compiled,
+            cache=default_cache(),
+            progress=self.progress,
+        )
 
     def _path(self, stage: str) -> Path:
         return self.folder / PRODUCTS[stage]
@@ -258,6 +275,7 @@ class Run:
             criterion=recipe.criterion(),
             planning=recipe.planning(),
             scores=Scores.load(self._path("score")),
+            latency=self._latency,
             progress=self.progress,
             save=partial,
         )
@@ -330,6 +348,8 @@ class Run:
             budget=self.recipe.limits(),
             batches=batches,
             predicted=predicted,
+            latency=self._latency,
+            latency_batch=self.recipe.latency.batch_size,
             seconds={stage: state[stage]["seconds"] for stage in STAGES if stage in state},
             data={
                 "scored": scored,

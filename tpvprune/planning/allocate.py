@@ -9,6 +9,7 @@ from tpvprune.errors import BudgetError, PlanError
 from tpvprune.plan import Plan
 from tpvprune.planning.greedy import Ladders, Spending, Steps, shrink
 from tpvprune.planning.joint import Joint
+from tpvprune.planning.latency import LatencyTable
 from tpvprune.planning.widths import Costs, check_reachable, costs_of, widths_of
 from tpvprune.scores import Scores
 from tpvprune.types import Graph
@@ -26,6 +27,7 @@ def allocate(
     per: Quantity | None = None,
     shrinkage: float | None = None,
     after: Plan | None = None,
+    latency: LatencyTable | None = None,
 ) -> Plan:
     """Remove, step by step, the units that cost the least predicted drift for what they save.
 
@@ -46,6 +48,7 @@ def allocate(
         shrinkage: of the covariances that "joint" counts, 0 to 1; estimated from the sensitivities by default.
         after: the plan that has made the model which scores and graph are of, so that fractions, floors and
             roundings are those of the dense model. Drift is counted from that model on.
+        latency: from `latency_table`, of the dense model; needed where milliseconds are bounded.
 
     Returns:
         A plan whose costs are at most the bounds, in the coordinates of `graph`; `Plan.macs` and `Plan.params` are
@@ -60,7 +63,7 @@ def allocate(
     _check(scores, graph, budget, allocator, per, shrinkage)
     if allocator == "auto":
         allocator = "global" if scores.sensitivities is None else "joint"
-    widths, bounds = widths_of(graph, budget, after), check_reachable(graph, budget, after)
+    widths, bounds = widths_of(graph, budget, after), check_reachable(graph, budget, after, latency)
     steps: Steps
     if allocator == "joint":
         if scores.sensitivities is None:
@@ -68,10 +71,10 @@ def allocate(
         steps = Joint(graph, widths, scores.sensitivities, shrinkage)
     else:
         steps = Ladders(graph, widths, scores, allocator)
-    bounded: dict[str, Costs] = {name: costs_of(name, graph) for name in budget.quantities}
+    bounded: dict[str, Costs] = {name: costs_of(name, graph, latency=latency) for name in budget.quantities}
     if per is None and len(bounded) < 2:
         per = next(iter(budget.quantities), "macs")
-    rank = None if per is None else bounded.get(per) or costs_of(per, graph)
+    rank = None if per is None else bounded.get(per) or costs_of(per, graph, latency=latency)
     spending = Spending(bounded, bounds, rank)
     most = budget.most_drift
     keep = shrink(graph, steps, spending, None if most is None else 2 * most)

@@ -12,6 +12,7 @@ from torch import Tensor
 from tpvprune.budget import Budget
 from tpvprune.errors import BudgetError, PlanError
 from tpvprune.plan import Plan
+from tpvprune.planning.latency import LatencyCost, LatencyTable
 from tpvprune.planning.patterns import matching_groups
 from tpvprune.types import Graph, Group
 
@@ -78,23 +79,31 @@ def widths_of(graph: Graph, budget: Budget, after: Plan | None = None) -> dict[s
     return widths
 
 
-def check_reachable(graph: Graph, budget: Budget, after: Plan | None = None) -> dict[str, float]:
+def check_reachable(
+    graph: Graph, budget: Budget, after: Plan | None = None, latency: LatencyTable | None = None
+) -> dict[str, float]:
     """The bounds on costs in absolute numbers; refuses a budget that no plan can meet, before any scoring is done.
 
     Args:
         graph: what shrinks.
         budget: what is asked.
         after: see `widths_of`; fractions are of its dense model.
+        latency: of the dense model; needed where milliseconds are bounded.
 
     Raises:
+        PlanError: milliseconds are bounded and `latency` is missing, or of another model.
         BudgetError: a bound lies below the floor (names it and what holds it), or a pattern matches nothing.
     """
     source = graph if after is None else after.graph
-    dense = {name: costs_of(name, source).total for name in budget.quantities}
+    if latency is not None and latency.model_id != source.model_id:
+        raise PlanError(
+            f"the latency table is of model {latency.model_id}, the graph of {source.model_id}; measure again"
+        )
+    dense = {name: costs_of(name, source, latency=latency).total for name in budget.quantities}
     bounds: dict[str, float] = {}
     widths = widths_of(graph, budget, after)
     for name in budget.quantities:
-        cost = costs_of(name, graph)
+        cost = costs_of(name, graph, latency=latency)
         bounds[name] = bound = budget.bound(name, dense[name])
         for group in graph.groups:
             cost.remove(group, group.units - widths[group.id][-1])
@@ -140,9 +149,25 @@ class Costs(Protocol):
         ...
 
 
-def costs_of(quantity: str, graph: Graph, keep: Mapping[str, Tensor] | None = None) -> Costs:
-    """The cost of a quantity, at the widths of a graph, or once only the units in `keep` are left."""
-    costs = Cost(graph, quantity)
+def costs_of(
+    quantity: str,
+    graph: Graph,
+    keep: Mapping[str, Tensor] | None = None,
+    *,
+    latency: LatencyTable | None = None,
+) -> Costs:
+    """The cost of a quantity, at the widths of a graph, or once only the units in `keep` are left.
+
+    Raises:
+        PlanError: milliseconds are asked for without a table.
+    """
+    costs: Costs
+    if quantity != "latency_ms":
+        costs = Cost(graph, quantity)
+    elif latency is None:
+        raise PlanError("milliseconds need a table of the machine at hand; give latency=tpvprune.latency_table(...)")
+    else:
+        costs = LatencyCost(graph, latency)
     for name, mask in (keep or {}).items():
         costs.remove(graph[name], int((~mask).sum()))
     return costs
