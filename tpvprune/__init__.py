@@ -20,9 +20,9 @@ from tpvprune.pipeline import Pruned, prune
 from tpvprune.plan import Plan
 from tpvprune.planning.allocate import allocate
 from tpvprune.planning.graph import trace
-from tpvprune.planning.sparsity import sparsify
 from tpvprune.planning.inspection import InspectedGroup, Inspection, Unprunable, inspect
 from tpvprune.planning.latency import LatencyTable, latency_table
+from tpvprune.planning.sparsity import sparsify
 from tpvprune.planning.weights import weight_graph
 from tpvprune.recovery.batchnorm import reestimate_batchnorm
 from tpvprune.recovery.finetune import Finetune, finetune
