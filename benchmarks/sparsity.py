@@ -30,9 +30,9 @@ CRITERIA: dict[str, Any] = {
     "tpv, factored": tp.TPV(engine="factored"),
 }
 WAYS: dict[str, dict[str, Any]] = {
-    "50 %": {"sparsity": 0.5},
-    "70 %": {"sparsity": 0.7},
-    "90 %": {"sparsity": 0.9},
+    "0.5": {"sparsity": 0.5},
+    "0.7": {"sparsity": 0.7},
+    "0.9": {"sparsity": 0.9},
     "2:4": {"pattern": "2:4"},
 }
 
@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--model", default="cifar_resnet20")
     parser.add_argument("--criteria", nargs="+", default=list(CRITERIA), choices=list(CRITERIA))
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--scored", type=int, default=1280)
     parser.add_argument("--measured", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
@@ -86,7 +87,8 @@ def main() -> None:
     for name in args.criteria:
         start = time.perf_counter()
         scored[name] = tp.score(dense, train, graph, CRITERIA[name]), time.perf_counter() - start
-    for way, asked in WAYS.items():
+    for way in args.ways:
+        asked = WAYS[way]
         for name, (scores, seconds) in scored.items():
             plan = plan_of(dense, train, graph, scores, CRITERIA[name], asked, args.scope, args.steps)
             models = {"masked": tp.apply(dense, plan)}

@@ -184,7 +184,7 @@ def test_a_budget_of_milliseconds_is_met(share: float, clock: dict[str, Any]) ->
 def test_milliseconds_need_a_table_of_the_model(clock: dict[str, Any]) -> None:
     graph = built("residual").graph
     with pytest.raises(
-        tp.PlanError, match=r"need a table of the machine at hand; give latency=tpvprune\.latency_table"
+        tp.PlanError, match=r"latency_ms needs a table of the machine at hand; give latency=tpvprune\.latency_table"
     ):
         tp.allocate(random_scores(graph), graph, tp.Budget(latency_ms=0.5))
     with pytest.raises(tp.PlanError, match="the latency table is of model"):

@@ -165,7 +165,7 @@ def costs_of(
     if quantity != "latency_ms":
         costs = Cost(graph, quantity)
     elif latency is None:
-        raise PlanError("milliseconds need a table of the machine at hand; give latency=tpvprune.latency_table(...)")
+        raise PlanError("latency_ms needs a table of the machine at hand; give latency=tpvprune.latency_table(...)")
     else:
         costs = LatencyCost(graph, latency)
     for name, mask in (keep or {}).items():
