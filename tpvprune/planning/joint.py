@@ -35,6 +35,7 @@ class Joint:
         widths: units each group may keep, from all of them down.
         sensitivities: of the same groups.
         shrinkage: how much of the products of different units is taken away, 0 to 1; estimated if None.
+        exchange: whether `improve` does anything.
 
     Raises:
         PlanError: the sensitivities are of other groups.
@@ -46,10 +47,11 @@ class Joint:
         widths: dict[str, list[int]],
         sensitivities: Sensitivities,
         shrinkage: float | None = None,
+        exchange: bool = True,
     ) -> None:
         if sensitivities.groups != tuple((group.id, group.units) for group in graph.groups):
             raise PlanError("the sensitivities are of other groups than the graph's; score again")
-        self.widths, self.dearest_first = widths, True
+        self.widths, self.dearest_first, self._exchange = widths, True, exchange
         self.shrinkage = estimated_shrinkage(sensitivities) if shrinkage is None else shrinkage
         self._rows = sensitivities.rows.float() / math.sqrt(sensitivities.samples)
         self._linear = sensitivities.linear.double()
@@ -128,8 +130,9 @@ class Joint:
 
     def improve(self, graph: Graph, gone: dict[str, Tensor], spending: Spending) -> None:
         """See `Steps`."""
-        exchange = Exchange(self._rows, self._linear, self.shrinkage, self._span, self.widths)
-        exchange.improve(graph, gone, spending)
+        if self._exchange:
+            exchange = Exchange(self._rows, self._linear, self.shrinkage, self._span, self.widths)
+            exchange.improve(graph, gone, spending)
 
     @staticmethod
     def _ratio(added: float, saved: float) -> float:
