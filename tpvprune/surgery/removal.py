@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tpvprune.errors import InternalError, PlanError
+from tpvprune.layers import refresh, replace
 from tpvprune.plan import Plan, attach, plan_of
-from tpvprune.surgery.layers import refresh
 
 
 @torch.no_grad()
@@ -36,8 +36,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
             continue
         layer, _, key = name.rpartition(".")
         owner = small.get_submodule(layer)
-        old = getattr(owner, key)
-        _replace(owner, key, old, plan.cut(name, old.detach()))
+        replace(owner, key, plan.cut(name, getattr(owner, key).detach()))
     for module in small.modules():
         refresh(module)
     left = plan.graph.sizes(plan.keep)
@@ -49,13 +48,6 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         parameter.masked_fill_(~mask.to(parameter.device), 0)
     attach(small, whole)
     return small
-
-
-def _replace(owner: nn.Module, key: str, old: Tensor, new: Tensor) -> None:
-    if isinstance(old, nn.Parameter):
-        setattr(owner, key, nn.Parameter(new.clone(), requires_grad=old.requires_grad))
-    else:
-        owner._buffers[key] = new.clone()
 
 
 def check_fits(model: nn.Module, plan: Plan) -> None:
