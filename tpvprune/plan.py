@@ -28,7 +28,8 @@ class Plan:
     """Which units of each group stay.
 
     Attributes:
-        keep: bool mask `(units,)` per group id; a group that is missing stays whole.
+        keep: bool mask `(units,)` per group id; a group that is missing stays whole. What lies in a skipped block is
+            gone with it, whatever was asked of it.
         graph: the graph of the dense model the masks speak of.
         made_by: how the plan came about, JSON-ready.
     """
@@ -42,7 +43,11 @@ class Plan:
             group = self.graph[name]
             if mask.dtype != torch.bool or mask.shape != (group.units,):
                 raise PlanError(f"plan: group {name!r} needs a bool mask of shape ({group.units},)")
-            if not bool(mask.any()):
+        object.__setattr__(self, "keep", self.graph.closed(self.keep))
+        skipped = self.graph.vanished(self.keep)
+        for name, mask in self.keep.items():
+            group = self.graph[name]
+            if not bool(mask.any()) and not all(m.param in skipped for m in group.members):
                 raise PlanError(f"plan: group {name!r} would lose all {group.units} units; keep at least one")
 
     def mask(self, group_id: str) -> Tensor:
@@ -87,6 +92,11 @@ class Plan:
         """
         keep = {name: mask.clone() for name, mask in self.keep.items()}
         for name, mask in later.keep.items():
+            if name not in self.graph and later.graph[name].kind == "block":
+                raise PlanError(
+                    f"cannot compose: the later plan skips block {name!r}, which this plan's graph was traced without; "
+                    "trace the dense model with depth=True and plan again"
+                )
             mine = self.mask(name).clone()
             if int(mine.sum()) != mask.numel():
                 raise PlanError(
@@ -98,7 +108,7 @@ class Plan:
         composed = Plan(keep, self.graph, {"composed": [dict(self.made_by), dict(later.made_by)]})
         left, expected = composed.graph.sizes(composed.keep), later.graph.sizes(later.keep)
         for name in composed.graph.parameters:
-            if expected.get(name) != left[name]:
+            if expected.get(name, (0,)) != left[name]:  # what this plan skips, the later one does not know
                 raise PlanError(
                     f"cannot compose: {name!r} would be left with shape {left[name]}, the later plan "
                     f"leaves {expected.get(name)}; it was made for another model"

@@ -27,6 +27,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from tpvprune.batches import Progress, device_of, evaluation_mode
 from tpvprune.errors import ModelError
 from tpvprune.planning.attention import AttentionBlock, attention_blocks, unknown_attention
+from tpvprune.planning.blocks import block_group, residual_blocks
 from tpvprune.planning.cost import Usage, tensors_of
 from tpvprune.planning.verify import is_rearranged, strays
 from tpvprune.types import REST, WORK, Graph, Group, Member, Role, fingerprint
@@ -39,7 +40,7 @@ class _Unprunable(Exception):
     """Internal: a group cannot be expressed; carries the reason."""
 
 
-def trace(model: nn.Module, example: Any, *, progress: Progress | None = None) -> Graph:
+def trace(model: nn.Module, example: Any, *, depth: bool = False, progress: Progress | None = None) -> Graph:
     """Find which units can only leave a network together, and what each tensor costs.
 
     The model is copied; neither it nor its hooks, modes and gradients are touched.
@@ -48,6 +49,8 @@ def trace(model: nn.Module, example: Any, *, progress: Progress | None = None) -
         model: any module whose forward pass is differentiable.
         example: one input batch: a tensor `(batch, ...)`, a tuple of positional or a dict of keyword
             arguments. Multiply-adds are counted per example of it.
+        depth: whether residual blocks that can be skipped as a whole are groups too, of kind "block". Takes a few
+            forward passes more.
         progress: called as `progress("trace", groups_done, groups_to_do)`.
 
     Raises:
@@ -81,6 +84,12 @@ def trace(model: nn.Module, example: Any, *, progress: Progress | None = None) -
         work = f"{block.name}{WORK}attention"
         if any(group.id == block.name for group in groups) and block.name in usage.tokens:
             shapes[work], reuse[work] = (block.width,), block.work(usage.tokens[block.name])
+    if depth:
+        with evaluation_mode(twin):
+            names, held = residual_blocks(twin, args, kwargs)
+        groups += [block_group(twin, name, usage, shapes, reuse) for name in names]
+        groups.sort(key=lambda g: usage.order[f"{g.id}.qkv" if g.kind == "head" else g.id])
+        builder.skipped |= held
     rest = usage.total - sum(times * math.prod(shapes[name]) for name, times in reuse.items())
     if rest:
         shapes[REST], reuse[REST] = (), rest
