@@ -317,7 +317,7 @@ def _print_plain(told: Mapping[str, Any], folder: Path) -> None:
 def _print_trace(told: Mapping[str, Any], folder: Path) -> None:
     _print_plain(told, folder)
     graph = Graph.load(folder / PRODUCTS["trace"])
-    rows = [[g.id, g.kind, str(g.units), ", ".join(m.layer for m in g.of_role("consume"))] for g in graph.groups]
+    rows = [[g.id, g.kind, str(g.units), ", ".join(m.layer for m in g.of_role("consume")) or "-"] for g in graph.groups]
     _print_table(["group", "unit", "units", "read by"], rows)
     if told["stays_whole"]:
         _print_table(["stays whole", "because"], [[name, why] for name, why in told["stays_whole"].items()])

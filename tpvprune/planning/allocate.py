@@ -93,14 +93,18 @@ def _greedy(graph: Graph, steps: Joint | _Ladders, cost: Cost, rank: Cost, bound
     """Keep-masks of the groups that lose something."""
     taken: list[tuple[Group, Tensor, float]] = []
     saving: dict[str, int] = {}
+    closed: set[str] = set()  # groups within skipped blocks, which compete no more
     while cost.total > bound:
         for group in graph.groups:
             count = steps.next_units(group.id)
             if group.id not in saving and count:
                 saving[group.id] = rank.saving(group, count)
-        best, ratio = steps.best({name: saved for name, saved in saving.items() if steps.next_units(name)})
+        best, ratio = steps.best(
+            {name: saved for name, saved in saving.items() if name not in closed and steps.next_units(name)}
+        )
         group = graph[best]
         gone = steps.take(best)
+        closed.update(graph.within(best))
         taken.append((group, gone, ratio))
         cost.remove(group, len(gone))
         if rank is not cost:
@@ -112,9 +116,12 @@ def _greedy(graph: Graph, steps: Joint | _Ladders, cost: Cost, rank: Cost, bound
     for group, gone, _ in taken:
         keep[group.id][gone] = False
     for group, gone, _ in sorted(taken, key=lambda step: -step[2]):
+        if group.id in closed:
+            continue
         if cost.total - cost.saving(group, -len(gone)) <= bound and _lands_on_a_width(steps, group, keep, gone):
             cost.remove(group, -len(gone))
             keep[group.id][gone] = True
+            closed.difference_update(graph.within(group.id))
     return {name: mask for name, mask in keep.items() if not bool(mask.all())}
 
 
@@ -128,6 +135,7 @@ class _Ladders:
     def __init__(self, graph: Graph, widths: dict[str, list[int]], scores: Scores) -> None:
         self.widths = widths
         self._rungs = {g.id: _Ladder.of(scores.values[g.id], g.units, widths[g.id]) for g in graph.groups}
+        self._around = {inner: g.id for g in graph.groups for inner in graph.within(g.id)}
 
     def next_units(self, name: str) -> int:
         """Units in a group's next step; 0 at its floor."""
@@ -142,6 +150,8 @@ class _Ladders:
     def take(self, name: str) -> Tensor:
         """Take a group's next step; the units that leave."""
         ladder = self._rungs[name]
+        if name in self._around:  # what has left of a block is no more lost when the block goes
+            self._rungs[self._around[name]].cumulative[1] -= ladder.next_score
         gone = ladder.order[ladder.sizes[ladder.taken] : ladder.sizes[ladder.taken + 1]]
         ladder.taken += 1
         return gone

@@ -49,8 +49,8 @@ def residual_blocks(
     sizes = {name: sum(p.numel() for p in m.parameters()) for name, m in named.items()}
     named = {name: m for name, m in named.items() if sizes[name]}
     seen = _look(named, lambda: model(*args, **kwargs))
-    try:  # an input that is above zero by chance is not when the example is turned around
-        again = _look(named, lambda: model(*map(_turned, args), **{k: _turned(v) for k, v in kwargs.items()}))
+    try:  # what is above zero by chance is not when the example is another
+        again = _look(named, lambda: model(*map(_another, args), **{k: _another(v) for k, v in kwargs.items()}))
     except Exception:  # nothing is known of what the model takes
         again = {}
     residual = [n for n in named if n in seen and seen[n].shown and not seen[n].refuted]
@@ -73,8 +73,11 @@ def residual_blocks(
     return chosen, reasons
 
 
-def _turned(value: Any) -> Any:
-    return -value if isinstance(value, Tensor) and value.is_floating_point() else value
+def _another(value: Any) -> Any:
+    """Noise less the value, in place of floating values."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return torch.randn(value.shape, generator=torch.Generator().manual_seed(0)).to(value) - value
 
 
 @torch.no_grad()

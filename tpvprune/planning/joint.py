@@ -5,6 +5,8 @@ that unit `c` adds `linear_c + |R_c|^2 + 2 R_c . R 1_S` (over samples). What uni
 pass over all of `R`: many that leave together share one, and for one by one, columns of `R^T R` are made in blocks, of
 the units that are likely to leave next. What the units of one group do to each other is made once a group.
 
+A block that is skipped takes back what its own units have done before: its column is its effect less theirs.
+
 With fewer samples than units the products of different units are noise as much as signal, and a greedy choice would
 pick the units whose noise cancels. So they are shrunk by a factor `1 - shrinkage` (Schaefer and Strimmer 2005).
 """
@@ -60,6 +62,7 @@ class Joint:
             self._span[name] = slice(start, start + units)
             start += units
         self._taken = dict.fromkeys(self._span, 0)
+        self._blocks = _Blocks(graph, self._rows, self._adds, self.shrinkage, self._span)
         # Where the units of groups of about one size stand, a row a group, so that all are looked at in one go; what
         # is left of a row points past the last unit.
         sizes: dict[int, list[str]] = {}
@@ -112,6 +115,8 @@ class Joint:
             changes = [self._column(column) for column in columns.tolist()]
         for change in changes:
             self._adds += 2 * (1 - self.shrinkage) * change
+        for stale in self._blocks.after(name, columns):
+            self._columns.pop(stale, None)
         self._taken[name] += 1
         return columns - self._span[name].start
 
@@ -170,6 +175,38 @@ class Joint:
             made = self._rows.index_select(1, block).mT @ self._rows
             self._columns |= {one: values.clone() for one, values in zip(block.tolist(), made, strict=True)}
         return self._columns.pop(column)
+
+
+class _Blocks:
+    """Keeps the columns of blocks, and what skipping them adds, right while units within them leave.
+
+    With `S` what has left, `I` those of it within a block, and `e` the block's column less those of `I`, skipping the
+    block adds `own + (1 - shrinkage) (|e|^2 + 2 e . sum of S)`, where `own` is its linear part and `shrinkage` times
+    its square, less the same of `I`.
+    """
+
+    def __init__(self, graph: Graph, rows: Tensor, adds: Tensor, shrinkage: float, span: dict[str, slice]) -> None:
+        self._rows, self._adds, self._shrinkage = rows, adds, shrinkage
+        self._own = adds - (1 - shrinkage) * rows.double().square().sum(0)
+        self._around = {inner: span[g.id].start for g in graph.groups for inner in graph.within(g.id)}
+        self._moved = torch.zeros(len(rows), dtype=torch.float64)
+        self._changed: set[int] = set()
+
+    def after(self, name: str, columns: Tensor) -> set[int]:
+        """Take in that units of a group have left; the columns that changed since they were first made."""
+        if not self._around:
+            return set()
+        left = self._rows[:, columns].sum(1)
+        self._moved += left.double()
+        block = self._around.get(name)
+        if block is not None:
+            self._rows[:, block] -= left
+            self._own[block] -= self._own[columns].sum()
+            self._changed.add(block)
+        for block in self._changed:
+            column = self._rows[:, block].double()
+            self._adds[block] = self._own[block] + (1 - self._shrinkage) * (column @ (column + 2 * self._moved))
+        return self._changed
 
 
 def estimated_shrinkage(sensitivities: Sensitivities) -> float:

@@ -28,6 +28,7 @@ from tpvprune.recovery.lockstep import strands
 
 logger = logging.getLogger(__name__)
 MOST_STRANDS = 16
+REFITTED = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ def reconstruct(
 ) -> nn.Module:
     """A copy of a pruned model with its consumer layers refitted to the dense one's outputs.
 
+    Behind a skipped block every layer is refitted: what it reads has changed, whatever units it has left.
+
     Costs one forward pass of each network over the batches, plus Gram matrices and solves. The
     activations of all batches at the current layer are held in memory.
 
@@ -79,7 +82,7 @@ def reconstruct(
     inputs = _merged(list(model_inputs(model, batches, "reconstruct", None)))
     small = copy.deepcopy(model)
     with evaluation_mode(small, teacher):
-        layers, followers = _order(small, inputs[0], _consumers(small, plan))
+        layers, followers = _order(small, inputs[0], _consumers(small, plan), _skipped(plan))
         with (
             strands(small, inputs, layers, "input") as students,
             strands(teacher, inputs, layers, "output") as masters,
@@ -108,13 +111,20 @@ def _merged(inputs: list[Tensor]) -> list[Tensor]:
 def _consumers(model: nn.Module, plan: Plan) -> list[str]:
     """Layers that read units of which some have left and whose refit is linear least squares."""
     pruned = [plan.graph[name] for name, keep in plan.keep.items() if not bool(keep.all())]
-    names = dict.fromkeys(m.layer for group in pruned for m in group.of_role("consume"))
-    return [n for n in names if isinstance(model.get_submodule(n), (nn.Linear, nn.Conv1d, nn.Conv2d))]
+    gone = plan.graph.vanished(plan.keep)
+    names = dict.fromkeys(m.layer for group in pruned for m in group.of_role("consume") if m.param not in gone)
+    return [n for n in names if isinstance(model.get_submodule(n), REFITTED)]
+
+
+def _skipped(plan: Plan) -> list[str]:
+    """Blocks in whose place an identity stands."""
+    return [name for name, keep in plan.keep.items() if plan.graph[name].kind == "block" and not bool(keep.any())]
 
 
 @torch.no_grad()
-def _order(model: nn.Module, inputs: Tensor, layers: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The layers in execution order, and for each the batch norm that reads its output directly."""
+def _order(model: nn.Module, inputs: Tensor, layers: list[str], skipped: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The layers, and all behind skipped blocks, in execution order, and for each the batch norm that reads it."""
+    behind = False
     calls: dict[str, int] = {}
     made: dict[int, tuple[str, Tensor, int]] = {}
     followers: dict[str, str] = {}
@@ -122,6 +132,10 @@ def _order(model: nn.Module, inputs: Tensor, layers: list[str]) -> tuple[list[st
 
     def after(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            nonlocal behind
+            behind |= name in skipped
+            if name not in layers and (name in skipped or not behind):
+                return
             calls[name] = calls.get(name, 0) + 1
             made[id(output)] = (name, output, output._version)
 
@@ -136,7 +150,7 @@ def _order(model: nn.Module, inputs: Tensor, layers: list[str]) -> tuple[list[st
         return hook
 
     for name, module in model.named_modules():
-        if name in layers:
+        if name in layers or name in skipped or (skipped and isinstance(module, REFITTED)):
             handles.append(module.register_forward_hook(after(name)))
         elif isinstance(module, _BatchNorm) and module.running_mean is not None:
             handles.append(module.register_forward_pre_hook(before(name)))

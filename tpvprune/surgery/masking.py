@@ -15,7 +15,8 @@ from tpvprune.surgery.removal import check_fits
 def mask(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy of the same shape in which the plan's units are silenced: what reads them is zero.
 
-    Equal to `apply` where `Group.exact_mask` holds; where a normaliser pools over the units it is not.
+    Of a skipped block all parameters are zero, which leaves its input. Equal to `apply` where
+    `Group.exact_mask` holds; where a normaliser pools over the units it is not.
 
     Raises:
         PlanError: the plan speaks of other tensors or shapes.
@@ -32,4 +33,6 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
                 tensor.view(-1).index_fill_(0, gone, 0)
             else:
                 tensor.index_fill_(member.dim, gone, 0)
+    for name in plan.graph.vanished(plan.keep) & set(parameters):
+        parameters[name].zero_()
     return masked

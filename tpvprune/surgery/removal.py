@@ -15,7 +15,8 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     """A new, smaller model without the plan's units; the old one is untouched.
 
     All slices are taken in the coordinates of the model the plan was traced from, so the order of the
-    groups does not matter. The new model carries its plan; applying a second plan composes the two.
+    groups does not matter. A skipped block becomes an `nn.Identity`. The new model carries its plan;
+    applying a second plan composes the two.
 
     Args:
         model: the model the plan's graph was traced from.
@@ -32,7 +33,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     whole = earlier.compose(plan) if earlier is not None else plan
     small = copy.deepcopy(model)
     touched = {m.param for name, mask in plan.keep.items() if not bool(mask.all()) for m in plan.graph[name].members}
-    for name in sorted(touched):
+    for name in sorted(touched - plan.graph.vanished(plan.keep)):
         if "#" in name:
             continue
         layer, _, key = name.rpartition(".")
@@ -44,12 +45,16 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
             if len(kept) != old.shape[dim]:
                 new = new.index_select(dim, kept.to(old.device))
         _replace(owner, key, old, new)
+    for name, mask in plan.keep.items():
+        if plan.graph[name].kind == "block" and not bool(mask.any()):
+            around, _, key = name.rpartition(".")
+            setattr(small.get_submodule(around), key, nn.Identity().train(small.get_submodule(name).training))
     for module in small.modules():
         refresh(module)
-    left = plan.graph.sizes(plan.keep)
-    for name, parameter in small.named_parameters():
-        if tuple(parameter.shape) != left[name]:
-            raise InternalError(f"{name!r} came out with shape {tuple(parameter.shape)}, the plan says {left[name]}")
+    left, found = plan.graph.sizes(plan.keep), {name: tuple(p.shape) for name, p in small.named_parameters()}
+    for name in plan.graph.parameters:
+        if found.get(name, (0,)) != left[name]:
+            raise InternalError(f"{name!r} came out with shape {found.get(name)}, the plan says {left[name]}")
     attach(small, whole)
     return small
 
