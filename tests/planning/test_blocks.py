@@ -17,6 +17,8 @@ from tests.cases import example, randomise
 from tests.helpers import assert_same_state, plan_without
 from tests.planning.test_joint import drift, made_up, places, scores_of
 from tests.planning.test_trace import macs_of, params_of
+from tpvprune.planning import joint
+from tpvprune.planning.allocate import _Ladders
 from tpvprune.planning.joint import Joint
 from tpvprune.planning.widths import Cost, check_reachable, floors_of
 
@@ -103,8 +105,8 @@ class InPlace(nn.Module):
         self.body = nn.Sequential(nn.Conv2d(6, 6, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(x - 0.5, inplace=False) if x.requires_grad else x.sub_(0.5).relu_()
-        return x + self.body(x)
+        x += self.body(x)
+        return x
 
 
 class Gate(nn.Module):
@@ -130,7 +132,6 @@ BARE = nn.Conv2d(3, 6, 1)  # its outputs lie on both sides of zero
         (Around("relu6"), nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Hardtanh(-1e9, 1e9)), ["middle"]),
         (Around(scale=True), None, []),  # the path around the branch is weighted
         (Gate(), None, []),
-        (InPlace(), BARE, []),
         (nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)), None, []),
         (nn.Sequential(Around(), Around()), None, ["middle.0", "middle.1"]),
         (nn.Sequential(Around()), None, ["middle.0"]),
@@ -146,6 +147,15 @@ def test_only_what_gives_back_its_input_is_a_block(middle: nn.Module, first: nn.
 def test_zeros_for_an_example_find_the_same_blocks() -> None:
     b = built("stages")
     assert blocks_of(tp.trace(b.model, torch.zeros_like(b.inputs), depth=True)) == list(b.blocks)
+
+
+def test_inputs_above_zero_on_the_example_alone_do_not_deceive() -> None:
+    first = nn.Conv2d(3, 6, 1)
+    model = Wrapped(Around("relu"), first).double()
+    nn.init.constant_(first.bias, 0.5)
+    small = 0.01 * example(2, 3, 5, 5)
+    assert bool((first(small) > 0).all())
+    assert blocks_of(tp.trace(model, small, depth=True)) == []
 
 
 def test_a_branch_whose_activations_are_zero_shows_nothing() -> None:
@@ -220,11 +230,12 @@ def tied() -> nn.Module:
     [
         (lambda: Wrapped(Twice()), "middle.block", "runs 2 times"),
         (lambda: Wrapped(Tells()), "middle.block", "called with more than its input"),
+        (lambda: Wrapped(InPlace()), "middle", "changes its input in place"),
         (tied, "middle", "shares a parameter with a layer outside it"),
         (lambda: Reads(Around()), "middle", "does not run the same with an identity in its place"),
         (lambda: Asks(Around()), "middle", "does not run the same with an identity in its place"),
     ],
-    ids=["twice", "told", "tied", "reads", "asks"],
+    ids=["twice", "told", "written", "tied", "reads", "asks"],
 )
 def test_residual_blocks_that_must_stay_are_listed_with_the_reason(model, block: str, why: str) -> None:
     graph = tp.trace(model().double(), example(2, 3, 5, 5), depth=True)
@@ -331,6 +342,29 @@ def test_a_cheap_block_goes_first_and_what_lies_in_it_with_it() -> None:
     assert plan.macs <= 0.8 * b.graph.macs()
 
 
+def test_what_lies_in_a_skipped_block_competes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    b = built("stages")
+    keep = {block: torch.zeros(1, dtype=torch.bool) for block in b.blocks}
+    taken: list[str] = []
+    for steps in (_Ladders, Joint):
+        take = steps.take
+        monkeypatch.setattr(steps, "take", lambda self, name, take=take: (taken.append(name), take(self, name))[1])
+    scores = scores_of(b.graph, made_up(b.graph, 0))
+    low = {block: torch.full((1,), 1e-9, dtype=torch.float64) for block in b.blocks}
+    for allocator in ("joint", "global"):
+        taken.clear()
+        one = tp.Scores(
+            {**scores.values, **low}, None, "x", 0, 0, 0, b.graph.model_id, sensitivities=scores.sensitivities
+        )
+        with pytest.raises(tp.BudgetError) as error:
+            tp.allocate(one, b.graph, tp.Budget(macs=2), allocator=allocator)
+        floor = int(str(error.value).split("the floor is ")[1].split(" ")[0].replace(",", ""))
+        assert floor < b.graph.macs(keep)
+        tp.allocate(one, b.graph, tp.Budget(macs=floor), allocator=allocator)
+        for block in b.blocks:
+            assert not set(b.graph.within(block)) & set(taken[taken.index(block) :])
+
+
 @pytest.mark.parametrize("pattern", ["stage1.1", "stage1.*", "stage1.1.conv1", "stage1.1.bn2", "re:stage1.*conv2"])
 def test_what_protects_a_layer_protects_the_block_around_it(pattern: str) -> None:
     b = built("stages")
@@ -382,8 +416,6 @@ def test_joint_steps_add_what_the_drift_grows_by(
     name: str, seed: int, small: int, shrinkage: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against the drift of the whole plan, in which a skipped block stands for all that lies in it."""
-    from tpvprune.planning import joint
-
     monkeypatch.setattr(joint, "SMALL", small)
     monkeypatch.setattr(joint, "BLOCK", 3)
     graph = built(name).graph
@@ -415,8 +447,6 @@ def test_the_global_ladder_takes_back_what_a_block_no_longer_loses() -> None:
     scores = all_ones(b.graph, ())
     values = {**scores.values, "stage1.0.conv1": torch.tensor([0.1, 0.2, 1.0, 9.0]).double()}
     values |= {"stage1.0": torch.tensor([9.0]).double()}
-    from tpvprune.planning.allocate import _Ladders
-
     widths = {g.id: list(range(g.units, -1 if g.kind == "block" else 0, -1)) for g in b.graph.groups}
     steps = _Ladders(b.graph, widths, tp.Scores(values, None, "by hand", 0, 0, 0, b.graph.model_id))
     for spent in (0.0, 0.1, 0.3, 1.3):
