@@ -4,12 +4,13 @@
         --test cifar10/test --macs 0.7
 
 The first table skips one block at a time; nothing is refitted. The second cuts to the budget, with scores of blocks and
-channels or of channels alone, and refits in closed form.
+channels or of channels alone or of blocks alone, and refits in closed form.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -70,25 +71,28 @@ def main() -> None:
     print(f"\nrank correlation {np.corrcoef(ranks(predicted), ranks(measured))[0, 1]:.3f}\n")
 
     print(f"dense: accuracy {metrics['dense']['top1']:.4f}\n")
-    print("| budget | scores | blocks | skipped | multiply-adds | KL | accuracy | refitted | ms, dense ms |")
+    print("| budget | scores | units | skipped | multiply-adds | KL | accuracy | refitted | ms, dense ms |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    only = dataclasses.replace(deep, groups=tuple(group for group in deep.groups if group.kind == "block"))
+    graphs = {"blocks and channels": deep, "channels": flat, "blocks": only}
     kinds = {"joint": tp.TPV(), "compensated": tp.TPV(compensated=True)}
-    made = {(k, d): tp.score(model, scored, g, c) for k, c in kinds.items() for d, g in (("yes", deep), ("no", flat))}
+    made = {(k, u): tp.score(model, scored, g, c) for k, c in kinds.items() for u, g in graphs.items()}
+    del made["compensated", "blocks"]  # blocks are scored the same way
     for share in args.macs:
-        for (kind, depth), one in made.items():
-            graph = deep if depth == "yes" else flat
+        for (kind, units), one in made.items():
+            graph = graphs[units]
             plan = tp.allocate(one, graph, tp.Budget(macs=share))
             small = tp.apply(model, plan)
             again = tp.reconstruct(small, refit, model)
             metrics, _ = compare({"raw": small, "refitted": again}, model, test)
             gone = [name for name, mask in plan.keep.items() if graph[name].kind == "block" and not bool(mask.any())]
-            row = {"budget": share, "scores": kind, "depth": depth, "skipped": gone, "macs": plan.macs / graph.macs()}
+            row = {"budget": share, "scores": kind, "units": units, "skipped": gone, "macs": plan.macs / graph.macs()}
             row |= {"raw": metrics["raw"], "refitted": metrics["refitted"]}
             row |= {"ms": latencies({"small": again, "dense": model}, test[0][0])}
             found["plans"].append(row)
             ms = f"{row['ms']['small']:.1f}, {row['ms']['dense']:.1f}"
             print(
-                f"| {share} | {kind} | {depth} | {len(gone)} | {row['macs']:.3f} | {row['raw']['kl']:.3f} "
+                f"| {share} | {kind} | {units} | {len(gone)} | {row['macs']:.3f} | {row['raw']['kl']:.3f} "
                 f"| {row['raw']['top1']:.4f} | {row['refitted']['top1']:.4f} | {ms} |",
                 flush=True,
             )

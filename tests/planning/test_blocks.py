@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 
 import pytest
@@ -363,6 +364,23 @@ def test_what_lies_in_a_skipped_block_competes_no_more(monkeypatch: pytest.Monke
         tp.allocate(one, b.graph, tp.Budget(macs=floor), allocator=allocator)
         for block in b.blocks:
             assert not set(b.graph.within(block)) & set(taken[taken.index(block) :])
+
+
+@pytest.mark.parametrize("allocator", ["joint", "global"])
+def test_blocks_that_stay_change_no_plan(allocator: str) -> None:
+    b = built("stages")
+    flat, blocks = tp.trace(b.model, b.inputs), tuple(b.blocks)
+    inputs = [torch.randn(20, *b.inputs.shape[1:], dtype=torch.float64) for _ in range(2)]
+    for share in (0.8, 0.5):
+        budget = tp.Budget(macs=share, round_to=1)
+        held = dataclasses.replace(budget, per_group=dict.fromkeys(blocks, budget.min_keep))
+        deep, alone = (tp.score(b.model, inputs, graph) for graph in (b.graph, flat))
+        plans = [
+            tp.allocate(deep, b.graph, held, allocator=allocator),
+            tp.allocate(alone, flat, dataclasses.replace(held, per_group={}), allocator=allocator),
+        ]
+        assert set(plans[0].keep) == set(plans[1].keep)
+        assert all(torch.equal(mask, plans[1].mask(name)) for name, mask in plans[0].keep.items())
 
 
 @pytest.mark.parametrize("pattern", ["stage1.1", "stage1.*", "stage1.1.conv1", "stage1.1.bn2", "re:stage1.*conv2"])

@@ -52,7 +52,9 @@ class Joint:
         if sensitivities.groups != tuple((group.id, group.units) for group in graph.groups):
             raise PlanError("the sensitivities are of other groups than the graph's; score again")
         self.widths = widths
-        self.shrinkage = estimated_shrinkage(sensitivities) if shrinkage is None else shrinkage
+        if shrinkage is None:
+            shrinkage = estimated_shrinkage(_of_small_units(graph, sensitivities))
+        self.shrinkage = shrinkage
         self._rows = sensitivities.rows.float() / math.sqrt(sensitivities.samples)
         self._adds = sensitivities.linear.double() + self._rows.double().square().sum(0)
         self._left = torch.ones(len(self._adds), dtype=torch.bool)
@@ -175,6 +177,17 @@ class Joint:
             made = self._rows.index_select(1, block).mT @ self._rows
             self._columns |= {one: values.clone() for one, values in zip(block.tolist(), made, strict=True)}
         return self._columns.pop(column)
+
+
+def _of_small_units(graph: Graph, sensitivities: Sensitivities) -> Sensitivities:
+    """Without the blocks, few and far larger than the rest: with or without them, the rest is as noisy."""
+    small = [graph[name].kind != "block" for name, _ in sensitivities.groups]
+    if all(small) or not any(small):
+        return sensitivities
+    columns = torch.cat([torch.full((n,), one) for (_, n), one in zip(sensitivities.groups, small, strict=True)])
+    groups = tuple(pair for pair, one in zip(sensitivities.groups, small, strict=True) if one)
+    rows, linear = sensitivities.rows[:, columns], sensitivities.linear[columns]
+    return Sensitivities(groups, rows, linear, sensitivities.samples)
 
 
 class _Blocks:
