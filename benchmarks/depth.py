@@ -10,7 +10,6 @@ channels or of channels alone or of blocks alone, and refits in closed form.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -73,15 +72,16 @@ def main() -> None:
     print(f"dense: accuracy {metrics['dense']['top1']:.4f}\n")
     print("| budget | scores | units | skipped | multiply-adds | KL | accuracy | refitted | ms, dense ms |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    only = dataclasses.replace(deep, groups=tuple(group for group in deep.groups if group.kind == "block"))
-    graphs = {"blocks and channels": deep, "channels": flat, "blocks": only}
+    graphs = {"blocks and channels": deep, "channels": flat, "blocks": deep}
     kinds = {"joint": tp.TPV(), "compensated": tp.TPV(compensated=True)}
     made = {(k, u): tp.score(model, scored, g, c) for k, c in kinds.items() for u, g in graphs.items()}
     del made["compensated", "blocks"]  # blocks are scored the same way
     for share in args.macs:
         for (kind, units), one in made.items():
             graph = graphs[units]
-            plan = tp.allocate(one, graph, tp.Budget(macs=share))
+            # No share of a group that must stay holds a block.
+            least = 1.0 if units == "blocks" else 0.1
+            plan = tp.allocate(one, graph, tp.Budget(macs=share, min_keep=least))
             small = tp.apply(model, plan)
             again = tp.reconstruct(small, refit, model)
             metrics, _ = compare({"raw": small, "refitted": again}, model, test)

@@ -21,9 +21,9 @@ from tpvprune.errors import PlanError
 from tpvprune.files import read_text, write_text
 
 Role = Literal["produce", "affine", "consume", "stat", "work", "inside"]
-Kind = Literal["channel", "head", "weight", "block"]
+Kind = Literal["channel", "head", "bundle", "weight", "block"]
 ROLES: tuple[str, ...] = ("produce", "affine", "consume", "stat", "work", "inside")
-KINDS: tuple[str, ...] = ("channel", "head", "weight", "block")
+KINDS: tuple[str, ...] = ("channel", "head", "bundle", "weight", "block")
 GRAPH_FORMAT = 1
 WORK = "#"  # marks a tensor that costs multiply-adds and holds no parameter, as the two products of attention
 REST = "#rest"  # the multiply-adds that belong to no layer, and that no plan changes
@@ -85,7 +85,8 @@ class Group:
 
     Attributes:
         id: name of the layer (or attention block) whose outputs the units are; stable under pruning.
-        kind: what a unit is. A `block` is one unit: a residual block, of that name, that can be skipped.
+        kind: what a unit is. A `bundle` is a group of a grouped convolution. A `block` is one unit: a residual
+            block, of that name, that can be skipped.
         units: how many there are.
         members: every tensor side that holds entries of the units.
         exact_mask: whether zeroing the consumers equals removing the unit. False where a normaliser

@@ -33,10 +33,10 @@ def floors_of(graph: Graph, budget: Budget) -> dict[str, int]:
 
 
 def _least(group: Group) -> int:
-    """A grouped convolution left with one channel a group would turn into a depthwise one; a block may go."""
+    """What keeps a convolution one of its kind: two channels a group, two groups. A block may go."""
     if group.kind == "block":
         return 0
-    return 2 if group.kind == "channel" and any(m.width() > 1 for m in group.members) else 1
+    return 2 if group.kind in ("channel", "bundle") and any(m.width() > 1 for m in group.members) else 1
 
 
 def step_of(group: Group, budget: Budget) -> int:

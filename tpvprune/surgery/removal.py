@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from tpvprune.errors import InternalError, PlanError
 from tpvprune.plan import Plan, attach, plan_of
@@ -49,14 +52,28 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         if plan.graph[name].kind == "block" and not bool(mask.any()):
             around, _, key = name.rpartition(".")
             setattr(small.get_submodule(around), key, nn.Identity().train(small.get_submodule(name).training))
+    for module, count in _groups_left(small, plan):
+        module.groups = count
     for module in small.modules():
         refresh(module)
-    left, found = plan.graph.sizes(plan.keep), {name: tuple(p.shape) for name, p in small.named_parameters()}
-    for name in plan.graph.parameters:
-        if found.get(name, (0,)) != left[name]:
-            raise InternalError(f"{name!r} came out with shape {found.get(name)}, the plan says {left[name]}")
+    left = plan.graph.sizes(plan.keep)
+    for name, parameter in small.named_parameters():
+        if tuple(parameter.shape) != left[name]:
+            raise InternalError(f"{name!r} came out with shape {tuple(parameter.shape)}, the plan says {left[name]}")
     attach(small, whole)
     return small
+
+
+def _groups_left(small: nn.Module, plan: Plan) -> Iterator[tuple[Any, int]]:
+    """Convolutions that lose whole groups, and how many they keep: their weights' shapes do not tell."""
+    gone = plan.graph.vanished(plan.keep)
+    for name, mask in plan.keep.items():
+        if plan.graph[name].kind == "bundle":
+            for member in plan.graph[name].of_role("affine"):
+                module = small.get_submodule(member.layer) if member.param not in gone else None
+                depthwise = isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels
+                if isinstance(module, _ConvNd) and not depthwise:
+                    yield module, int(mask.sum())
 
 
 def _replace(owner: nn.Module, key: str, old: Tensor, new: Tensor) -> None:
