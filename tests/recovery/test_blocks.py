@@ -11,6 +11,7 @@ from torch import nn
 import tpvprune as tp
 from tests import tolerances
 from tests.block_cases import NAMES, built, gone_with
+from tests.cases import example
 from tests.helpers import assert_same_state, gap, outputs, plan_without
 from tests.reference import ridge_refit
 
@@ -73,11 +74,25 @@ def built_residual() -> nn.Module:
 def test_the_whole_way_with_blocks() -> None:
     b = built("stages")
     model = copy.deepcopy(b.model)
-    batches = [torch.randn(8, *b.inputs.shape[1:], dtype=torch.float64) for _ in range(2)]
+    batches = [example(8, *b.inputs.shape[1:], seed=seed) for seed in (2, 3)]
     scores = tp.score(model, batches, b.graph)
-    plan = tp.allocate(scores, b.graph, tp.Budget(macs=0.3, round_to=1))
+    plan = tp.allocate(scores, b.graph, tp.Budget(macs=0.25, round_to=1))
     assert [name for name in b.blocks if not plan.mask(name).any()]
     small = tp.recover(tp.apply(model, plan), batches, teacher=model, batchnorm=True, finetune_with=None)
     assert outputs(small, b.inputs).shape == (3, 4)
     assert_same_state(model.state_dict(), b.model.state_dict())
     assert gap(outputs(small, b.inputs), outputs(model, b.inputs)) > 0
+
+
+def test_prune_skips_blocks_if_asked() -> None:
+    b = built("stages")
+    batches = [example(8, *b.inputs.shape[1:], seed=seed) for seed in (2, 3)]
+    budget, criterion = tp.Budget(macs=0.25, round_to=1), tp.TPV()
+    whole, flat = (tp.prune(b.model, batches, budget, criterion=criterion, depth=yes) for yes in (True, False))
+    skipped = [name for name in b.blocks if not whole.plan.mask(name).any()]
+    assert skipped
+    assert not [g for g in flat.plan.graph.groups if g.kind == "block"]
+    assert all(isinstance(whole.model.get_submodule(name), nn.Identity) for name in skipped)
+    assert whole.report.got["value"] == whole.plan.macs <= 0.25 * b.graph.macs()
+    assert whole.report.pruned.params == sum(p.numel() for p in whole.model.parameters())
+    assert whole.report.recovered.metrics["kl"] < whole.report.pruned.metrics["kl"]
