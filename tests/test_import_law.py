@@ -13,6 +13,7 @@ ROOT = Path(tpvprune.__file__).parent
 FILES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
 REFERENCE = Path(__file__).with_name("reference.py")
 STAGES = ("scoring", "planning", "surgery", "recovery")
+CLI = {"cli.py", "lookcli.py", "options.py", "console.py"}  # the command line, and what its files share
 
 
 def imports(path: Path, package: str = "tpvprune") -> set[str]:
@@ -55,6 +56,7 @@ def users_of(package: str) -> set[str]:
         ("batches.py", {"errors"}),
         ("scores.py", {"errors", "files", "types"}),
         ("budget.py", {"errors", "files", "types"}),
+        ("curves.py", {"errors", "files", "types"}),
     ],
 )
 def test_the_nouns_import_only_what_lies_below_them(file: str, allowed: set[str]) -> None:
@@ -63,7 +65,8 @@ def test_the_nouns_import_only_what_lies_below_them(file: str, allowed: set[str]
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stages_never_import_each_other(stage: str) -> None:
-    above = {"pipeline", "report", "checkpoint", "recipe", "runfolder", "workflow", "zoo", "cli", ""}
+    above = {"pipeline", "report", "checkpoint", "recipe", "runfolder", "workflow", "zoo", "schedule", "targets", ""}
+    above |= {"curves", "groupwise", "plots"} | {name.removesuffix(".py") for name in CLI}
     others = {*STAGES, *above} - {stage}
     for name, path in FILES.items():
         if name.startswith(f"{stage}/"):
@@ -88,19 +91,26 @@ def test_timm_is_imported_by_the_zoo_finetune_and_checkpoint_only() -> None:
 
 @pytest.mark.parametrize(
     ("package", "only"),
-    [("yaml", "recipe.py"), ("rich", "cli.py"), ("typer", "cli.py"), ("accelerate", "recovery/finetune.py")],
+    [("yaml", "recipe.py"), ("matplotlib", "plots.py"), ("accelerate", "recovery/finetune.py")],
 )
 def test_other_packages_have_one_importer(package: str, only: str) -> None:
     assert users_of(package) <= {only}
 
 
+def test_what_the_command_line_prints_with_is_imported_by_its_files_alone() -> None:
+    assert users_of("rich") | users_of("typer") <= CLI
+    assert users_of("rich") >= {"console.py"}
+
+
 def test_the_cli_is_imported_by_none_but_main() -> None:
     assert {name for name, path in FILES.items() if "cli" in ours(path)} <= {"__main__.py"}
+    shared = {name.removesuffix(".py") for name in CLI}
+    assert {name for name, path in FILES.items() if shared & ours(path)} <= CLI | {"__main__.py"}
 
 
 def test_only_the_cli_prints() -> None:
     for name, path in FILES.items():
-        if name == "cli.py":
+        if name in CLI:
             continue
         calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
         assert not [c.lineno for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"], name

@@ -70,9 +70,9 @@ def test_the_report_says_what_was_asked_and_what_came_out() -> None:
     result = tp.prune(b.model, data, tp.Budget(params="70%"), held_out=labelled)
     report = result.report
     bound = int(0.7 * b.graph.params())
-    assert report.asked == {"quantity": "params", "as_written": "70%", "at_most": bound}
-    assert report.got["value"] == sum(p.numel() for p in result.model.parameters()) <= bound
-    assert report.got["share"] == pytest.approx(report.got["value"] / b.graph.params())
+    assert report.asked == {"params": {"as_written": "70%", "at_most": bound}}
+    assert report.got["params"]["value"] == sum(p.numel() for p in result.model.parameters()) <= bound
+    assert report.got["params"]["share"] == pytest.approx(report.got["params"]["value"] / b.graph.params())
     assert (report.before.params, report.before.macs) == (b.graph.params(), b.graph.macs())
     assert report.pruned.params == report.recovered.params == result.plan.params
     assert report.before.metrics == {"kl": 0.0, "agreement": 1.0, "top1": 1.0}
@@ -84,7 +84,7 @@ def test_the_report_says_what_was_asked_and_what_came_out() -> None:
     assert report.drift["recovered_kl"] == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-9)
     wanted = tp.TPV().drift(b.model, labelled, result.plan)[0] / 2
     assert report.drift["predicted_kl"] == pytest.approx(wanted, rel=1e-9)
-    assert json.loads(json.dumps(report.to_json()))["format"] == 1
+    assert json.loads(json.dumps(report.to_json()))["format"] == 2
 
 
 def test_stages_can_be_left_out_or_added() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 import tpvprune as tp
 from tests.helpers import assert_scores_close
 from tests.test_cli import CLASSES, make_images
+from tpvprune.planning.widths import costs_of
 from tpvprune.recipe import validate_recipe
 from tpvprune.workflow import Run
 
@@ -98,3 +100,73 @@ def test_the_stage_says_how_sure_the_ranking_is(place: Path):
     assert 0 <= told["wrong_side"] <= 0.5
     assert -1 <= told["rank_correlation"] <= 1
     assert told["samples_to_settle"] > 12
+
+
+def test_a_stopped_schedule_goes_on_where_it_was(place: Path):
+    asked = ("plan.steps=3", "budget.macs=0.7", "budget.round_to=1", "score.compensated=false")
+    whole = Run(recipe(place, *asked), place / "whole")
+    told = whole.until("plan")
+    assert told["share_of_macs"] <= 0.7
+    assert len(whole.plan.made_by["steps"]) == 3
+
+    def stop(stage: str, done: int, total: int | None) -> None:
+        if (stage, done) == ("plan", 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Run(recipe(place, *asked), place / "broken", progress=stop).until("plan")
+    assert len(list((place / "broken").glob("plan-*.partial.json"))) == 1
+    steps: list[int] = []
+    again = Run(
+        recipe(place, *asked), place / "broken", progress=lambda s, d, t: steps.append(d) if s == "plan" else None
+    )
+    assert again.until("plan") == told
+    assert steps == [2, 3]
+    assert again.plan.to_json() == whole.plan.to_json()
+    assert not list((place / "broken").glob("*.partial.*"))
+
+
+def test_a_recipe_bounds_several_costs_and_drift(place: Path):
+    run = Run(recipe(place, "budget.bytes=0.8", "budget.params=90%", "budget.drift=50"), place / "out")
+    run.until("eval")
+    report = json.loads((place / "out" / "report.json").read_text())
+    dense = sum(t.nbytes for t in (*run.dense.parameters(), *run.dense.buffers()))
+    assert list(report["asked"]) == list(report["got"]) == ["params", "bytes", "drift"]
+    assert report["asked"]["bytes"] == {"as_written": 0.8, "at_most": int(0.8 * dense)}
+    assert report["got"]["bytes"]["value"] <= 0.8 * dense
+    assert report["got"]["drift"]["value"] <= 50
+    assert report["got"]["params"]["share"] <= 0.9
+
+
+def test_half_the_multiply_adds_is_the_default_where_nothing_is_bounded(place: Path):
+    assert recipe(place).limits().as_written == {"macs": 0.5}
+    assert recipe(place, "budget.round_to=1").limits().as_written == {"macs": 0.5}
+    assert recipe(place, "budget.drift=0.05").limits().as_written == {"drift": 0.05}
+    assert recipe(place, "budget.drift=0.05").criterion().compensated is False
+    with pytest.raises(tp.RecipeError, match="bounds at least one"):
+        recipe(place, "budget.macs=null")
+
+
+def test_a_budget_of_milliseconds_is_planned_by_a_table_of_this_machine(
+    place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+):
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    asked = ("budget.latency_ms=0.7", "budget.round_to=1", "latency.batch_size=2", "recover.reconstruct=null")
+    run = Run(recipe(place, *asked), place / "out")
+    run.until("eval")
+    (kept,) = (cache / "tpvprune" / "latency").glob("*.json")
+    table = tp.LatencyTable.load(kept)
+    assert table.measured["batch"] == [2, 3, 32, 32]
+    report = json.loads((place / "out" / "report.json").read_text())
+    got, asked_for = report["got"]["latency_ms"], report["asked"]["latency_ms"]
+    dense = costs_of("latency_ms", run.graph, latency=table).total
+    assert asked_for["at_most"] == pytest.approx(0.7 * dense)
+    assert got["value"] == pytest.approx(costs_of("latency_ms", run.graph, run.plan.keep, latency=table).total)
+    assert got["value"] <= asked_for["at_most"]
+    assert got["measured"] == report["pruned"]["latency_ms"] > 0
+    assert "batch 2" in report["environment"]["latency"]
+    monkeypatch.setattr("tpvprune.workflow.latency_table", lambda *args, **kwargs: table)
+    with pytest.raises(tp.BudgetError, match=r"latency_ms <= 0\.001 cannot be reached"):
+        Run(recipe(place, "budget.latency_ms='0.001 ms'"), place / "other").until("plan")
+    assert not (place / "other" / "scores.safetensors").exists()

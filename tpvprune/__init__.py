@@ -2,6 +2,7 @@
 
 from tpvprune.budget import Budget
 from tpvprune.checkpoint import load, save
+from tpvprune.curves import SensitivityCurve, SensitivityCurves, SensitivityPoint
 from tpvprune.errors import (
     BudgetError,
     CheckpointError,
@@ -14,15 +15,19 @@ from tpvprune.errors import (
     RecipeError,
     TpvpruneError,
 )
+from tpvprune.groupwise import sensitivity
 from tpvprune.pipeline import Pruned, prune
 from tpvprune.plan import Plan
 from tpvprune.planning.allocate import allocate
 from tpvprune.planning.graph import trace
+from tpvprune.planning.inspection import InspectedGroup, Inspection, Unprunable, inspect
+from tpvprune.planning.latency import LatencyTable, latency_table
 from tpvprune.planning.weights import weight_graph
 from tpvprune.recovery.batchnorm import reestimate_batchnorm
 from tpvprune.recovery.finetune import Finetune, finetune
 from tpvprune.recovery.reconstruct import Reconstruct, reconstruct
 from tpvprune.recovery.recover import recover
+from tpvprune.schedule import Planning, plan_for
 from tpvprune.scores import Scores, Sensitivities, Settled
 from tpvprune.scoring.criteria import TPV, score
 from tpvprune.scoring.heads import Cosine, Function, Logits, Margin, Probabilities, Several, Softmax
@@ -55,9 +60,12 @@ __all__ = [
     "Graph",
     "Group",
     "InputError",
+    "InspectedGroup",
+    "Inspection",
     "InternalError",
     "Isotropic",
     "Jacobian",
+    "LatencyTable",
     "Logits",
     "Margin",
     "Measure",
@@ -66,6 +74,7 @@ __all__ = [
     "NonFiniteError",
     "Plan",
     "PlanError",
+    "Planning",
     "Probabilities",
     "Pruned",
     "Random",
@@ -76,25 +85,33 @@ __all__ = [
     "Rounding",
     "Scores",
     "Sensitivities",
+    "SensitivityCurve",
+    "SensitivityCurves",
+    "SensitivityPoint",
     "Settled",
     "Several",
     "Softmax",
     "Taylor",
     "TpvpruneError",
+    "Unprunable",
     "Variance",
     "Wanda",
     "__version__",
     "allocate",
     "apply",
     "finetune",
+    "inspect",
+    "latency_table",
     "load",
     "mask",
+    "plan_for",
     "prune",
     "reconstruct",
     "recover",
     "reestimate_batchnorm",
     "save",
     "score",
+    "sensitivity",
     "trace",
     "weight_graph",
 ]

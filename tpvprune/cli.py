@@ -9,27 +9,37 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-from rich.table import Table
 
-from tpvprune.batches import Progress
 from tpvprune.checkpoint import ABOUT, load
+from tpvprune.console import bars, err, log_line, number, out, print_json, print_table
 from tpvprune.errors import InputError, RecipeError, TpvpruneError
 from tpvprune.files import write_text
+from tpvprune.lookcli import add_verbs
+from tpvprune.options import (
+    AsJson,
+    Bytes,
+    Checkpoint,
+    Data,
+    Drift,
+    Labels,
+    Latency,
+    Macs,
+    Out,
+    Overrides,
+    Params,
+    Target,
+)
 from tpvprune.recipe import Recipe, builtin_recipes, find_recipe, load_recipe
-from tpvprune.report import compare, latencies
+from tpvprune.report import compare, latencies, stored_report
 from tpvprune.runfolder import PRODUCTS
 from tpvprune.targets import flags, is_saved_model, resolve, resolve_model
-from tpvprune.types import Graph, read_json
+from tpvprune.types import Graph
 from tpvprune.version import __version__
 from tpvprune.workflow import Run
 from tpvprune.zoo.data import open_pool
@@ -43,18 +53,6 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="List, show, copy and check recipes.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
-
-Target = Annotated[str, typer.Argument(help="A recipe (name or YAML file), a run's folder, or a timm model name.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, as in budget.macs=0.4", show_default=False)]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the results; runs/NAME by default.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document for machines.")]
-Checkpoint = Annotated[str | None, typer.Option(help="Weights: .safetensors, .pth or .pth.tar, as timm loads them.")]
-Data = Annotated[str | None, typer.Option(help="Unlabeled images: a folder in any tree, .npz/.npy, or 'digits'.")]
-Labels = Annotated[str | None, typer.Option(help="'folders' or a class-map file; used for the accuracy line only.")]
-Macs = Annotated[str | None, typer.Option(help="Multiply-adds to keep at most: 0.5, 50% or 1.2G.")]
-Params = Annotated[str | None, typer.Option(help="Parameters to keep at most: 0.5, 50% or 3M.")]
-
-out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
 
 
 def _version(asked: bool) -> None:
@@ -99,6 +97,9 @@ def prune(
     labels: Labels = None,
     macs: Macs = None,
     params: Params = None,
+    size: Bytes = None,
+    latency_ms: Latency = None,
+    drift: Drift = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="key=value of any recipe key, as in recover.finetune.epochs=3")
     ] = None,
@@ -108,9 +109,10 @@ def prune(
     """Prune a model without a recipe."""
     if data is None:
         raise InputError("--data is missing; give a folder of images (labels are not needed)")
-    if macs is None and params is None:
-        raise InputError("no budget; give --macs 0.5 or --params 0.5")
-    given = flags(checkpoint=checkpoint, data=data, labels=labels, macs=macs, params=params)
+    bounds = {"macs": macs, "params": params, "bytes": size, "latency_ms": latency_ms, "drift": drift}
+    if not any(bounds.values()):
+        raise InputError("no budget; give --macs 0.5, --params 0.5, --bytes 20MB, --latency-ms '8 ms' or --drift 0.05")
+    given = flags(checkpoint=checkpoint, data=data, labels=labels, **bounds)
     _finish(resolve_model(model, [*given, *(overrides or [])], out_dir), "report", as_json)
 
 
@@ -125,17 +127,21 @@ def _stage(name: str, text: str) -> None:
         labels: Labels = None,
         macs: Macs = None,
         params: Params = None,
+        size: Bytes = None,
+        latency_ms: Latency = None,
+        drift: Drift = None,
         out_dir: Out = None,
         as_json: AsJson = False,
     ) -> None:
-        given = flags(checkpoint=checkpoint, data=data, labels=labels, macs=macs, params=params)
+        bounds = {"macs": macs, "params": params, "bytes": size, "latency_ms": latency_ms, "drift": drift}
+        given = flags(checkpoint=checkpoint, data=data, labels=labels, **bounds)
         stored = Path(target) / PRODUCTS["eval"]
         if name == "report" and stored.is_file() and not (given or overrides or out_dir):
-            told = read_json(stored, "report")  # looking at a result needs neither its images nor its weights
-            _print_json(told) if as_json else _print_report(told, Path(target))
+            told = stored_report(stored)  # looking at a result needs neither its images nor its weights
+            print_json(told) if as_json else _print_report(told, Path(target))
             return
         if name == "eval" and is_saved_model(target):
-            if overrides or checkpoint or macs or params or out_dir:
+            if overrides or checkpoint or any(bounds.values()) or out_dir:
                 raise InputError("a saved model is measured with --data and --labels alone")
             _evaluate(Path(target), data, labels, as_json)
         else:
@@ -153,6 +159,9 @@ _stage("eval", "Measure before, pruned and recovered on images the scorer did no
 _stage("report", "Print the report of a run.")
 
 
+add_verbs(app)
+
+
 @recipes_app.command("ls")
 def recipes_ls(as_json: AsJson = False) -> None:
     """List the built-in recipes."""
@@ -161,9 +170,9 @@ def recipes_ls(as_json: AsJson = False) -> None:
         recipe = load_recipe(name)
         rows.append({"name": name, "description": recipe.description})
     if as_json:
-        _print_json(rows)
+        print_json(rows)
     else:
-        _print_table(["name", "description"], [[row["name"], row["description"]] for row in rows])
+        print_table(["name", "description"], [[row["name"], row["description"]] for row in rows])
 
 
 @recipes_app.command("show")
@@ -216,14 +225,14 @@ def _finish(runs: list[tuple[Recipe, Path]], stage: str, as_json: bool) -> None:
     for recipe, folder in runs:
         if len(runs) > 1:
             err.print(f"{recipe.name} -> {folder}", highlight=False)
-        with _progress() as progress:
-            job = Run(recipe, folder, progress=progress, log=_log_line)
+        with bars() as progress:
+            job = Run(recipe, folder, progress=progress, log=log_line)
             told = job.until(stage)
         found.append({"recipe": recipe.name, "out": str(folder), "stage": stage, **told})
         if not as_json:
             _print_stage(stage, told, folder)
     if as_json:
-        _print_json(found[0] if len(found) == 1 else found)
+        print_json(found[0] if len(found) == 1 else found)
 
 
 def _evaluate(folder: Path, data: str | None, labels: str | None, as_json: bool) -> None:
@@ -232,7 +241,7 @@ def _evaluate(folder: Path, data: str | None, labels: str | None, as_json: bool)
         raise InputError("--data is missing; give images to measure on")
     model = load(folder)
     batches = open_pool(data, model, labels=labels).loader(64)
-    with _progress() as progress:
+    with bars() as progress:
         metrics, images = compare({"model": model}, model, batches, progress=progress)
     first = next(iter(batches))[0][:8]
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
@@ -245,57 +254,9 @@ def _evaluate(folder: Path, data: str | None, labels: str | None, as_json: bool)
     if "top1" in metrics["model"]:
         told["top1"] = metrics["model"]["top1"]
     if as_json:
-        _print_json(told)
+        print_json(told)
     else:
-        _print_table(["measure", "value"], [[name, _number(value)] for name, value in told.items()])
-
-
-def _log_line(line: str) -> None:
-    err.print(line, highlight=False, markup=False)
-
-
-@contextmanager
-def _progress() -> Iterator[Progress | None]:
-    """Bars on a terminal; nothing but the stage lines when piped."""
-    if not err.is_terminal:
-        yield None
-        return
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Bar(*columns, TimeRemainingColumn(), console=err, transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def tell(stage: str, done: int, total: int | None) -> None:
-            if stage not in tasks or done <= 1:
-                for task in tasks.values():
-                    bar.update(task, visible=False)
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
-        yield tell
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")
-
-
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-    """A rich table on a terminal, tab-separated plain lines when piped."""
-    if not out.is_terminal:
-        for row in (header, *rows):
-            sys.stdout.write("\t".join(row).rstrip() + "\n")
-        return
-    table = Table(title=title or None, title_justify="left")
-    for number, name in enumerate(header):
-        table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    out.print(table)
-
-
-def _number(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
+        print_table(["measure", "value"], [[name, number(value)] for name, value in told.items()])
 
 
 def _print_stage(stage: str, told: Mapping[str, Any], folder: Path) -> None:
@@ -309,40 +270,47 @@ def _print_stage(stage: str, told: Mapping[str, Any], folder: Path) -> None:
 
 def _print_plain(told: Mapping[str, Any], folder: Path) -> None:
     rows = [
-        [key.replace("_", " "), _number(value)] for key, value in told.items() if not isinstance(value, (dict, list))
+        [key.replace("_", " "), number(value)] for key, value in told.items() if not isinstance(value, (dict, list))
     ]
-    _print_table(["result", "value"], [*rows, ["folder", str(folder)]])
+    print_table(["result", "value"], [*rows, ["folder", str(folder)]])
 
 
 def _print_trace(told: Mapping[str, Any], folder: Path) -> None:
     _print_plain(told, folder)
     graph = Graph.load(folder / PRODUCTS["trace"])
-    rows = [[g.id, g.kind, str(g.units), ", ".join(m.layer for m in g.of_role("consume")) or "-"] for g in graph.groups]
-    _print_table(["group", "unit", "units", "read by"], rows)
+    rows = [[g.id, g.kind, str(g.units), ", ".join(m.layer for m in g.of_role("consume"))] for g in graph.groups]
+    print_table(["group", "unit", "units", "read by"], rows)
     if told["stays_whole"]:
-        _print_table(["stays whole", "because"], [[name, why] for name, why in told["stays_whole"].items()])
+        print_table(["stays whole", "because"], [[name, why] for name, why in told["stays_whole"].items()])
 
 
 def _print_metrics(told: Mapping[str, Any], folder: Path) -> None:
     names = list(dict.fromkeys(key for metrics in told.values() for key in metrics))
-    rows = [[name, *(_number(told[m].get(name)) for m in told)] for name in names]
-    _print_table(["metric", *told], rows)
+    rows = [[name, *(number(told[m].get(name)) for m in told)] for name in names]
+    print_table(["metric", *told], rows)
 
 
 def _print_report(told: Mapping[str, Any], folder: Path) -> None:
     models = [name for name in ("before", "pruned", "recovered") if told.get(name)]
-    rows = [[key, *(_number(told[m][key]) for m in models)] for key in ("params", "macs", "latency_ms")]
+    rows = [[key, *(number(told[m][key]) for m in models)] for key in ("params", "macs", "latency_ms")]
     for key in dict.fromkeys(k for m in models for k in told[m]["metrics"]):
-        rows.append([key, *(_number(told[m]["metrics"].get(key)) for m in models)])
-    _print_table(["measure", *models], rows, title=f"{folder}")
+        rows.append([key, *(number(told[m]["metrics"].get(key)) for m in models)])
+    print_table(["measure", *models], rows, title=f"{folder}")
     asked, got, drift = told["asked"], told["got"], told["drift"]
     seconds = sum(told["seconds"].values())
     data = told["data"]
+    for name, bound in asked.items():
+        share = "" if got[name]["share"] is None else f" ({got[name]['share']:.1%})"
+        out.print(
+            f"asked {name} <= {number(bound['at_most'])} ({bound['as_written']}), "
+            f"got {number(got[name]['value'])}{share}"
+            + (f"; measured {number(got[name]['measured'])}" if "measured" in got[name] else ""),
+            highlight=False,
+            markup=False,
+        )
     out.print(
-        f"asked {asked['quantity']} <= {asked['at_most']:,} ({asked['as_written']}), "
-        f"got {got['value']:,} ({got['share']:.1%})\n"
-        f"KL to the dense model in nats: predicted {_number(drift['predicted_kl'])}, "
-        f"pruned {_number(drift['pruned_kl'])}, recovered {_number(drift['recovered_kl'])}\n"
+        f"KL to the dense model in nats: predicted {number(drift['predicted_kl'])}, "
+        f"pruned {number(drift['pruned_kl'])}, recovered {number(drift['recovered_kl'])}\n"
         f"scored on {data['scored']} images, measured on {data['measured']} others, "
         f"{data.get('skipped', 0)} skipped; {seconds:.0f} s\n"
         f"load it: tpvprune.load({str(folder)!r})",
@@ -365,7 +333,7 @@ def main() -> None:
 
 def _fail(error: Exception, code: int) -> None:
     if "--json" in sys.argv:
-        _print_json({"error": type(error).__name__, "message": str(error)})
+        print_json({"error": type(error).__name__, "message": str(error)})
     err.print(f"tpvprune: {error}", style="red" if err.is_terminal else None, highlight=False, markup=False)
     raise SystemExit(code)
 

@@ -13,11 +13,11 @@ from tpvprune.batches import Batch, Progress, Selector, inputs_of, repeatable
 from tpvprune.budget import Budget
 from tpvprune.errors import DataError
 from tpvprune.plan import Plan
-from tpvprune.planning.allocate import allocate
 from tpvprune.planning.graph import trace
 from tpvprune.recovery.finetune import Finetune
 from tpvprune.recovery.reconstruct import Reconstruct
 from tpvprune.recovery.recover import CLOSED_FORM, recover
+from tpvprune.schedule import Planning, plan_for
 from tpvprune.scores import Scores
 from tpvprune.scoring.criteria import TPV, Criterion, predicted_kl, score
 from tpvprune.surgery.removal import apply
@@ -47,6 +47,7 @@ def prune(
     budget: Budget,
     *,
     criterion: Criterion | None = None,
+    planning: Planning | None = None,
     output: Selector = None,
     depth: bool = False,
     held_out: Iterable[Batch] | None = None,
@@ -60,7 +61,9 @@ def prune(
         model: any module.
         batches: unlabeled; a list or a DataLoader.
         budget: what the result may cost.
-        criterion: how to score; `TPV()` by default, compensated if the closed form follows.
+        criterion: how to score; `TPV()` by default, compensated if the closed form follows (and drift is not
+            bounded).
+        planning: in how many steps, and by which allocator; one step by default.
         output: which part of what the model returns counts, where that is not one tensor: a key, attribute or
             index, or a function. A criterion of your own has its own `output`.
         depth: whether residual blocks may be skipped as a whole; see `trace`.
@@ -76,7 +79,8 @@ def prune(
     repeatable(batches, "scoring and recovery both need them")
     if held_out is not None:
         repeatable(held_out, "the prediction and the report both need them")
-    criterion = criterion or TPV(output=output, compensated=reconstruct_with is not None)
+    compensated = reconstruct_with is not None and budget.drift is None
+    criterion = criterion or TPV(output=output, compensated=compensated)
     seconds: dict[str, float] = {}
 
     def timed(stage: str, since: float) -> float:
@@ -91,7 +95,9 @@ def prune(
     clock = timed("trace", clock)
     scores = score(model, batches, graph, criterion, progress=progress)
     clock = timed("score", clock)
-    plan = allocate(scores, graph, budget)
+    plan = plan_for(
+        model, batches, graph, budget, criterion=criterion, planning=planning, scores=scores, progress=progress
+    )
     clock = timed("plan", clock)
     cut = apply(model, plan)
     clock = timed("apply", clock)

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, Literal, Optional, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
-from tpvprune.budget import Budget
+from tpvprune.budget import BOUNDS, Budget
 from tpvprune.errors import InputError, RecipeError
 from tpvprune.files import read_text
 from tpvprune.recovery.finetune import Finetune
 from tpvprune.recovery.reconstruct import Reconstruct
+from tpvprune.schedule import Planning
 from tpvprune.scoring.criteria import TPV, Criterion
 from tpvprune.scoring.heads import HEADS
 from tpvprune.scoring.registry import CRITERIA, criterion_named
@@ -78,12 +79,11 @@ ScoreSection: Any = _section_of(
     compensated=(bool | None, None),  # None: if a refit follows
     samples=(int | None, Field(default=1280, ge=1)),
 )
+_ANY_BOUND: Any = dict.fromkeys(BOUNDS, (float | str | None, None))
 BudgetSection: Any = _section_of(
     Budget,
     "BudgetSection",
-    macs=(float | str | None, None),
-    params=(float | str | None, None),
-    units=(float | str | None, None),
+    **_ANY_BOUND,
     per_group=(dict[str, float], Field(default_factory=dict)),
 )
 ReconstructSection: Any = _section_of(
@@ -96,6 +96,16 @@ FinetuneSection: Any = _section_of(
     batch_size=(int | None, Field(default=None, ge=1)),
     augment=(bool, True),
 )
+
+
+PlanSection: Any = _section_of(Planning, "PlanSection")
+
+
+class LatencySection(_Strict):
+    """What milliseconds are measured with: the batch, and whether the model runs under `torch.compile`."""
+
+    batch_size: int = Field(default=8, ge=1)
+    compiled: bool = False
 
 
 class RecoverSection(_Strict):
@@ -115,10 +125,20 @@ class Recipe(_Strict):
     data: DataSection | None = None
     eval: EvalSection = Field(default_factory=EvalSection)
     score: ScoreSection = Field(default_factory=ScoreSection)
-    budget: BudgetSection = Field(default_factory=lambda: BudgetSection(macs=0.5))
+    budget: BudgetSection = Field(default_factory=BudgetSection)  # macs=0.5 where nothing is bounded
+    plan: PlanSection = Field(default_factory=PlanSection)
+    latency: LatencySection = Field(default_factory=LatencySection)
     recover: RecoverSection = Field(default_factory=RecoverSection)
     device: str = "auto"
     seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _half_by_default(cls, data: Any) -> Any:
+        budget = data.get("budget", {}) if isinstance(data, dict) else None
+        if isinstance(budget, dict) and not set(BOUNDS) & set(budget):
+            return {**data, "budget": {"macs": 0.5, **budget}}
+        return data
 
     def criterion(self) -> Criterion:
         """How to score: the settings that the criterion has, and no other that was written down."""
@@ -129,7 +149,9 @@ class Recipe(_Strict):
         settings = {name: getattr(section, name) for name in own | extra}
         if settings.get("compensated", True) is None:
             possible = section.over == "consume" and section.engine in ("auto", "activations")
-            settings["compensated"] = possible and not section.sensitivities and self.recover.reconstruct is not None
+            refitted = self.recover.reconstruct is not None
+            whole = self.plan.allocator == "joint" or self.budget.drift is not None  # need effects of the cut itself
+            settings["compensated"] = possible and refitted and not section.sensitivities and not whole
         try:
             return criterion_named(section.criterion, settings)
         except InputError as error:
@@ -138,6 +160,10 @@ class Recipe(_Strict):
     def limits(self) -> Budget:
         """What the result may cost."""
         return _settings(Budget, self.budget, "budget")
+
+    def planning(self) -> Planning:
+        """How the plan is made."""
+        return _settings(Planning, self.plan, "plan")
 
     def closed_form(self) -> Reconstruct | None:
         """How to refit, or None."""
@@ -250,7 +276,7 @@ def validate_recipe(
         raise RecipeError(_explain(error, kind, origin, set_by, lines or {})) from error
     if isinstance(recipe, Recipe):
         try:
-            recipe.criterion(), recipe.limits(), recipe.closed_form(), recipe.distillation()
+            recipe.criterion(), recipe.limits(), recipe.planning(), recipe.closed_form(), recipe.distillation()
         except RecipeError as error:
             raise RecipeError(f"{_place(str(error), origin, set_by, lines or {})}: {error}") from error
     return recipe

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -30,7 +30,10 @@ from tpvprune.batches import (
 from tpvprune.budget import Budget
 from tpvprune.errors import DataError
 from tpvprune.plan import Plan
-from tpvprune.types import Measure, Report
+from tpvprune.planning.latency import LatencyTable
+from tpvprune.planning.widths import costs_of
+from tpvprune.timing import milliseconds
+from tpvprune.types import REPORT_FORMAT, Measure, Report, check_format, read_json
 
 PACKAGES = ("tpvprune", "torch", "torch-pruning", "timm", "numpy")
 
@@ -111,22 +114,9 @@ def latencies(models: Mapping[str, nn.Module], inputs: Tensor, *, rounds: int = 
         inputs: one batch, `(batch, ...)`.
         rounds: timed passes of each model, after two that are not timed.
     """
-    times: dict[str, list[float]] = {name: [] for name in models}
     with evaluation_mode(*models.values()):
-        for number in range(rounds + 2):
-            for name, model in models.items():
-                _wait(inputs)
-                start = time.perf_counter()
-                model(inputs)
-                _wait(inputs)
-                if number >= 2:
-                    times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: round(statistics.median(taken), 3) for name, taken in times.items()}
-
-
-def _wait(inputs: Tensor) -> None:
-    if inputs.device.type == "cuda":
-        torch.cuda.synchronize(inputs.device)
+        runs = {name: partial(model, inputs) for name, model in models.items()}
+        return {name: round(ms, 3) for name, ms in milliseconds(runs, inputs.device, rounds=rounds).items()}
 
 
 def environment(latency_batch: int, device: torch.device) -> dict[str, Any]:
@@ -148,6 +138,33 @@ def environment(latency_batch: int, device: torch.device) -> dict[str, Any]:
     }
 
 
+def stored_report(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A report as it was written.
+
+    Raises:
+        PlanError: the file is missing, broken or of another version.
+    """
+    found = read_json(path, "report")
+    check_format(found, REPORT_FORMAT, f"report {path}")
+    return dict(found)
+
+
+def asked_and_got(
+    budget: Budget, plan: Plan, latency: LatencyTable | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Per bounded cost, what was written and its absolute value; and what the plan comes to, with its share."""
+    asked: dict[str, Any] = {}
+    got: dict[str, Any] = {}
+    for name in budget.quantities:
+        dense, left = (costs_of(name, plan.graph, keep, latency=latency).total for keep in (None, plan.keep))
+        asked[name] = {"as_written": budget.as_written[name], "at_most": budget.bound(name, dense)}
+        got[name] = {"value": left, "share": left / dense}
+    if budget.most_drift is not None:
+        asked["drift"] = {"as_written": budget.as_written["drift"], "at_most": budget.most_drift}
+        got["drift"] = {"value": plan.made_by.get("predicted_kl"), "share": None}
+    return asked, got
+
+
 def build(
     *,
     dense: nn.Module,
@@ -160,6 +177,8 @@ def build(
     seconds: Mapping[str, float],
     data: Mapping[str, Any],
     output: Selector = None,
+    latency: LatencyTable | None = None,
+    latency_batch: int = 8,
     steps: Iterable[Mapping[str, Any]] = (),
     progress: Progress | None = None,
 ) -> Report:
@@ -176,6 +195,8 @@ def build(
         seconds: per stage so far.
         data: what each stage saw.
         output: see `compare`.
+        latency: what milliseconds were planned by.
+        latency_batch: examples of the batch that is timed.
         steps: what was done, in order.
         progress: see `compare`.
 
@@ -186,13 +207,16 @@ def build(
     start = time.perf_counter()
     models = {"before": dense, "pruned": pruned} | ({"recovered": recovered} if recovered is not None else {})
     metrics, images = compare(models, dense, batches, output=output, progress=progress)
-    sample = inputs_of(next(iter(batches))).to(device_of(dense))[:8]
-    milliseconds = latencies(models, sample)
+    sample = inputs_of(next(iter(batches))).to(device_of(dense))[:latency_batch]
+    if len(sample) < latency_batch:
+        sample = sample.repeat(-(-latency_batch // len(sample)), *[1] * (sample.ndim - 1))[:latency_batch]
+    taken = latencies(models, sample)
     graph = plan.graph
     costs = {"before": (graph.params(), graph.macs()), "pruned": (plan.params, plan.macs)}
-    measures = {name: Measure(*costs.get(name, costs["pruned"]), milliseconds[name], metrics[name]) for name in models}
-    quantity = budget.quantity
-    got = graph.cost(quantity, plan.keep)
+    measures = {name: Measure(*costs.get(name, costs["pruned"]), taken[name], metrics[name]) for name in models}
+    asked, got = asked_and_got(budget, plan, latency)
+    if "latency_ms" in got:  # what was predicted; measured on the model that came out
+        got["latency_ms"]["measured"] = taken[list(models)[-1]]
     drift = {
         "predicted_kl": predicted,
         "pruned_kl": metrics["pruned"].get("kl"),
@@ -201,8 +225,8 @@ def build(
         "recovered_agreement": metrics.get("recovered", {}).get("agreement"),
     }
     return Report(
-        asked={"quantity": quantity, "as_written": getattr(budget, quantity), "at_most": budget.bound(graph)},
-        got={"quantity": quantity, "value": got, "share": got / graph.cost(quantity)},
+        asked=asked,
+        got=got,
         before=measures["before"],
         pruned=measures["pruned"],
         recovered=measures.get("recovered"),

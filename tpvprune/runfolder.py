@@ -25,7 +25,7 @@ PRODUCTS = {
     "eval": "report.json",
 }
 RECIPE, STATE = "recipe.yaml", "stages.json"
-STATE_FORMAT = 2  # raised when a stage's result is no longer what an older version made
+STATE_FORMAT = 3  # raised when a stage's result is no longer what an older version made
 
 
 def stage_keys(recipe: Recipe, last: str) -> dict[str, str]:
@@ -60,8 +60,15 @@ def _matters(recipe: Recipe, stage: str) -> dict[str, Any]:
         labels = data.get("labels") if tuning and tuning["label_weight"] else None
         return {"recover": sections["recover"], "labels": labels}
     if stage == "eval":
-        return {"labels": [data.get("labels"), held["labels"]], "samples": held["samples"]}
-    return {"budget": sections["budget"]} if stage == "plan" else {}
+        return {
+            "labels": [data.get("labels"), held["labels"]],
+            "samples": held["samples"],
+            "latency": sections["latency"],
+        }
+    if stage != "plan":
+        return {}
+    timed = sections["budget"]["latency_ms"] is not None or sections["plan"]["per"] == "latency_ms"
+    return {"budget": sections["budget"], "plan": sections["plan"], "latency": sections["latency"] if timed else None}
 
 
 def one_line(told: dict[str, Any]) -> str:

@@ -207,6 +207,11 @@ class Scores:
             if value.ndim != 1 or not bool(torch.isfinite(value).all()):
                 raise PlanError(f"scores of group {name!r} are not finite values of shape (units,)")
 
+    @property
+    def in_nats(self) -> bool:
+        """Whether half a value predicts KL(dense || pruned) in nats: TPV of the softmax head, of the cut alone."""
+        return self.criterion.startswith("tpv(head=softmax, over=consume") and "compensated" not in self.criterion
+
     def summary(self, cut: float = 0.5, share: float = 0.01) -> dict[str, Any]:
         """How sure the ranking is.
 

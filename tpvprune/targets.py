@@ -7,25 +7,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tpvprune.budget import BOUNDS
 from tpvprune.checkpoint import ABOUT
 from tpvprune.errors import RecipeError
 from tpvprune.recipe import Recipe, Suite, builtin_recipes, load_recipe, validate_recipe
 from tpvprune.runfolder import RECIPE, branch, stored_recipe
-from tpvprune.zoo.models import is_model
+from tpvprune.zoo.models import is_model, near_models
 
 
 def flags(**given: str | None) -> list[str]:
     """Options as overrides; quoted as YAML strings, so that a path is never read as anything else."""
-    keys = {
-        "checkpoint": "model.checkpoint",
-        "data": "data.images",
-        "labels": "data.labels",
-        "macs": "budget.macs",
-        "params": "budget.params",
-    }
+    keys = {"checkpoint": "model.checkpoint", "data": "data.images", "labels": "data.labels"}
+    keys |= {name: f"budget.{name}" for name in BOUNDS}
     found = [f"{keys[name]}={json.dumps(value)}" for name, value in given.items() if value is not None]
-    if given.get("params") is not None and given.get("macs") is None:
-        found.append("budget.macs=null")
+    if any(given.get(name) is not None for name in BOUNDS):  # what a recipe bounds besides gives way
+        found = [f"budget.{name}=null" for name in BOUNDS if given.get(name) is None] + found
     return found
 
 
@@ -47,7 +43,12 @@ def resolve(target: str, overrides: Sequence[str], folder: Path | None) -> list[
             return resolve_model(target, overrides, folder)
         if path.is_dir():
             raise RecipeError(f"{target} is no folder of a run (it holds no {RECIPE})")
-    recipe = load_recipe(target, overrides)
+    try:
+        recipe = load_recipe(target, overrides)
+    except RecipeError as error:
+        if path.suffix in (".yaml", ".yml") or path.exists() or target in builtin_recipes():
+            raise
+        raise RecipeError(f"{error}; nor is it a model{near_models(target)}") from error
     base = folder or Path("runs") / recipe.name
     if isinstance(recipe, Recipe):
         return [(recipe, base)]

@@ -25,6 +25,7 @@ Kind = Literal["channel", "head", "bundle", "weight", "block"]
 ROLES: tuple[str, ...] = ("produce", "affine", "consume", "stat", "work", "inside")
 KINDS: tuple[str, ...] = ("channel", "head", "bundle", "weight", "block")
 GRAPH_FORMAT = 1
+REPORT_FORMAT = 2
 WORK = "#"  # marks a tensor that costs multiply-adds and holds no parameter, as the two products of attention
 REST = "#rest"  # the multiply-adds that belong to no layer, and that no plan changes
 
@@ -134,6 +135,8 @@ class Graph:
             output position, a linear layer's once per row.
         model_id: fingerprint of the architecture (names and shapes), see `fingerprint`.
         skipped: modules whose outputs cannot be pruned, with the reason.
+        itemsize: bytes per entry of every tensor in `shapes` that is kept in memory; what no group touches besides
+            parameters stands under `#rest`.
     """
 
     groups: tuple[Group, ...]
@@ -141,6 +144,7 @@ class Graph:
     reuse: Mapping[str, int]
     model_id: str
     skipped: Mapping[str, str]
+    itemsize: Mapping[str, int] = field(default_factory=dict)
     _by_id: Mapping[str, Group] = field(init=False, repr=False)
     _within: Mapping[str, tuple[str, ...]] = field(init=False, repr=False)
 
@@ -196,6 +200,14 @@ class Graph:
                 out |= {name: torch.zeros(self[name].units, dtype=torch.bool) for name in self.within(group_id)}
         return out
 
+    def lost(self, gone: Mapping[str, Tensor]) -> frozenset[str]:
+        """Ids of the groups that lie in skipped blocks.
+
+        Args:
+            gone: bool mask `(units,)` per group id of what has left.
+        """
+        return frozenset(n for name, mask in gone.items() if bool(mask.any()) for n in self.within(name))
+
     def vanished(self, keep: Mapping[str, Tensor]) -> frozenset[str]:
         """Names of all tensors that lie in skipped blocks."""
         gone = [self[name] for name, mask in keep.items() if not bool(mask.any())]
@@ -218,25 +230,36 @@ class Graph:
 
     def params(self, keep: Mapping[str, Tensor] | None = None) -> int:
         """Number of parameters left, exact."""
-        sizes = self.sizes(keep)
-        return sum(math.prod(sizes[name]) for name in self.parameters)
+        return self.cost("params", keep)
 
     def macs(self, keep: Mapping[str, Tensor] | None = None) -> int:
         """Multiply-adds per example left, exact for every layer that a group touches."""
-        sizes = self.sizes(keep)
-        return sum(times * math.prod(sizes[name]) for name, times in self.reuse.items())
+        return self.cost("macs", keep)
+
+    def times(self, quantity: str) -> Mapping[str, int]:
+        """What each entry of a tensor counts for: multiply-adds, bytes, or one parameter.
+
+        Raises:
+            PlanError: another quantity.
+        """
+        if quantity == "macs":
+            return self.reuse
+        if quantity == "params":
+            return dict.fromkeys(self.parameters, 1)
+        if quantity != "bytes":
+            raise PlanError(f"cost {quantity!r} is none of macs, params, bytes and units")
+        return self.itemsize or dict.fromkeys(self.parameters, 4)  # graphs of earlier versions: float32
 
     def cost(self, quantity: str, keep: Mapping[str, Tensor] | None = None) -> int:
-        """What is left of macs, params or units.
+        """What is left of macs, params, bytes or units.
 
         Raises:
             PlanError: another quantity.
         """
         if quantity == "units":
             return self.units - sum(int((~mask).sum()) for mask in self.closed(keep or {}).values())
-        if quantity not in ("macs", "params"):
-            raise PlanError(f"cost {quantity!r} is none of macs, params and units")
-        return self.macs(keep) if quantity == "macs" else self.params(keep)
+        sizes = self.sizes(keep)
+        return sum(times * math.prod(sizes[name]) for name, times in self.times(quantity).items())
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready form; `from_json` is its inverse."""
@@ -260,6 +283,7 @@ class Graph:
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "reuse": dict(self.reuse),
             "skipped": dict(self.skipped),
+            "itemsize": dict(self.itemsize),
         }
 
     @classmethod
@@ -290,6 +314,7 @@ class Graph:
                 reuse=dict(data["reuse"]),
                 model_id=data["model_id"],
                 skipped=dict(data["skipped"]),
+                itemsize=dict(data.get("itemsize", {})),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"the graph is incomplete ({error!r}); trace the model again") from error
@@ -393,8 +418,8 @@ class Report:
     """What was asked, what came out, and how it was measured.
 
     Attributes:
-        asked: the budget in absolute numbers and as it was written.
-        got: the same quantity of the model that came out.
+        asked: per quantity that the budget bounds, `at_most` in absolute numbers and `as_written`.
+        got: per quantity, `value` of the model that came out and its `share` of the dense model's.
         before: the dense model.
         pruned: cut, not yet recovered.
         recovered: after recovery; None if none was asked for.
@@ -415,7 +440,7 @@ class Report:
     seconds: Mapping[str, float]
     data: Mapping[str, Any]
     environment: Mapping[str, Any]
-    format: int = 1
+    format: int = REPORT_FORMAT
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready form."""

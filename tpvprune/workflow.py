@@ -23,12 +23,13 @@ from tpvprune.checkpoint import load, save
 from tpvprune.errors import DataError, ModelError, RecipeError, TpvpruneError
 from tpvprune.files import write_text
 from tpvprune.plan import Plan
-from tpvprune.planning.allocate import allocate
 from tpvprune.planning.graph import trace
+from tpvprune.planning.latency import LatencyTable, default_cache, latency_table
 from tpvprune.planning.widths import check_reachable
 from tpvprune.recipe import Recipe
 from tpvprune.recovery.recover import recover
 from tpvprune.runfolder import PRODUCTS, RECIPE, STAGES, STATE, one_line, stage_keys, stored_recipe
+from tpvprune.schedule import plan_for
 from tpvprune.scores import Scores
 from tpvprune.scoring.collect import Streaming
 from tpvprune.scoring.criteria import predicted_kl, score
@@ -122,7 +123,7 @@ class Run:
             with torch.no_grad():
                 finite_output(self.dense, first[0].to(self.device))
         if STAGES.index(last) >= STAGES.index("plan"):
-            check_reachable(self._traced, self.recipe.limits())
+            check_reachable(self._traced, self.recipe.limits(), latency=self._latency)
 
     @cached_property
     def _traced(self) -> Graph:
@@ -134,6 +135,22 @@ class Run:
         graph = trace(self.dense, self._example(), progress=self.progress)
         self._tracing = time.perf_counter() - start
         return graph
+
+    @cached_property
+    def _latency(self) -> LatencyTable | None:
+        """A table of this machine, where milliseconds are planned by; measured once and kept between runs."""
+        recipe = self.recipe
+        if recipe.budget.latency_ms is None and recipe.plan.per != "latency_ms":
+            return None
+        example = self._example().expand(recipe.latency.batch_size, -1, -1, -1).contiguous()
+        return latency_table(
+            self.dense,
+            self._traced,
+            example,
+            compiled=recipe.latency.compiled,
+            cache=default_cache(),
+            progress=self.progress,
+        )
 
     def _path(self, stage: str) -> Path:
         return self.folder / PRODUCTS[stage]
@@ -226,8 +243,11 @@ class Run:
             "stays_whole": dict(graph.skipped),
         }
 
+    def _scored(self) -> Pool:
+        return self.images.scored.sample(self.recipe.score.samples, self.recipe.seed)
+
     def _score(self) -> dict[str, Any]:
-        pool = self.images.scored.sample(self.recipe.score.samples, self.recipe.seed)
+        pool = self._scored()
         # What a stopped scoring has done is kept under the key of its settings, and goes with the stage's end.
         partial = self.folder / f"scores-{stage_keys(self.recipe, 'score')['score'][:12]}.partial.safetensors"
         criterion, graph = self.recipe.criterion(), self.graph
@@ -245,9 +265,23 @@ class Run:
         }
 
     def _plan(self) -> dict[str, Any]:
-        graph = self.graph
-        plan = allocate(Scores.load(self._path("score")), graph, self.recipe.limits())
+        graph, recipe = self.graph, self.recipe
+        partial = self.folder / f"plan-{stage_keys(recipe, 'plan')['plan'][:12]}.partial.json"
+        plan = plan_for(
+            self.dense,
+            self._loader(self._scored()),
+            graph,
+            recipe.limits(),
+            criterion=recipe.criterion(),
+            planning=recipe.planning(),
+            scores=Scores.load(self._path("score")),
+            latency=self._latency,
+            progress=self.progress,
+            save=partial,
+        )
         plan.save(self._path("plan"))
+        for left in self.folder.glob("plan-*.partial.json"):
+            left.unlink()
         return {
             "removed": plan.removed,
             "of": graph.units,
@@ -314,6 +348,8 @@ class Run:
             budget=self.recipe.limits(),
             batches=batches,
             predicted=predicted,
+            latency=self._latency,
+            latency_batch=self.recipe.latency.batch_size,
             seconds={stage: state[stage]["seconds"] for stage in STAGES if stage in state},
             data={
                 "scored": scored,
@@ -330,5 +366,4 @@ class Run:
         )
 
     def _report(self) -> dict[str, Any]:
-        found = read_json(self._path("eval"), "report")
-        return dict(found)
+        return reporting.stored_report(self._path("eval"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -58,7 +59,7 @@ def test_no_plan_can_be_widened_by_a_unit_within_the_budget() -> None:
             if not bool(mask.all()):
                 more = mask.clone()
                 more[(~mask).nonzero()[0]] = True
-                assert graph.params({**plan.keep, group: more}) > budget.bound(graph), (name, group)
+                assert graph.params({**plan.keep, group: more}) > int(0.85 * graph.params()), (name, group)
 
 
 @pytest.mark.parametrize("quantity", ["macs", "params"])
@@ -160,7 +161,7 @@ def test_what_holds_the_floor_is_named(residual) -> None:
         tp.allocate(random_scores(residual.graph), residual.graph, tp.Budget(macs=0.1, protect=("stem", "b1")))
     message = str(caught.value)
     assert "min_keep=0.1" in message
-    assert "2 protected groups (stem, b1)" in message
+    assert "2 groups that stay whole (stem, b1)" in message
     assert "1 layers that cannot be pruned" in message
 
 
@@ -297,20 +298,20 @@ def test_amounts_round_trip(amount: float) -> None:
 @STEADY
 @given(st.integers(min_value=2, max_value=10**15))
 def test_whole_amounts_are_absolute(amount: int) -> None:
-    assert tp.Budget(macs=f"{amount:_}").bound(built("mlp").graph) == amount
+    assert tp.Budget(macs=f"{amount:_}").bound("macs", 3 * amount) == amount
 
 
 def test_fractions_are_of_the_dense_model(mlp) -> None:
-    assert tp.Budget(macs=1.0).bound(mlp.graph) == mlp.graph.macs()
-    assert tp.Budget(params="50%").bound(mlp.graph) == mlp.graph.params() // 2
-    assert tp.Budget(params=0.1).bound(mlp.graph) == math.floor(0.1 * mlp.graph.params())
+    assert tp.Budget(macs=1.0).bound("macs", mlp.graph.macs()) == mlp.graph.macs()
+    assert tp.Budget(params="50%").bound("params", mlp.graph.params()) == mlp.graph.params() // 2
+    assert tp.Budget(params=0.1).bound("params", mlp.graph.params()) == math.floor(0.1 * mlp.graph.params())
 
 
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
-        ({}, "not nothing"),
-        ({"macs": 0.5, "params": 0.5}, "not macs and params"),
+        ({}, "bounds at least one of macs, params, bytes, latency_ms, units, drift"),
+        ({"macs": 0.5, "params": "-3"}, "params='-3'"),
         ({"macs": 0.5, "min_keep": 0}, "min_keep=0"),
         ({"macs": 0.5, "min_keep": 1.1}, "min_keep=1.1"),
         ({"macs": 0.5, "per_group": {"a": 0}}, "a=0"),
@@ -321,3 +322,207 @@ def test_fractions_are_of_the_dense_model(mlp) -> None:
 def test_budgets_that_contradict_themselves_are_refused(kwargs: dict[str, object], match: str) -> None:
     with pytest.raises(tp.BudgetError, match=match):
         tp.Budget(**kwargs)
+
+
+# Other quantities, several bounds, drift
+
+
+@pytest.mark.parametrize(
+    ("what", "written", "amount", "bound"),
+    [
+        ("bytes", "20 MB", 2e7, 2e7),
+        ("bytes", "20MiB", 20 * 2**20, 20 * 2**20),
+        ("bytes", "3KiB", 3 * 2**10, 3 * 2**10),
+        ("bytes", "500B", 500, 500),
+        ("bytes", "0.9 B", 0.9, 0),  # with a unit it is no share
+        ("bytes", "50%", 0.5, 500_000),
+        ("latency_ms", "8 ms", 8, 8),
+        ("latency_ms", "0.5ms", 0.5, 0.5),
+        ("latency_ms", 0.5, 0.5, 500_000 + 1e-3),
+        ("latency_ms", "12.5", 12.5, 12.5),
+        ("macs", "1M", 1e6, 1e6),
+    ],
+)
+def test_amounts_with_units(what: str, written: float | str, amount: float, bound: float) -> None:
+    assert parse_amount(written, what) == pytest.approx(amount, rel=1e-12)
+    assert tp.Budget(**{what: written}).bound(what, 1_000_000) == pytest.approx(bound, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("what", "written"), [("macs", "8 ms"), ("bytes", "8 ms"), ("latency_ms", "5% ms"), ("drift", "5%b")]
+)
+def test_units_of_other_quantities_are_refused(what: str, written: str) -> None:
+    with pytest.raises(tp.BudgetError, match=f"{what}="):
+        tp.Budget(**{what: written})
+
+
+def test_drift_is_never_a_share() -> None:
+    assert tp.Budget(drift=0.05).most_drift == tp.Budget(drift="0.05 nats").most_drift == 0.05
+    assert tp.Budget(macs=0.5).most_drift is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bytes_are_those_of_the_weights_that_are_left(name: str) -> None:
+    b = built(name)
+    plan = tp.allocate(random_scores(b.graph), b.graph, tp.Budget(bytes=0.9, round_to=1, min_keep=0.01))
+    small = tp.apply(b.model, plan)
+    left = sum(t.nbytes for t in (*small.parameters(), *small.buffers()))
+    assert b.graph.cost("bytes", plan.keep) == plan.made_by["got"]["bytes"] == left
+    dense = sum(t.nbytes for t in (*b.model.parameters(), *b.model.buffers()))
+    assert b.graph.cost("bytes") == dense
+    assert left <= 0.9 * dense < dense
+
+
+@STEADY
+@given(st.sampled_from(NAMES), st.floats(0.55, 1), st.floats(0.55, 1), st.floats(0.55, 1), st.integers(0, 9))
+def test_all_of_several_bounds_hold(name: str, macs: float, params: float, size: float, seed: int) -> None:
+    graph = built(name).graph
+    asked = {"macs": macs, "params": params, "bytes": size}
+    budget = tp.Budget(**asked, min_keep=0.01, round_to=1)
+    try:
+        plan = tp.allocate(random_scores(graph, seed), graph, budget)
+    except tp.BudgetError as error:
+        named = str(error).split(" ")[0]
+        assert asked[named] * graph.cost(named) < least(graph, named, min_keep=0.01)
+        return
+    for quantity, share in asked.items():
+        assert graph.cost(quantity, plan.keep) <= share * graph.cost(quantity)
+    for group, mask in plan.keep.items():  # and nothing has left for nothing
+        back = mask.clone()
+        back[(~mask).nonzero()[0]] = True
+        wider = {**plan.keep, group: back}
+        least_units = 2 if any(m.width() > 1 for m in graph[group].members) and graph[group].kind == "channel" else 1
+        assert int(mask.sum()) >= least_units
+        assert any(graph.cost(q, wider) > share * graph.cost(q) for q, share in asked.items())
+
+
+def in_nats(graph: tp.Graph, seed: int = 0) -> tp.Scores:
+    return dataclasses.replace(random_scores(graph, seed), criterion="tpv(head=softmax, over=consume)")
+
+
+@STEADY
+@given(st.sampled_from(NAMES), st.floats(0.1, 3), st.integers(0, 9), st.sampled_from(["global", "uniform"]))
+def test_drift_alone_takes_what_fits_and_nothing_more(name: str, most: float, seed: int, allocator: str) -> None:
+    graph, scores = built(name).graph, in_nats(built(name).graph, seed)
+    plan = tp.allocate(scores, graph, tp.Budget(drift=most, round_to=1, min_keep=0.01), allocator=allocator)
+    spent = sum(float(scores.values[n][~mask].sum()) for n, mask in plan.keep.items()) / 2
+    assert spent == pytest.approx(plan.made_by["predicted_kl"], rel=1e-9, abs=1e-12)
+    assert spent <= most + 1e-9
+    for group in graph.groups:
+        mask = plan.mask(group.id)
+        floor = 2 if any(m.width() > 1 for m in group.members) and group.kind == "channel" else 1
+        if int(mask.sum()) > floor:
+            assert spent + float(scores.values[group.id][mask].min()) / 2 > most - 1e-9, group.id
+
+
+def test_more_drift_never_leaves_a_bigger_model(residual) -> None:
+    scores = in_nats(residual.graph)
+    sizes = [tp.allocate(scores, residual.graph, tp.Budget(drift=d, round_to=1)).macs for d in (0.01, 0.3, 1, 3, 9)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == residual.graph.macs() > sizes[2] > sizes[4]
+
+
+def test_a_cost_and_a_drift_hold_together_or_are_refused(residual) -> None:
+    graph, scores = residual.graph, in_nats(residual.graph)
+    alone = tp.allocate(scores, graph, tp.Budget(macs=0.7, round_to=1))
+    drift = alone.made_by["predicted_kl"]
+    both = tp.allocate(scores, graph, tp.Budget(macs=0.7, drift=1.01 * drift + 0.5, round_to=1))
+    assert both.diff(alone) == {}
+    with pytest.raises(
+        tp.BudgetError, match=r"drift of at most 0\.05 nats: within it stays macs [\d,]+ > [\d,]+; allow"
+    ):
+        tp.allocate(scores, graph, tp.Budget(macs=0.3, drift=0.05, round_to=1))
+
+
+@pytest.mark.parametrize("criterion", ["l1", "tpv(head=logits, over=consume)", "tpv(head=softmax, over=all)",
+                                       "tpv(head=softmax, over=consume, compensated)"])  # fmt: skip
+def test_drift_needs_scores_in_nats(mlp, criterion: str) -> None:
+    scores = dataclasses.replace(random_scores(mlp.graph), criterion=criterion)
+    with pytest.raises(tp.PlanError, match="needs scores in nats"):
+        tp.allocate(scores, mlp.graph, tp.Budget(drift=0.1))
+
+
+def test_scores_of_tpv_are_in_nats(mlp) -> None:
+    for criterion, nats in (
+        (tp.TPV(), True), (tp.TPV(compensated=True), False), (tp.TPV("logits"), False), (tp.L1(), False),
+    ):  # fmt: skip
+        assert tp.score(mlp.model, [mlp.inputs], mlp.graph, criterion).in_nats is nats
+    plan = tp.allocate(tp.score(mlp.model, [mlp.inputs], mlp.graph), mlp.graph, tp.Budget(drift=0.01, round_to=1))
+    predicted = tp.TPV().drift(mlp.model, [mlp.inputs], plan)[0] / 2
+    assert plan.removed
+    assert predicted <= 0.0101
+    assert plan.macs < mlp.graph.macs()
+
+
+# Allocators
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_uniform_takes_the_same_share_of_every_group(name: str) -> None:
+    graph = built(name).graph
+    budget = tp.Budget(params=0.85, round_to=1, min_keep=0.01)
+    plan = tp.allocate(random_scores(graph), graph, budget, allocator="uniform")
+    for group in graph.groups:
+        for other in graph.groups:
+            # Shares differ by a step at most, and by one more that was taken back at the end.
+            floor = 2 if any(m.width() > 1 for m in other.members) and other.kind == "channel" else 1
+            lost = [1 - int(plan.mask(g.id).sum()) / g.units for g in (group, other)]
+            if int(plan.mask(other.id).sum()) > floor:
+                assert lost[0] - 1 / group.units <= lost[1] + 1 / other.units + 1e-9, (group.id, other.id)
+
+
+def test_isomorphic_groups_compete_among_themselves() -> None:
+    widths = (16, 32, 16, 32)
+    blocks = [
+        torch.nn.Sequential(torch.nn.Linear(8, w), torch.nn.ReLU(), torch.nn.Linear(w, 8)) if n % 2 == 0 else
+        torch.nn.Sequential(torch.nn.Linear(8, w), torch.nn.BatchNorm1d(w), torch.nn.ReLU(), torch.nn.Linear(w, 8))
+        for n, w in enumerate(widths)
+    ]  # fmt: skip
+    graph = tp.trace(torch.nn.Sequential(*blocks).eval(), torch.randn(2, 8))
+    kinds: dict[str, list[str]] = {}
+    for group in graph.groups:
+        kinds.setdefault(group.signature, []).append(group.id)
+    assert sorted(kinds.values()) == [["0.0", "0.2", "1.3", "2.0", "2.2"], ["1.0", "3.0"]]
+    scores = random_scores(graph)
+    loud = {n: v * (1000 if n in ("1.0", "3.0") else 1 if n != "2.0" else 10) for n, v in scores.values.items()}
+    scores = dataclasses.replace(scores, values=loud)
+    budget = tp.Budget(units=graph.units - 30, round_to=1, min_keep=0.01)  # of 120
+    plan = tp.allocate(scores, graph, budget, allocator="isomorphic")
+    lost = {g.id: g.units - int(plan.mask(g.id).sum()) for g in graph.groups}
+    # Both kinds of block lose their share, however loud their scores; inside a kind the quiet block goes first.
+    assert lost["1.0"] + lost["3.0"] == pytest.approx(16, abs=1)
+    assert sum(lost.values()) == 30
+    assert lost["0.0"] > lost["2.0"]
+    everywhere = tp.allocate(scores, graph, budget)
+    assert int(everywhere.mask("1.0").sum()) == 32
+
+
+@pytest.mark.parametrize("allocator", ["global", "uniform", "isomorphic"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_allocator_takes_the_least_units_of_a_group_within_the_budget(name: str, allocator: str) -> None:
+    graph, scores = built(name).graph, random_scores(built(name).graph)
+    plan = tp.allocate(scores, graph, tp.Budget(macs=0.9, round_to=1, min_keep=0.01), allocator=allocator)
+    assert plan.macs <= 0.9 * graph.macs()
+    for group, mask in plan.keep.items():
+        assert float(scores.values[group][~mask].max()) <= float(scores.values[group][mask].min())
+
+
+# After an earlier plan
+
+
+@pytest.mark.parametrize("name", ["conv_bn", "residual", "vit", "grouped"])
+def test_floors_and_fractions_are_of_the_dense_model(name: str) -> None:
+    b = built(name)
+    budget = tp.Budget(macs=0.9, round_to=1, min_keep=0.5)
+    first = tp.allocate(random_scores(b.graph), b.graph, budget)
+    small = tp.apply(b.model, first)
+    now = tp.trace(small, b.inputs[:1])
+    harder = dataclasses.replace(budget, macs=0.75)
+    second = tp.allocate(random_scores(now, 1), now, harder, after=first)
+    whole = first.compose(second)
+    assert whole.macs <= 0.75 * b.graph.macs()
+    assert whole.macs == tp.trace(tp.apply(small, second), b.inputs[:1]).macs()
+    for group in b.graph.groups:
+        assert int(whole.mask(group.id).sum()) >= 0.5 * group.units
+    with pytest.raises(tp.PlanError, match="is not what the earlier plan leaves"):
+        tp.allocate(random_scores(b.graph), b.graph, harder, after=first)

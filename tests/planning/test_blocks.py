@@ -19,8 +19,9 @@ from tests.helpers import assert_same_state, plan_without
 from tests.planning.test_joint import drift, made_up, places, scores_of
 from tests.planning.test_trace import macs_of, params_of
 from tpvprune.planning import joint
-from tpvprune.planning.allocate import _Ladders
+from tpvprune.planning.greedy import Ladders
 from tpvprune.planning.joint import Joint
+from tpvprune.planning.latency import LatencyCost, LatencyTable, LayerTimes
 from tpvprune.planning.widths import Cost, check_reachable, floors_of
 
 
@@ -270,6 +271,8 @@ def test_counted_cost_is_that_of_the_model_that_comes_out(name: str, seed: int) 
         small = tp.apply(b.model, plan)
         assert plan.params == params_of(small) < b.graph.params()
         assert plan.macs == macs_of(copy.deepcopy(small), b.inputs) < b.graph.macs()
+        tensors = (*small.parameters(), *small.buffers())
+        assert b.graph.cost("bytes", plan.keep) == sum(tensor.nbytes for tensor in tensors)
 
 
 TIMM = {"test_resnet": 160, "test_vit": 160, "test_convnext": 64, "test_mambaout": 64, "mobilenetv2_035": 64}
@@ -294,7 +297,7 @@ def test_timm_models_without_blocks_cost_what_the_graph_says(name: str, size: in
             assert plan.macs == macs_of(small, inputs)
 
 
-@pytest.mark.parametrize("quantity", ["macs", "params", "units"])
+@pytest.mark.parametrize("quantity", ["macs", "params", "bytes", "units"])
 @pytest.mark.parametrize("name", NAMES)
 def test_cost_kept_on_the_way_is_that_of_the_plan(name: str, quantity: str) -> None:
     b = built(name)
@@ -347,7 +350,7 @@ def test_what_lies_in_a_skipped_block_competes_no_more(monkeypatch: pytest.Monke
     b = built("stages")
     keep = {block: torch.zeros(1, dtype=torch.bool) for block in b.blocks}
     taken: list[str] = []
-    for steps in (_Ladders, Joint):
+    for steps in (Ladders, Joint):
         take = steps.take
         monkeypatch.setattr(steps, "take", lambda self, name, take=take: (taken.append(name), take(self, name))[1])
     scores = scores_of(b.graph, made_up(b.graph, 0))
@@ -420,6 +423,58 @@ def test_plans_with_blocks_keep_the_budget(name: str, share: float, allocator: s
         assert plan.macs == macs_of(tp.apply(b.model, plan), b.inputs)
 
 
+@pytest.mark.parametrize("allocator", ["joint", "global"])
+@pytest.mark.parametrize("name", ["stages", "vit"])
+def test_the_drift_a_plan_says_is_that_of_what_is_still_there(name: str, allocator: str) -> None:
+    b = built(name)
+    scores = tp.score(b.model, [example(20, *b.inputs.shape[1:], seed=2)], b.graph)
+    for share in (0.6, 0.4, 0.3):
+        budget = tp.Budget(macs=share, round_to=1)
+        plan = tp.allocate(scores, b.graph, budget, allocator=allocator, shrinkage=0.0)
+        wanted = scores.sensitivities.drift(plan.keep)[0]
+        if allocator == "global":
+            lost = b.graph.lost({group: ~mask for group, mask in plan.keep.items()})
+            left = {group: mask for group, mask in plan.keep.items() if group not in lost}
+            wanted = sum(float(scores.values[group][~mask].sum()) for group, mask in left.items())
+        assert plan.made_by["predicted_kl"] == pytest.approx(wanted / 2, rel=1e-3)
+    within_bound = tp.allocate(scores, b.graph, tp.Budget(drift=wanted / 4, round_to=1), allocator=allocator)
+    assert within_bound.made_by["predicted_kl"] <= wanted / 4
+
+
+@pytest.mark.parametrize("allocator", ["uniform", "isomorphic"])
+def test_shares_of_groups_are_no_way_to_choose_blocks(allocator: str) -> None:
+    b = built("stages")
+    scores = all_ones(b.graph, ())
+    with pytest.raises(tp.BudgetError, match=r"block 'stage1\.0' goes whole or stays"):
+        tp.allocate(scores, b.graph, tp.Budget(macs=0.7), allocator=allocator)
+    budget = tp.Budget(macs=0.7, round_to=1, per_group=dict.fromkeys(b.blocks, 0.1))
+    plan = tp.allocate(scores, b.graph, budget, allocator=allocator)
+    assert all(plan.mask(block).all() for block in b.blocks)
+
+
+def test_milliseconds_of_a_skipped_block_are_those_of_its_layers() -> None:
+    b = built("stages")
+    weights = [n for n, p in b.model.named_parameters() if p.ndim == 4]
+    layers = {
+        name: LayerTimes((1, rows), (1, columns), ((1.0, 2.0 + place), (3.0 + place, 5.0 + 2 * place)))
+        for place, name in enumerate(weights)
+        for rows, columns in [b.graph.shapes[name][:2]]
+    }
+    table = LatencyTable(layers, 7.0, b.graph.model_id, {})
+    cost, keep = LatencyCost(b.graph, table), dict[str, torch.Tensor]()
+    order = list(gone_with(b, b.blocks, 0).items())
+    random.Random(4).shuffle(order)
+    for name, units in order:
+        mask = torch.ones(b.graph[name].units, dtype=torch.bool)
+        mask[units] = False
+        keep[name] = mask
+        cost.remove(b.graph[name], len(units))
+        sizes = b.graph.sizes(keep)
+        left = [layers[n].at(*sizes[n][:2]) for n in weights if sizes[n] != (0,)]
+        assert cost.total == pytest.approx(7.0 + sum(left))
+    assert len(left) < len(weights)
+
+
 def within(graph: tp.Graph, gone: list[int], spans: dict[str, list[int]]) -> set[int]:
     """Columns of what lies in the blocks among `gone`."""
     blocks = [g.id for g in graph.groups if g.kind == "block" and spans[g.id][0] in gone]
@@ -435,7 +490,7 @@ def test_joint_steps_add_what_the_drift_grows_by(
 ) -> None:
     """Against the drift of the whole plan, in which a skipped block stands for all that lies in it."""
     monkeypatch.setattr(joint, "SMALL", small)
-    monkeypatch.setattr(joint, "BLOCK", 3)
+    monkeypatch.setattr(joint, "FRESH", 10**9)
     graph = built(name).graph
     known, spans = made_up(graph, seed), places(graph)
     widths = {g.id: list(range(g.units, -1 if g.kind == "block" else 0, -1)) for g in graph.groups}
@@ -450,12 +505,12 @@ def test_joint_steps_add_what_the_drift_grows_by(
         # Any group may be next, not the best alone: blocks come with nothing, some or much of them gone.
         some = [n for n in saving if (graph[n].kind == "block") == (order.random() < 0.1)]
         pick = order.choice(some or list(saving))
-        best, ratio = steps.best({pick: 7})
+        best, added = steps.best({pick: 7})
         assert best == pick
         before = total(gone)
         gone += [spans[pick][unit] for unit in steps.take(pick).tolist()]
         closed.update(graph.within(pick))
-        assert 7 * ratio == pytest.approx(total(gone) - before, rel=1e-3, abs=1e-3)
+        assert added == pytest.approx(total(gone) - before, rel=1e-3, abs=1e-3)
         skipped += graph[pick].kind == "block"
     assert skipped == len(blocks_of(graph))
 
@@ -466,9 +521,9 @@ def test_the_global_ladder_takes_back_what_a_block_no_longer_loses() -> None:
     values = {**scores.values, "stage1.0.conv1": torch.tensor([0.1, 0.2, 1.0, 9.0]).double()}
     values |= {"stage1.0": torch.tensor([9.0]).double()}
     widths = {g.id: list(range(g.units, -1 if g.kind == "block" else 0, -1)) for g in b.graph.groups}
-    steps = _Ladders(b.graph, widths, tp.Scores(values, None, "by hand", 0, 0, 0, b.graph.model_id))
+    steps = Ladders(b.graph, widths, tp.Scores(values, None, "by hand", 0, 0, 0, b.graph.model_id))
     for spent in (0.0, 0.1, 0.3, 1.3):
-        assert steps.best({"stage1.0": 2})[1] == pytest.approx((9.0 - spent) / 2)
+        assert steps.best({"stage1.0": 2})[1] == pytest.approx(9.0 - spent)
         if steps.next_units("stage1.0.conv1"):
             steps.take("stage1.0.conv1")
 
@@ -480,6 +535,19 @@ def test_graphs_with_blocks_are_saved_and_loaded(tmp_path) -> None:
         again = tp.Graph.load(tmp_path / "graph.json")
         assert again.to_json() == graph.to_json()
         assert {b: again.within(b) for b in blocks_of(again)} == {b: graph.within(b) for b in blocks_of(graph)}
+
+
+def test_a_latency_table_is_made_with_blocks() -> None:
+    for name in ("stages", "mixing", "vit"):
+        b = built(name)
+        table = tp.latency_table(b.model, b.graph, b.inputs)
+        plan = plan_without(b.graph, {b.blocks[0]: [0]})
+        cost = LatencyCost(b.graph, table)
+        whole = cost.total
+        cost.remove(b.graph[b.blocks[0]], 1)
+        assert cost.total < whole
+        assert plan.macs < b.graph.macs()
+        assert not [layer for layer in table.layers if layer.endswith("#rest")]
 
 
 def test_products_outside_of_layers_leave_with_their_block() -> None:

@@ -122,25 +122,44 @@ def test_what_steps_add_sums_up_to_the_drift_of_the_plan(name: str, step: int) -
     widths = {g.id: [g.units, *(k for k in range(g.units - 1, 0, -1) if k % step == 0)] for g in graph.groups}
     steps, gone, total = Joint(graph, widths, known, RHO), [], 0.0
     while saving := {name: 7 for name in widths if steps.next_units(name)}:
-        name, ratio = steps.best(saving)
+        name, added = steps.best(saving)
         gone += [places(graph)[name][unit] for unit in steps.take(name).tolist()]
-        total += 7 * ratio
+        total += added
     assert len(set(gone)) == len(gone) == graph.units - sum(kept[-1] for kept in widths.values())
     assert total == pytest.approx(drift(known, gone, RHO), rel=tolerances.FLOAT32)
+    left = {group: ~mask for group, mask in masks(graph, gone).items()}
+    assert steps.drift(left) == pytest.approx(drift(known, gone, RHO), rel=tolerances.FLOAT32)
 
 
 @pytest.mark.parametrize("small", [0, 10**9])
 @pytest.mark.parametrize("share", [0.7, 0.3])
-def test_products_made_in_blocks_give_the_same_plan(small: int, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_that_are_not_held_give_the_same_plan(
+    small: int, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     graph = built("residual").graph
     scores = scores_of(graph, made_up(graph, 1))
     budget = tp.Budget(macs=share, round_to=1, min_keep=0.01)
     wanted = tp.allocate(scores, graph, budget)
     monkeypatch.setattr(joint, "SMALL", small)
-    monkeypatch.setattr(joint, "BLOCK", 3)
-    for cache in (10**9, 5 * graph.units, 0):
-        monkeypatch.setattr(joint, "CACHE", cache)
-        assert tp.allocate(scores, graph, budget).diff(wanted) == {}
+    monkeypatch.setattr(joint, "FRESH", 10**9)
+    assert tp.allocate(scores, graph, budget).diff(wanted) == {}
+
+
+def test_products_that_wait_are_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = built("residual").graph
+    known = made_up(graph, 1)
+    monkeypatch.setattr(joint, "SMALL", 0)
+    monkeypatch.setattr(joint, "FRESH", 2)
+    widths = {g.id: list(range(g.units, 0, -1)) for g in graph.groups}
+    steps, gone = Joint(graph, widths, known, RHO), []
+    for _ in range(8):
+        name, _ = steps.best({name: 1 for name in widths if steps.next_units(name)})
+        gone += [places(graph)[name][unit] for unit in steps.take(name).tolist()]
+        if not steps._counts[1]:
+            left = [c for columns in places(graph).values() for c in columns if c not in gone]
+            wanted = [drift(known, [*gone, c], RHO) - drift(known, gone, RHO) for c in left]
+            assert steps._adds[left].tolist() == pytest.approx(wanted, rel=tolerances.FLOAT32, abs=1e-6)
+    assert gone
 
 
 def chain(units: int) -> tp.Graph:
@@ -161,8 +180,8 @@ def test_units_that_cancel_leave_together_and_units_that_add_up_do_not() -> None
     # Units 0 and 1 cancel; 2 and 3 are the least alone but add up.
     rows = [[2.0, -2.0, 1.9, 1.9, 5.0], [1.0, -1.0, 0.9, 0.9, -5.0]]
     assert plan_of(rows, 3, shrinkage=1.0) == [True, True, False, False, True]
-    # After the first of the pair its twin would add three times as much; unit 1 takes back what 2 did.
-    assert plan_of(rows, 3, shrinkage=0.0) == [True, False, False, True, True]
+    # One by one, 2 goes first and 1 takes back what it did; exchanging 2 for 0 leaves a pair that does nothing.
+    assert plan_of(rows, 3, shrinkage=0.0) == [False, False, True, True, True]
 
 
 def test_the_linear_part_counts() -> None:

@@ -73,11 +73,16 @@ def test_counted_cost_is_that_of_the_model_that_comes_out(name: str) -> None:
         assert plan.macs == macs_of(small, b.inputs) < b.graph.macs()
 
 
+SMALL = (
+    "resnet10t", "lcnet_035", "mnasnet_small", "regnetx_002", "convnext_atto", "vit_tiny_patch16_224", "ghostnet_050"
+)  # fmt: skip
+
+
 def slow_unless_required(name: str) -> object:
     return pytest.param(name, marks=[] if name in MUST_TRACE else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name", [slow_unless_required(n) for n in timm.list_models("test_*")])
+@pytest.mark.parametrize("name", [slow_unless_required(n) for n in (*timm.list_models("test_*"), *SMALL)])
 def test_timm_models_cost_what_the_graph_says(name: str) -> None:
     if name in RUNAWAY:
         pytest.skip(f"{name}: {RUNAWAY[name]}")
@@ -93,6 +98,8 @@ def test_timm_models_cost_what_the_graph_says(name: str) -> None:
         pytest.skip(f"{name}: {next(iter(graph.skipped.values()))}")
     plan = plan_without(graph, random_gone(graph, 0, 0.3))
     small = tp.apply(model, plan)
+    assert graph.cost("bytes") == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    assert graph.cost("bytes", plan.keep) == sum(t.nbytes for t in (*small.parameters(), *small.buffers()))
     assert graph.params() == params_of(model)
     assert graph.macs() == macs_of(model, inputs)
     assert plan.params == params_of(small)

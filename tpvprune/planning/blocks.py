@@ -210,14 +210,13 @@ def block_group(
         model: the model traced.
         name: of the block.
         usage: from running it.
-        shapes: of all tensors; the block's buffers, and what it computes outside of layers, are added.
+        shapes: of all parameters and work tensors; what the block computes outside of layers is added.
         reuse: likewise.
     """
     block = model.get_submodule(name)
     parameters = {f"{name}.{key}": tuple(p.shape) for key, p in block.named_parameters()}
-    buffers = {f"{name}.{key}": tuple(b.shape) for key, b in block.named_buffers()}
+    buffers = [f"{name}.{key}" for key, _ in block.named_buffers()]
     works = [key for key in reuse if WORK in key and (_holds(name, key) or key.startswith(f"{name}{WORK}"))]
-    shapes |= buffers
     rest = usage.spent.get(name, 0) - sum(_macs(key, shapes, reuse) for key in (*parameters, *works))
     if rest:
         works.append(f"{name}{WORK}rest")

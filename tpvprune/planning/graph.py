@@ -88,8 +88,6 @@ def trace(
                 groups.remove(group)
                 reason = f"its channels reach {layer!r} in an order that cannot be followed"
                 builder.skipped |= {m.layer: reason for m in group.of_role("produce") if m.layer}
-    buffers = {name: tuple(b.shape) for name, b in twin.named_buffers()}
-    shapes |= {m.param: buffers[m.param] for g in groups for m in g.of_role("stat")}
     reuse = dict(usage.reuse)
     for block in blocks:
         work = f"{block.name}{WORK}attention"
@@ -101,22 +99,32 @@ def trace(
         groups += [block_group(twin, name, usage, shapes, reuse) for name in names]
         groups.sort(key=lambda g: usage.order[f"{g.id}.qkv" if g.kind == "head" else g.id])
         builder.skipped |= held
+    stats = {m.param for g in groups for m in g.of_role("stat")}
+    shapes |= {name: tuple(buffer.shape) for name, buffer in twin.named_buffers() if name in stats}
+    itemsize = {name: tensor.element_size() for name, tensor in _tensors(twin) if name in shapes}
+    other = sum(tensor.nbytes for name, tensor in _tensors(twin) if name not in shapes)
     rest = usage.total - sum(times * math.prod(shapes[name]) for name, times in reuse.items())
     if rest:
         shapes[REST], reuse[REST] = (), rest
+    if other:
+        shapes[REST], itemsize[REST] = (), other
     return Graph(
         groups=tuple(groups),
         shapes=shapes,
         reuse=reuse,
         model_id=model_id(model),
         skipped=builder.skipped,
+        itemsize=itemsize,
     )
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
 
 
 def model_id(model: nn.Module) -> str:
     """Fingerprint of a model's architecture, see `types.fingerprint`."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return fingerprint((name, tuple(tensor.shape)) for name, tensor in tensors)
+    return fingerprint((name, tuple(tensor.shape)) for name, tensor in _tensors(model))
 
 
 def _as_arguments(example: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,9 +1,8 @@
 """The joint allocator: what a step adds to the drift of the whole plan.
 
 With `R` the sensitivities (rows by units) and `S` what has left, the drift is `|R 1_S|^2 / samples + linear . 1_S`, so
-that unit `c` adds `linear_c + |R_c|^2 + 2 R_c . R 1_S` (over samples). What units that leave do to all others takes a
-pass over all of `R`: many that leave together share one, and for one by one, columns of `R^T R` are made in blocks, of
-the units that are likely to leave next. What the units of one group do to each other is made once a group.
+that unit `c` adds `linear_c + |R_c|^2 + 2 R_c . R 1_S` (over samples). Where there are too many units for all products
+to be held, what units that leave do to all others takes a pass over `R`, which is shared by a small share of them.
 
 A block that is skipped takes back what its own units have done before: its column is its effect less theirs.
 
@@ -14,19 +13,21 @@ pick the units whose noise cancels. So they are shrunk by a factor `1 - shrinkag
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from tpvprune.errors import PlanError
+from tpvprune.planning.exchange import Exchange
+from tpvprune.planning.greedy import Spending
+from tpvprune.planning.takeback import Blocks
 from tpvprune.scores import Sensitivities
 from tpvprune.types import Graph
 
-BLOCK = 256  # columns of `R^T R` made at once; takes as long as 20 passes over `R`
-CACHE = 2**26  # entries of columns that are kept
-MANY = 4  # units of one step that are worth a pass over `R`
 LOOKED_AT = 1280  # samples that the shrinkage is estimated from
-SMALL = 4096  # units up to which all of `R^T R` is made at once
+SMALL = 4096  # units up to which all of `R^T R` is held
+FRESH = 256  # one in so many of the units that have left may wait for its products with the others
 
 
 class Joint:
@@ -51,12 +52,13 @@ class Joint:
     ) -> None:
         if sensitivities.groups != tuple((group.id, group.units) for group in graph.groups):
             raise PlanError("the sensitivities are of other groups than the graph's; score again")
-        self.widths = widths
+        self.widths, self.dearest_first = widths, True
         if shrinkage is None:
             shrinkage = estimated_shrinkage(_of_small_units(graph, sensitivities))
         self.shrinkage = shrinkage
         self._rows = sensitivities.rows.float() / math.sqrt(sensitivities.samples)
-        self._adds = sensitivities.linear.double() + self._rows.double().square().sum(0)
+        self._linear = sensitivities.linear.double()
+        self._adds = self._linear + self._rows.double().square().sum(0)
         self._left = torch.ones(len(self._adds), dtype=torch.bool)
         self._span: dict[str, slice] = {}
         start = 0
@@ -64,7 +66,7 @@ class Joint:
             self._span[name] = slice(start, start + units)
             start += units
         self._taken = dict.fromkeys(self._span, 0)
-        self._blocks = _Blocks(graph, self._rows, self._adds, self.shrinkage, self._span)
+        self._graph, self._blocks = graph, Blocks(graph, self._rows, self._adds, self.shrinkage, self._span)
         # Where the units of groups of about one size stand, a row a group, so that all are looked at in one go; what
         # is left of a row points past the last unit.
         sizes: dict[int, list[str]] = {}
@@ -77,25 +79,23 @@ class Joint:
             rows = [torch.where(most < span.stop - span.start, most + span.start, start) for span in spans]
             self._places.append((names, torch.stack(rows)))
         self._inside: dict[str, Tensor] = {}
-        self._saving: dict[str, int] = {}
-        self._columns: dict[int, Tensor] = {}
-        if len(self._adds) <= SMALL:
-            self._columns = dict(enumerate(self._rows.mT @ self._rows))
+        self._products = self._rows.mT @ self._rows if len(self._adds) <= SMALL else None
+        self._waiting = torch.zeros(len(self._rows))  # effects of units whose products are not in `_adds` yet
+        self._counts = 0, 0  # units that have left, and that wait
 
     def next_units(self, name: str) -> int:
         """Units in a group's next step; 0 at its floor."""
         widths, taken = self.widths[name], self._taken[name]
         return widths[taken] - widths[taken + 1] if taken + 1 < len(widths) else 0
 
-    def best(self, saving: dict[str, int]) -> tuple[str, float]:
-        """The group whose next step adds least per saving, and that ratio.
+    def best(self, saving: dict[str, float]) -> tuple[str, float]:
+        """The group whose next step adds least per saving, and what it adds.
 
         Groups are looked at in the order of what the units of their step add one by one; the first whose true
         ratio, covariances within the step included, stays below the next one's guess is taken.
         """
         guesses = self._guesses(saving)
-        self._saving = saving
-        found: tuple[str, float] | None = None
+        found: tuple[str, float, float] | None = None
         self._chosen: dict[str, Tensor] = {}
         for name in sorted(guesses, key=lambda n: guesses[n]):
             if found is not None and guesses[name] >= found[1]:
@@ -103,30 +103,51 @@ class Joint:
             self._chosen[name], added = self._together(name)
             ratio = self._ratio(added, saving[name])
             if found is None or ratio < found[1]:
-                found = name, ratio
+                found = name, ratio, added
         assert found is not None
-        return found
+        return found[0], found[2]
 
     def take(self, name: str) -> Tensor:
         """Take a group's next step; the units that leave, numbered within the group."""
         columns = self._chosen[name]
         self._left[columns] = False
-        if len(columns) >= MANY and int(columns[0]) not in self._columns:
-            changes = [self._rows.mT @ self._rows.index_select(1, columns).sum(1)]
+        changed = self._blocks.effect(name)  # of a block of which something has left
+        if self._products is not None:
+            products = self._products[columns].sum(0) if changed is None else self._rows.mT @ changed
+            self._adds += 2 * (1 - self.shrinkage) * products
         else:
-            changes = [self._column(column) for column in columns.tolist()]
-        for change in changes:
-            self._adds += 2 * (1 - self.shrinkage) * change
-        for stale in self._blocks.after(name, columns):
-            self._columns.pop(stale, None)
+            self._waiting += self._rows.index_select(1, columns).sum(1) if changed is None else changed
+            self._counts = self._counts[0] + len(columns), self._counts[1] + len(columns)
+            if self._counts[1] * FRESH >= self._counts[0]:
+                self._adds += 2 * (1 - self.shrinkage) * (self._rows.mT @ self._waiting)
+                self._waiting.zero_()
+                self._counts = self._counts[0], 0
+        self._blocks.take(name, columns)
         self._taken[name] += 1
         return columns - self._span[name].start
 
+    def drift(self, gone: Mapping[str, Tensor]) -> float:
+        """Drift when the units of these bool masks `(units,)` have left; products shrunk like all others."""
+        columns, lost = torch.zeros(len(self._adds), dtype=torch.bool), self._graph.lost(gone)
+        for name, mask in gone.items():
+            columns[self._span[name]] = mask & (name not in lost)
+        rows = self._rows[:, columns].double()
+        together, alone = rows.sum(1).square().sum(), rows.square().sum()
+        return float(self._linear[columns].sum() + (1 - self.shrinkage) * together + self.shrinkage * alone)
+
+    def improve(self, graph: Graph, gone: dict[str, Tensor], spending: Spending) -> None:
+        """See `Steps`; blocks, and what lies in those that are skipped, are not exchanged."""
+        lost = graph.lost(gone)
+        skipped = [self._span[name] for name, mask in gone.items() if graph[name].kind == "block" and bool(mask.any())]
+        spans = {n: span for n, span in self._span.items() if graph[n].kind != "block" and n not in lost}
+        exchange = Exchange(self._rows, self._linear, self.shrinkage, spans, self.widths, skipped)
+        exchange.improve(graph, gone, spending)
+
     @staticmethod
-    def _ratio(added: float, saved: int) -> float:
+    def _ratio(added: float, saved: float) -> float:
         return added / saved if saved else math.inf
 
-    def _guesses(self, saving: dict[str, int]) -> dict[str, float]:
+    def _guesses(self, saving: dict[str, float]) -> dict[str, float]:
         """Per group, what the units of its next step that add least add one by one, over what they save."""
         adds = torch.cat([torch.where(self._left, self._adds, torch.inf), torch.tensor([torch.inf])])
         guesses: dict[str, float] = {}
@@ -157,27 +178,6 @@ class Joint:
             adds[unit] = torch.inf
         return torch.tensor(units) + span.start, total
 
-    def _column(self, column: int) -> Tensor:
-        """One column of `R^T R`, `(units,)`, for a unit that leaves: it is not asked for again."""
-        if column not in self._columns:
-            # The units that add least for what they save are those that leave next.
-            likely = torch.full_like(self._adds, torch.inf)
-            for name, saved in self._saving.items():
-                span = self._span[name]
-                each = saved / self.next_units(name)
-                likely[span] = torch.where(self._left[span], self._adds[span] / max(each, 1e-30), torch.inf)
-            if (len(self._columns) + BLOCK) * len(likely) > CACHE:
-                order = dict(zip(self._columns, likely[list(self._columns)].tolist(), strict=True))
-                for one in sorted(order, key=lambda c: order[c])[len(order) // 2 :]:
-                    del self._columns[one]
-            if self._columns:
-                likely[list(self._columns)] = torch.inf
-            likely[column] = -torch.inf
-            block = likely.topk(min(BLOCK, len(likely)), largest=False).indices
-            made = self._rows.index_select(1, block).mT @ self._rows
-            self._columns |= {one: values.clone() for one, values in zip(block.tolist(), made, strict=True)}
-        return self._columns.pop(column)
-
 
 def _of_small_units(graph: Graph, sensitivities: Sensitivities) -> Sensitivities:
     """Without the blocks, few and far larger than the rest: with or without them, the rest is as noisy."""
@@ -188,38 +188,6 @@ def _of_small_units(graph: Graph, sensitivities: Sensitivities) -> Sensitivities
     groups = tuple(pair for pair, one in zip(sensitivities.groups, small, strict=True) if one)
     rows, linear = sensitivities.rows[:, columns], sensitivities.linear[columns]
     return Sensitivities(groups, rows, linear, sensitivities.samples)
-
-
-class _Blocks:
-    """Keeps the columns of blocks, and what skipping them adds, right while units within them leave.
-
-    With `S` what has left, `I` those of it within a block, and `e` the block's column less those of `I`, skipping the
-    block adds `own + (1 - shrinkage) (|e|^2 + 2 e . sum of S)`, where `own` is its linear part and `shrinkage` times
-    its square, less the same of `I`.
-    """
-
-    def __init__(self, graph: Graph, rows: Tensor, adds: Tensor, shrinkage: float, span: dict[str, slice]) -> None:
-        self._rows, self._adds, self._shrinkage = rows, adds, shrinkage
-        self._own = adds - (1 - shrinkage) * rows.double().square().sum(0)
-        self._around = {inner: span[g.id].start for g in graph.groups for inner in graph.within(g.id)}
-        self._moved = torch.zeros(len(rows), dtype=torch.float64)
-        self._changed: set[int] = set()
-
-    def after(self, name: str, columns: Tensor) -> set[int]:
-        """Take in that units of a group have left; the columns that changed since they were first made."""
-        if not self._around:
-            return set()
-        left = self._rows[:, columns].sum(1)
-        self._moved += left.double()
-        block = self._around.get(name)
-        if block is not None:
-            self._rows[:, block] -= left
-            self._own[block] -= self._own[columns].sum()
-            self._changed.add(block)
-        for block in self._changed:
-            column = self._rows[:, block].double()
-            self._adds[block] = self._own[block] + (1 - self._shrinkage) * (column @ (column + 2 * self._moved))
-        return self._changed
 
 
 def estimated_shrinkage(sensitivities: Sensitivities) -> float:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
+from typing import Protocol
 
-import torch
+from torch import Tensor
 
 from tpvprune.budget import Budget
-from tpvprune.errors import BudgetError
+from tpvprune.errors import BudgetError, PlanError
+from tpvprune.plan import Plan
+from tpvprune.planning.latency import LatencyCost, LatencyTable
 from tpvprune.planning.patterns import matching_groups
 from tpvprune.types import Graph, Group
 
@@ -58,34 +62,121 @@ def kept_widths(group: Group, floor: int, budget: Budget) -> list[int]:
     return [group.units, *(k for k in range(group.units - 1, floor - 1, -1) if k % step == 0)]
 
 
-def check_reachable(graph: Graph, budget: Budget) -> None:
-    """Refuse a budget that no plan can meet, before any scoring is done.
+def widths_of(graph: Graph, budget: Budget, after: Plan | None = None) -> dict[str, list[int]]:
+    """Units each group may keep, from all of them down.
+
+    Args:
+        graph: what shrinks.
+        budget: floors and roundings.
+        after: the plan that has made this graph's model, whose dense widths floors and roundings are of.
 
     Raises:
-        BudgetError: the bound lies below the floor (names it and what holds it), or a pattern matches nothing.
+        BudgetError: a pattern matches nothing.
+        PlanError: `after` leaves another model than this graph's.
     """
-    floors, bound = floors_of(graph, budget), budget.bound(graph)
-    keep = {}
+    dense = graph if after is None else after.graph
+    floors = floors_of(dense, budget)
+    widths = {}
     for group in graph.groups:
-        mask = torch.ones(group.units, dtype=torch.bool)
-        mask[kept_widths(group, floors[group.id], budget)[-1] :] = False
-        keep[group.id] = mask
-    floor = graph.cost(budget.quantity, keep)
-    if floor <= bound:
-        return
-    dense = graph.cost(budget.quantity)
-    whole = [g.id for g in graph.groups if floors[g.id] == g.units]
+        if after is not None and (group.id not in dense or int(after.mask(group.id).sum()) != group.units):
+            raise PlanError(f"group {group.id!r} is not what the earlier plan leaves; trace the model it leaves")
+        allowed = kept_widths(dense[group.id], floors[group.id], budget)
+        widths[group.id] = [group.units, *(width for width in allowed if width < group.units)]
+    return widths
+
+
+def check_reachable(
+    graph: Graph, budget: Budget, after: Plan | None = None, latency: LatencyTable | None = None
+) -> dict[str, float]:
+    """The bounds on costs in absolute numbers; refuses a budget that no plan can meet, before any scoring is done.
+
+    Args:
+        graph: what shrinks.
+        budget: what is asked.
+        after: see `widths_of`; fractions are of its dense model.
+        latency: of the dense model; needed where milliseconds are bounded.
+
+    Raises:
+        PlanError: milliseconds are bounded and `latency` is missing, or of another model.
+        BudgetError: a bound lies below the floor (names it and what holds it), or a pattern matches nothing.
+    """
+    source = graph if after is None else after.graph
+    if latency is not None and latency.model_id != source.model_id:
+        raise PlanError(
+            f"the latency table is of model {latency.model_id}, the graph of {source.model_id}; measure again"
+        )
+    dense = {name: costs_of(name, source, latency=latency).total for name in budget.quantities}
+    bounds: dict[str, float] = {}
+    widths = widths_of(graph, budget, after)
+    for name in budget.quantities:
+        cost = costs_of(name, graph, latency=latency)
+        bounds[name] = bound = budget.bound(name, dense[name])
+        for group in graph.groups:
+            cost.remove(group, group.units - widths[group.id][-1])
+        if cost.total > bound:
+            raise BudgetError(_unreachable(graph, budget, widths, name, bound, cost.total, dense[name]))
+    return bounds
+
+
+def _unreachable(
+    graph: Graph, budget: Budget, widths: dict[str, list[int]], name: str, bound: float, floor: float, dense: float
+) -> str:
+    whole = [group_id for group_id, allowed in widths.items() if len(allowed) == 1]
     held = [f"min_keep={budget.min_keep:g}"]
     if whole:
         named = ", ".join(whole[:3]) + (", ..." if len(whole) > 3 else "")
-        held.append(f"{len(whole)} protected groups ({named})")
+        held.append(f"{len(whole)} groups that stay whole ({named})")
     if graph.skipped:
         held.append(f"{len(graph.skipped)} layers that cannot be pruned")
-    raise BudgetError(
-        f"{budget.quantity} <= {bound:,} cannot be reached: the floor is {floor:,} "
-        f"({floor / dense:.1%} of {dense:,}), held by {', '.join(held)}; ask for more than the floor, lower "
-        "min_keep or protect less"
+    return (
+        f"{name} <= {bound:,} cannot be reached: the floor is {floor:,} ({floor / dense:.1%} of {dense:,}), held by "
+        f"{', '.join(held)}; ask for more than the floor, lower min_keep or protect less"
     )
+
+
+class Costs(Protocol):
+    """What a network costs while its groups shrink."""
+
+    @property
+    def total(self) -> float:
+        """At the widths of the moment."""
+        ...
+
+    def saving(self, group: Group, units: int) -> float:
+        """What removing `units` more units would save now; with negative `units`, minus what they would cost."""
+        ...
+
+    def remove(self, group: Group, units: int) -> None:
+        """Shrink (or, with negative `units`, widen) a group."""
+        ...
+
+    def touches(self, group: Group, other: Group) -> bool:
+        """Whether shrinking one group changes what a step of the other saves."""
+        ...
+
+
+def costs_of(
+    quantity: str,
+    graph: Graph,
+    keep: Mapping[str, Tensor] | None = None,
+    *,
+    latency: LatencyTable | None = None,
+) -> Costs:
+    """The cost of a quantity, at the widths of a graph, or once only the units in `keep` are left.
+
+    Raises:
+        PlanError: milliseconds are asked for without a table.
+    """
+    costs: Costs
+    if quantity != "latency_ms":
+        costs = Cost(graph, quantity)
+    elif latency is None:
+        raise PlanError("milliseconds need a table of the machine at hand; give latency=tpvprune.latency_table(...)")
+    else:
+        costs = LatencyCost(graph, latency)
+    for name, mask in (keep or {}).items():
+        costs.remove(graph[name], int((~mask).sum()))
+    return costs
 
 
 class Cost:
@@ -93,7 +184,7 @@ class Cost:
 
     Args:
         graph: from `trace`.
-        quantity: macs, params or units.
+        quantity: macs, params, bytes or units.
 
     Tensors of a skipped block cost nothing, whatever else shrinks them.
     """
@@ -106,7 +197,7 @@ class Cost:
             self.slopes = {g.id: [(g.id, 0, 1)] for g in graph.groups}
             blocks = {name: {name, *graph.within(name)} for name in blocks}
         else:
-            self.times = dict(graph.reuse) if quantity == "macs" else dict.fromkeys(graph.parameters, 1)
+            self.times = dict(graph.times(quantity))
             self.sizes = {name: list(graph.shapes[name]) for name in self.times}
             members = {g.id: g.members if g.kind != "block" else () for g in graph.groups}
             self.slopes = {

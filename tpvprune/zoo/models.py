@@ -61,7 +61,7 @@ def create_model(name: str, checkpoint: str | Path | None = None, args: Mapping[
         elif is_model(name):
             model = timm.create_model(name, pretrained=False, **args)
         else:
-            raise ModelError(f"there is no model {name!r}{_near(name)}")
+            raise ModelError(f"there is no model {name!r}{near_models(name)}")
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
         if isinstance(error, ModelError):
             raise
@@ -82,7 +82,8 @@ def is_model(name: str) -> bool:
     return timm.is_model(name) or name in CIFAR_RESNETS
 
 
-def _near(name: str) -> str:
+def near_models(name: str) -> str:
+    """`; did you mean ...?` with models whose names are like this one."""
     names = [*timm.list_models(), *CIFAR_RESNETS]
     near = difflib.get_close_matches(name, names, n=3) or [n for n in names if name.split("_")[0] in n][:3]
     return f"; did you mean {', '.join(near)}?" if near else "; timm.list_models() names what there is"

@@ -1,0 +1,167 @@
+"""Plans in several steps: one plan in the end, scored again in between, gone on with after a stop."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tpvprune as tp
+from tests import tolerances
+from tests.cases import example
+from tests.helpers import assert_same_state, built, gap, outputs
+from tpvprune import schedule
+from tpvprune.plan import plan_of
+
+NETS = ("mlp", "conv_bn", "residual", "vit", "grouped")
+
+
+def batches(name: str, count: int = 2) -> list[torch.Tensor]:
+    return list(example(8 * count, *built(name).inputs.shape[1:], seed=3).split(8))
+
+
+def by_hand(name: str, criterion: Any, budget: tp.Budget, shares: list[float]) -> torch.nn.Module:
+    """The loop over the verbs that a schedule stands for, with bounds written out."""
+    b = built(name)
+    small, plan = b.model, None
+    for share in shares:
+        now = tp.trace(small, batches(name)[0][:1])
+        again = criterion if plan is None else dataclasses.replace(criterion, reference=b.model)
+        scores = tp.score(small, batches(name), now, again)
+        limit = dataclasses.replace(budget, macs=int(share * b.graph.macs() + 1e-6))
+        small = tp.apply(small, tp.allocate(scores, now, limit, after=plan))
+        plan = plan_of(small)
+    return small
+
+
+@pytest.mark.parametrize(
+    ("spacing", "shares"), [("linear", [0.9, 0.8, 0.7]), ("geometric", [0.7 ** (1 / 3), 0.7 ** (2 / 3), 0.7])]
+)
+@pytest.mark.parametrize("name", NETS)
+def test_a_schedule_is_the_loop_over_the_verbs(name: str, spacing: Any, shares: list[float]) -> None:
+    b, budget = built(name), tp.Budget(macs=0.7, round_to=1, min_keep=0.2)
+    planning = tp.Planning(steps=3, spacing=spacing)
+    plan = tp.plan_for(b.model, batches(name), b.graph, budget, criterion=tp.TPV(seed=4), planning=planning)
+    wanted = by_hand(name, tp.TPV(seed=4), budget, shares)
+    assert_same_state(tp.apply(b.model, plan).state_dict(), wanted.state_dict())
+    assert plan.macs <= 0.7 * b.graph.macs()
+    assert plan.graph is b.graph
+    assert [step["got"]["macs"] for step in plan.made_by["steps"]] == sorted(
+        (step["got"]["macs"] for step in plan.made_by["steps"]), reverse=True
+    )
+    assert plan.made_by["steps"][-1]["got"]["macs"] == plan.macs
+    assert plan.made_by["asked"] == {"macs": int(0.7 * b.graph.macs() + 1e-6)}
+    for group in b.graph.groups:  # floors are of the dense model
+        assert int(plan.mask(group.id).sum()) >= 0.2 * group.units
+
+
+def test_one_step_is_a_plain_plan(residual) -> None:
+    budget = tp.Budget(macs=0.7, round_to=1)
+    scores = tp.score(residual.model, batches("residual"), residual.graph)
+    plan = tp.plan_for(residual.model, batches("residual"), residual.graph, budget)
+    assert plan.to_json() == tp.allocate(scores, residual.graph, budget).to_json()
+    given = tp.plan_for(residual.model, [], residual.graph, budget, scores=scores)
+    assert given.diff(plan) == {}
+
+
+def test_steps_may_differ_from_one_step() -> None:
+    # Otherwise the tests above could not tell a second scoring from none.
+    name, found = "residual", set()
+    for steps in (1, 4):
+        plan = tp.plan_for(
+            built(name).model, batches(name), built(name).graph, tp.Budget(macs=0.5, round_to=1, min_keep=0.01),
+            planning=tp.Planning(steps=steps),
+        )  # fmt: skip
+        found.add(str(plan.to_json()["keep"]))
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("most", [0.005, 0.02])
+def test_a_drift_is_held_against_what_was_measured(most: float) -> None:
+    b, data = built("residual"), batches("residual", 4)
+    plan = tp.plan_for(
+        b.model, data, b.graph, tp.Budget(drift=most, round_to=1, min_keep=0.01), planning=tp.Planning(steps=6)
+    )
+    assert plan.removed
+    p, q = (outputs(model, torch.cat(data)).log_softmax(1) for model in (b.model, tp.apply(b.model, plan)))
+    measured = float((p.exp() * (p - q)).sum(1).mean())
+    # The last step alone is predicted, so that first order has little room to be wrong.
+    assert 0.2 * most < measured < 1.5 * most
+    assert plan.made_by["predicted_kl"] <= most
+    last = plan.made_by["steps"][-1]["measured_kl"]
+    before = [step["measured_kl"] for step in plan.made_by["steps"][1:-1]]
+    assert 0 < last <= most
+    assert max(before) <= most
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_stopped_schedule_goes_on_where_it_was(stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    b, data, save = built("residual"), batches("residual"), tmp_path / "plan.json"
+    budget, planning = tp.Budget(macs=0.6, round_to=1), tp.Planning(steps=3)
+    whole = tp.plan_for(b.model, data, b.graph, budget, planning=planning)
+
+    def tell(stage: str, done: int, total: int | None) -> None:
+        if (stage, done) == ("plan", stop):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tp.plan_for(b.model, data, b.graph, budget, planning=planning, save=save, progress=tell)
+    assert len(tp.Plan.load(save).made_by["steps"]) == stop
+    scored: list[int] = []
+    real = schedule.score
+
+    def counted(*args: Any, **kwargs: Any) -> tp.Scores:
+        scored.append(1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(schedule, "score", counted)
+    again = tp.plan_for(b.model, data, b.graph, budget, planning=planning, save=save)
+    assert again.to_json() == whole.to_json()
+    assert len(scored) == 3 - stop
+
+
+def test_several_bounds_hold_after_several_steps(residual) -> None:
+    budget = tp.Budget(macs=0.8, params=0.7, round_to=1)
+    plan = tp.plan_for(residual.model, batches("residual"), residual.graph, budget, planning=tp.Planning(steps=3))
+    assert plan.macs <= 0.8 * residual.graph.macs()
+    assert plan.params <= 0.7 * residual.graph.params()
+
+
+def test_an_unreachable_budget_is_refused_before_any_scoring(residual) -> None:
+    with pytest.raises(tp.BudgetError, match="the floor is"):
+        tp.plan_for(residual.model, [object()], residual.graph, tp.Budget(macs=0.001), planning=tp.Planning(steps=2))
+
+
+@pytest.mark.parametrize("criterion", [tp.L1(), tp.JBR(confidence=0.0), tp.TPV(compensated=True), tp.Random()])
+def test_every_criterion_takes_steps(criterion: Any) -> None:
+    b, data = built("residual"), batches("residual")
+    plan = tp.plan_for(
+        b.model, data, b.graph, tp.Budget(macs=0.7, round_to=1), criterion=criterion, planning=tp.Planning(steps=2)
+    )
+    assert plan.macs <= 0.7 * b.graph.macs()
+    small = tp.apply(b.model, plan)
+    assert gap(outputs(small, data[0]), outputs(tp.mask(b.model, plan), data[0])) < tolerances.SAME_FUNCTION
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"steps": 0}, "steps=0"),
+        ({"steps": 1.5}, "steps=1.5"),
+        ({"spacing": "square"}, "spacing='square'"),
+        ({"allocator": "best"}, "allocator='best'"),
+        ({"per": "dollars"}, "per='dollars'"),
+        ({"shrinkage": 2}, "shrinkage=2"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(kwargs: dict[str, Any], match: str) -> None:
+    with pytest.raises(tp.BudgetError, match=match):
+        tp.Planning(**kwargs)
+
+
+def test_a_generator_cannot_be_read_once_a_step(mlp) -> None:
+    with pytest.raises(tp.DataError, match="every step reads them"):
+        tp.plan_for(mlp.model, (x for x in batches("mlp")), mlp.graph, tp.Budget(macs=0.7), planning=tp.Planning(2))

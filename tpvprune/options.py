@@ -1,0 +1,21 @@
+"""Arguments and options that several verbs of the command line share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Target = Annotated[str, typer.Argument(help="A recipe (name or YAML file), a run's folder, or a timm model name.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, as in budget.macs=0.4", show_default=False)]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the results; runs/NAME by default.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document for machines.")]
+Checkpoint = Annotated[str | None, typer.Option(help="Weights: .safetensors, .pth or .pth.tar, as timm loads them.")]
+Data = Annotated[str | None, typer.Option(help="Unlabeled images: a folder in any tree, .npz/.npy, or 'digits'.")]
+Labels = Annotated[str | None, typer.Option(help="'folders' or a class-map file; used for the accuracy line only.")]
+Macs = Annotated[str | None, typer.Option(help="Multiply-adds to keep at most: 0.5, 50% or 1.2G.")]
+Params = Annotated[str | None, typer.Option(help="Parameters to keep at most: 0.5, 50% or 3M.")]
+Bytes = Annotated[str | None, typer.Option("--bytes", help="Weights in memory, at most: 0.5, 50% or 20MB.")]
+Latency = Annotated[str | None, typer.Option(help="Milliseconds of a forward pass at most: '8 ms' or 0.5.")]
+Drift = Annotated[str | None, typer.Option(help="Predicted KL from the dense model at most, in nats: 0.05.")]

@@ -1,0 +1,179 @@
+"""Plans in one step or several: what is left is scored again after each, and the steps are one plan in the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from tpvprune.batches import Batch, Progress, inputs_of, repeatable
+from tpvprune.budget import QUANTITIES, Budget, Quantity
+from tpvprune.errors import BudgetError, DataError
+from tpvprune.plan import Plan, plan_of
+from tpvprune.planning.allocate import ALLOCATORS, Allocator, allocate
+from tpvprune.planning.graph import trace
+from tpvprune.planning.latency import LatencyTable
+from tpvprune.planning.widths import check_reachable, costs_of, widths_of
+from tpvprune.report import compare
+from tpvprune.scores import Scores
+from tpvprune.scoring.criteria import TPV, Criterion, score
+from tpvprune.scoring.losses import JBR
+from tpvprune.surgery.removal import apply
+from tpvprune.types import Graph
+
+_UNITS = {"latency_ms": " ms", "bytes": " B"}  # with a unit, no number is read as a share
+
+
+@dataclass(frozen=True)
+class Planning:
+    """How a plan is made of scores.
+
+    Attributes:
+        steps: how often units are scored and removed; what is left is scored again in between, as far from the dense
+            model as it is by then.
+        spacing: "linear" takes the same amount off each bounded cost in every step, "geometric" the same share.
+        allocator: see `allocate`.
+        per: see `allocate`.
+        shrinkage: see `allocate`.
+    """
+
+    steps: int = 1
+    spacing: Literal["linear", "geometric"] = "linear"
+    allocator: Allocator = "auto"
+    per: Quantity | None = None
+    shrinkage: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise BudgetError(f"steps={self.steps!r} must be a whole number from 1")
+        if self.spacing not in ("linear", "geometric"):
+            raise BudgetError(f"spacing={self.spacing!r} must be 'linear' or 'geometric'")
+        if self.allocator not in ALLOCATORS or self.per not in (None, *QUANTITIES):
+            raise BudgetError(
+                f"allocator={self.allocator!r} must be one of {', '.join(ALLOCATORS)}, and per={self.per!r} one of "
+                f"{', '.join(QUANTITIES)}"
+            )
+        if self.shrinkage is not None and not 0 <= self.shrinkage <= 1:
+            raise BudgetError(f"shrinkage={self.shrinkage} must lie between 0 and 1")
+
+    def bounds(self, dense: float, bound: float) -> list[float]:
+        """Where a cost is to stand after each step."""
+        if self.spacing == "geometric":
+            return [dense * (bound / dense) ** (n / self.steps) for n in range(1, self.steps + 1)]
+        return [dense - (dense - bound) * n / self.steps for n in range(1, self.steps + 1)]
+
+
+def plan_for(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    graph: Graph,
+    budget: Budget,
+    *,
+    criterion: Criterion | None = None,
+    planning: Planning | None = None,
+    scores: Scores | None = None,
+    latency: LatencyTable | None = None,
+    progress: Progress | None = None,
+    save: str | PathLike[str] | None = None,
+) -> Plan:
+    """Score and allocate, in as many steps as asked; one plan of the dense model.
+
+    After the first step, TPV and JBR score what is left with the dense model as the reference, so that the drift
+    that is already there counts. A bound on drift is held against the drift measured on the batches so far plus
+    what the next step is predicted to add.
+
+    Args:
+        model: the dense model.
+        batches: unlabeled; read once a step.
+        graph: from `trace`, of the dense model.
+        budget: what the result may cost.
+        criterion: how to score; `TPV()` by default.
+        planning: how to plan; one step by default.
+        scores: of the dense model, if there are any.
+        latency: see `allocate`.
+        progress: called as `progress("plan", steps_done, steps)`, and by scoring.
+        save: where the plan so far is kept; a plan found there is gone on with.
+
+    Raises:
+        InputError: see `score` and `allocate`; what is kept in `save` stays valid.
+    """
+    planning, criterion = planning or Planning(), criterion or TPV()
+    choice: dict[str, Any] = {field.name: getattr(planning, field.name) for field in fields(planning)}
+    del choice["steps"], choice["spacing"]
+    choice["latency"] = latency
+    finals = check_reachable(graph, budget, latency=latency)
+    if planning.steps == 1:
+        alone = scores if scores is not None else score(model, batches, graph, criterion, progress=progress)
+        return allocate(alone, graph, budget, **choice)
+    repeatable(batches, "every step reads them")
+    example = next(iter(batches), None)
+    if example is None:
+        raise DataError("there is no batch; give at least one")
+    ways = {
+        name: planning.bounds(costs_of(name, graph, latency=latency).total, bound) for name, bound in finals.items()
+    }
+    plan = Plan.load(save) if save is not None and Path(save).is_file() else Plan({}, graph, {"steps": []})
+    small = apply(model, plan) if plan.removed else model
+    for step in range(len(plan.made_by["steps"]), planning.steps):
+        if progress:
+            progress("plan", step, planning.steps)
+        first = not plan.removed
+        now = graph if first else trace(small, inputs_of(example)[:1], progress=progress)
+        if all(len(widths) == 1 for widths in widths_of(now, budget, None if first else plan).values()):
+            break  # nothing can leave any more
+        share = (step + 1) / planning.steps
+        limit, so_far = _limit_of(budget, {name: way[step] for name, way in ways.items()}), 0.0
+        if budget.most_drift is not None:
+            metrics, _ = compare({"now": small}, model, batches, output=getattr(criterion, "output", None))
+            so_far = metrics["now"]["kl"]
+            if share * budget.most_drift <= so_far:
+                plan = _told(plan, {**plan.made_by, "steps": [*plan.made_by["steps"], {"measured_kl": so_far}]})
+                continue
+            limit = replace(limit, drift=f"{share * budget.most_drift - so_far} nats")
+        found = scores if first and scores is not None else None
+        if found is None:
+            found = score(small, batches, now, criterion if first else _from(criterion, model), progress=progress)
+        part = allocate(found, now, limit, after=None if first else plan, **choice)
+        about = {**part.made_by, "asked": finals | _drift_of(budget), "steps": [*plan.made_by["steps"]]}
+        about["steps"].append({"got": part.made_by["got"]} | ({"measured_kl": so_far} if so_far else {}))
+        if budget.most_drift is not None:
+            about["predicted_kl"] = so_far + part.made_by["predicted_kl"]
+        else:
+            about.pop("predicted_kl", None)  # of this step alone
+        small = apply(small, part)
+        plan = _told(plan_of(small) or plan, about)
+        if save is not None:
+            plan.save(save)
+    if progress:
+        progress("plan", planning.steps, planning.steps)
+    return plan
+
+
+def _told(plan: Plan, made_by: dict[str, object]) -> Plan:
+    return replace(plan, made_by=made_by)
+
+
+def _drift_of(budget: Budget) -> dict[str, float]:
+    return {} if budget.most_drift is None else {"drift": budget.most_drift}
+
+
+def _limit_of(budget: Budget, bounds: dict[str, float]) -> Budget:
+    """The same budget with other bounds, in absolute numbers."""
+    written: dict[str, Any] = {
+        name: f"{bound if name == 'latency_ms' else math.floor(bound + 1e-6)}{_UNITS.get(name, '')}"
+        for name, bound in bounds.items()
+    }
+    return replace(budget, **written)
+
+
+def _from(criterion: Criterion, dense: nn.Module) -> Criterion:
+    """The criterion with drift counted from the dense model, where it has a notion of that."""
+    counts = isinstance(criterion, JBR) or (isinstance(criterion, TPV) and criterion.cap > 0)
+    if counts and criterion.reference is None:  # type: ignore[attr-defined]  # both have it
+        return replace(criterion, reference=dense)  # type: ignore[type-var]  # both are dataclasses
+    return criterion
