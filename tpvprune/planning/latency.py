@@ -30,7 +30,7 @@ from tpvprune.batches import Progress, device_of, evaluation_mode
 from tpvprune.errors import ModelError, PlanError
 from tpvprune.files import write_text
 from tpvprune.timing import milliseconds, milliseconds_inside
-from tpvprune.types import WORK, Graph, Group, check_format, read_json
+from tpvprune.types import REST, WORK, Graph, Group, check_format, read_json
 
 LATENCY_FORMAT = 1
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of a layer's widths that are timed
@@ -122,24 +122,33 @@ class LatencyCost:
         self.table = table
         self.sizes = {name: [*graph.shapes[name], 1][:2] for name in table.layers if name in graph.shapes}
         self.slopes: dict[str, list[tuple[str, int, int]]] = {
-            group.id: [(m.param, m.axis, m.width()) for m in group.members if m.param in self.sizes and m.axis < 2]
+            group.id: [
+                (m.param, m.axis, m.width())
+                for m in group.members
+                if m.dim is not None and m.param in self.sizes and m.dim < 2
+            ]
             for group in graph.groups
         }
+        self.blocks = {
+            g.id: {m.param for m in g.members if m.param in self.sizes} for g in graph.groups if g.kind == "block"
+        }
+        self.gone: set[str] = set()  # layers of skipped blocks
+        self.layers = {n: {name for name, _, _ in own} | self.blocks.get(n, set()) for n, own in self.slopes.items()}
         readers: dict[str, set[str]] = defaultdict(set)
-        for group_id, sides in self.slopes.items():
-            for name, _, _ in sides:
+        for group_id, names in self.layers.items():
+            for name in names:
                 readers[name].add(group_id)
         self.neighbours = {
-            group_id: set().union(*(readers[name] for name, _, _ in sides)) for group_id, sides in self.slopes.items()
+            group_id: set().union(*(readers[name] for name in names)) for group_id, names in self.layers.items()
         }
         self.total = table.fixed + sum(self._of(name) for name in self.sizes)
 
     def _of(self, name: str) -> float:
-        return self.table.layers[name].at(*self.sizes[name])
+        return 0.0 if name in self.gone else self.table.layers[name].at(*self.sizes[name])
 
     def saving(self, group: Group, units: int) -> float:
         """See `Costs`; in milliseconds."""
-        names = {name for name, _, _ in self.slopes[group.id]}
+        names = self.layers[group.id]
         before = sum(map(self._of, names))
         self._shrink(group, units)
         after = sum(map(self._of, names))
@@ -152,6 +161,9 @@ class LatencyCost:
         self._shrink(group, units)
 
     def _shrink(self, group: Group, units: int) -> None:
+        if group.id in self.blocks:
+            self.gone ^= self.blocks[group.id] if units else set()
+            return
         for name, axis, width in self.slopes[group.id]:
             self.sizes[name][axis] -= units * width
 
@@ -256,6 +268,8 @@ def _met(model: nn.Module, graph: Graph, example: Tensor) -> dict[str, _Met]:
     """The weights and work tensors that groups touch, with what their layers meet, in execution order."""
     wanted: dict[str, list[str]] = defaultdict(list)
     for name in dict.fromkeys(m.param for group in graph.groups for m in group.members):
+        if name.endswith(REST):  # of a block: what it takes goes with what its layers write
+            continue
         layer = _layer(name)
         module = model.get_submodule(layer)
         if WORK in name or (name.endswith(".weight") and isinstance(module, (nn.Linear, _ConvNd))):
