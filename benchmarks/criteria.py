@@ -56,6 +56,7 @@ CRITERIA: dict[str, tuple[Callable[[nn.Module, int], Any], dict[str, Any], bool]
 # What the parts of the best are worth: "tpv plan" with one thing changed, and other heads.
 ABLATIONS: dict[str, tuple[Callable[[nn.Module, int], Any], dict[str, Any], bool]] = {
     "tpv plan, no linear part": (lambda dense, seed: tp.TPV(sensitivities=EVERY, seed=seed), JOINT, True),
+    "tpv plan, no exchanges": (*CRITERIA["tpv plan"][:1], JOINT | {"exchange": False}, True),
     "tpv plan, no shrinkage": (*CRITERIA["tpv plan"][:1], JOINT | {"shrinkage": 0.0}, True),
     "tpv plan, no covariances": (*CRITERIA["tpv plan"][:1], JOINT | {"shrinkage": 1.0}, True),
     "tpv plan, 4 probes": (

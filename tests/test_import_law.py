@@ -54,6 +54,8 @@ def users_of(package: str) -> set[str]:
         ("types.py", {"errors", "files"}),
         ("plan.py", {"errors", "files", "types"}),
         ("batches.py", {"errors"}),
+        ("layers.py", set()),
+        ("timing.py", {"batches"}),
         ("scores.py", {"errors", "files", "types"}),
         ("budget.py", {"errors", "files", "types"}),
         ("curves.py", {"errors", "files", "types"}),

@@ -8,7 +8,8 @@ from torch import nn
 
 import tpvprune as tp
 from tests.helpers import built, outputs
-from tpvprune.report import compare, environment, latencies
+from tpvprune.report import compare, environment
+from tpvprune.timing import latencies
 
 
 @pytest.fixture

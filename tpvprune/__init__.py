@@ -40,6 +40,7 @@ from tpvprune.scoring.statistics import Variance, Wanda
 from tpvprune.surgery.masking import mask
 from tpvprune.surgery.removal import apply
 from tpvprune.surgery.semistructured import to_semi_structured
+from tpvprune.timing import measured_latency
 from tpvprune.types import Graph, Group, Measure, Member, Report
 from tpvprune.version import __version__
 
@@ -108,6 +109,7 @@ __all__ = [
     "latency_table",
     "load",
     "mask",
+    "measured_latency",
     "plan_for",
     "prune",
     "reconstruct",

@@ -37,9 +37,10 @@ from tpvprune.options import (
 )
 from tpvprune.plancli import plans_app
 from tpvprune.recipe import Recipe, builtin_recipes, find_recipe, load_recipe
-from tpvprune.report import compare, latencies, stored_report
+from tpvprune.report import compare, stored_report
 from tpvprune.runfolder import PRODUCTS
 from tpvprune.targets import flags, is_saved_model, resolve, resolve_model
+from tpvprune.timing import latencies
 from tpvprune.types import Graph
 from tpvprune.version import __version__
 from tpvprune.workflow import Run

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import platform
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -32,7 +30,7 @@ from tpvprune.errors import DataError
 from tpvprune.plan import Plan
 from tpvprune.planning.latency import LatencyTable
 from tpvprune.planning.widths import costs_of
-from tpvprune.timing import milliseconds
+from tpvprune.timing import device_name, latencies
 from tpvprune.types import REPORT_FORMAT, Measure, Report, check_format, read_json
 
 PACKAGES = ("tpvprune", "torch", "torch-pruning", "timm", "numpy")
@@ -105,20 +103,6 @@ def _distances(reference: Tensor, output: Tensor, labels: Tensor | None) -> dict
     return sums
 
 
-@torch.no_grad()
-def latencies(models: Mapping[str, nn.Module], inputs: Tensor, *, rounds: int = 15) -> dict[str, float]:
-    """Median milliseconds of one eager forward pass of each model, taken in turns.
-
-    Args:
-        models: by name.
-        inputs: one batch, `(batch, ...)`.
-        rounds: timed passes of each model, after two that are not timed.
-    """
-    with evaluation_mode(*models.values()):
-        runs = {name: partial(model, inputs) for name, model in models.items()}
-        return {name: round(ms, 3) for name, ms in milliseconds(runs, inputs.device, rounds=rounds).items()}
-
-
 def environment(latency_batch: int, device: torch.device) -> dict[str, Any]:
     """Versions, machine and how latency was taken."""
     versions = {}
@@ -127,11 +111,10 @@ def environment(latency_batch: int, device: torch.device) -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = "unknown"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "python": sys.version.split()[0],
         "versions": versions,
-        "device": f"{device.type}: {name}",
+        "device": f"{device.type}: {device_name(device)}",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "latency": f"median of one eager forward pass, batch {latency_batch}",

@@ -21,7 +21,8 @@ from tests.planning.test_trace import macs_of, params_of
 from tpvprune.planning import joint
 from tpvprune.planning.greedy import Ladders
 from tpvprune.planning.joint import Joint
-from tpvprune.planning.latency import LatencyCost, LatencyTable, LayerTimes
+from tpvprune.planning.latency import LatencyCost, LatencyTable
+from tpvprune.planning.layertimes import LayerTimes
 from tpvprune.planning.widths import Cost, check_reachable, floors_of
 
 
@@ -456,7 +457,9 @@ def test_milliseconds_of_a_skipped_block_are_those_of_its_layers() -> None:
     b = built("stages")
     weights = [n for n, p in b.model.named_parameters() if p.ndim == 4]
     layers = {
-        name: LayerTimes((1, rows), (1, columns), ((1.0, 2.0 + place), (3.0 + place, 5.0 + 2 * place)))
+        name.removesuffix(".weight"): LayerTimes(
+            ((name, 0), (name, 1)), ((1, rows), (1, columns)), (1.0, 2.0 + place, 3.0 + place, 5.0 + 2 * place)
+        )
         for place, name in enumerate(weights)
         for rows, columns in [b.graph.shapes[name][:2]]
     }
@@ -470,7 +473,7 @@ def test_milliseconds_of_a_skipped_block_are_those_of_its_layers() -> None:
         keep[name] = mask
         cost.remove(b.graph[name], len(units))
         sizes = b.graph.sizes(keep)
-        left = [layers[n].at(*sizes[n][:2]) for n in weights if sizes[n] != (0,)]
+        left = [layers[n.removesuffix(".weight")].at(*sizes[n][:2]) for n in weights if sizes[n] != (0,)]
         assert cost.total == pytest.approx(7.0 + sum(left))
     assert len(left) < len(weights)
 

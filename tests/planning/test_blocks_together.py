@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,13 +23,15 @@ from tests.planning.test_joint import made_up, scores_of
 from tests.planning.test_trace import macs_of, params_of
 from tpvprune import schedule
 from tpvprune.planning.exchange import Exchange
-from tpvprune.planning.latency import LatencyTable, LayerTimes
+from tpvprune.planning.latency import LatencyTable
+from tpvprune.planning.layertimes import LayerTimes
 from tpvprune.planning.sparsity import sparsify
 from tpvprune.planning.weights import weight_graph
 from tpvprune.planning.widths import check_reachable, costs_of
 from tpvprune.plots import draw
 
 STEADY = settings(max_examples=80, deadline=None, derandomize=True)
+LAYERS = (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm)
 QUANTITIES = ("macs", "params", "bytes", "units", "latency_ms")
 MASKED = ("stages", "inverted", "vit")
 
@@ -36,14 +39,14 @@ MASKED = ("stages", "inverted", "vit")
 def table_of(graph: tp.Graph) -> LatencyTable:
     """Times that rise unevenly with both widths, of every weight with two dimensions or more."""
     weights = [name for name, shape in graph.shapes.items() if name.endswith(".weight") and len(shape) > 1]
-    layers = {
-        name: LayerTimes((1, rows), (1, columns), ((1.0, 2.0 + place), (3.0 + place, 5.0 + 2 * place)))
-        if columns > 1
-        else LayerTimes((1, rows), (1,), ((1.0,), (2.0 + place,)))
-        for place, name in enumerate(weights)
-        for rows, columns in [graph.shapes[name][:2]]
-    }
-    return LatencyTable(layers, 7.0, graph.model_id, {})
+    layers = {}
+    for place, name in enumerate(weights):
+        rows, columns = graph.shapes[name][:2]
+        sides, grid = ((name, 0), (name, 1)), ((1, rows), (1, columns) if columns > 1 else (1,))
+        ms = (1.0, 2.0 + place, 3.0 + place, 5.0 + 2 * place) if columns > 1 else (1.0, 2.0 + place)
+        layers[name.removesuffix(".weight")] = LayerTimes(sides, grid, ms)
+    blocks = tuple(group.id for group in graph.groups if group.kind == "block")
+    return LatencyTable(layers, 7.0, graph.model_id, {}, blocks)
 
 
 def counted(quantity: str, small: nn.Module, plan: tp.Plan, inputs: Tensor) -> float:
@@ -57,7 +60,8 @@ def counted(quantity: str, small: nn.Module, plan: tp.Plan, inputs: Tensor) -> f
     if quantity == "units":
         return sum(int(plan.mask(group.id).sum()) for group in plan.graph.groups)
     parameters, table = dict(small.named_parameters()), table_of(plan.graph)
-    left = {name: parameters[name].shape[:2] for name in table.layers if name in parameters}
+    weights = {name: parameters.get(f"{name}.weight") for name in table.layers}
+    left = {name: weight.shape[:2] for name, weight in weights.items() if weight is not None}
     return table.fixed + sum(table.layers[name].at(*shape) for name, shape in left.items())
 
 
@@ -216,15 +220,16 @@ def test_weights_are_zeroed_after_blocks_have_gone(name: str, scope: Any) -> Non
 
 
 @pytest.mark.parametrize("name", ["stages", "inverted", "vit"])
-@pytest.mark.parametrize("quantity", ["macs", "params", "units"])
+@pytest.mark.parametrize("quantity", ["macs", "params", "units", "latency_ms"])
 def test_plans_in_steps_skip_blocks_and_are_one_plan(name: str, quantity: str) -> None:
-    b = built(name)
+    b, share = built(name), 0.5 if quantity == "latency_ms" else 0.4
     batches = [example(8, *b.inputs.shape[1:], seed=seed) for seed in (3, 4)]
-    budget, planning = tp.Budget(**{quantity: 0.4}, round_to=1), tp.Planning(steps=3)
-    plan = tp.plan_for(b.model, batches, b.graph, budget, planning=planning)
+    budget, planning = tp.Budget(**{quantity: share}, round_to=1), tp.Planning(steps=3)
+    table = table_of(b.graph)
+    plan = tp.plan_for(b.model, batches, b.graph, budget, planning=planning, latency=table)
     small = tp.apply(b.model, plan)
-    assert plan.made_by["got"] == {quantity: counted(quantity, small, plan, b.inputs)}
-    assert plan.made_by["got"][quantity] <= 0.4 * b.graph.cost(quantity)
+    assert plan.made_by["got"] == {quantity: pytest.approx(counted(quantity, small, plan, b.inputs), rel=1e-12)}
+    assert plan.made_by["got"][quantity] <= share * costs_of(quantity, b.graph, latency=table).total
     assert plan.params == params_of(small)
     assert plan.graph is b.graph
 
@@ -366,3 +371,22 @@ def test_bundles_are_traced_again_in_steps() -> None:
     plan = tp.plan_for(model, [inputs], graph, budget, planning=planning)
     small = tp.apply(model, plan)
     assert plan.made_by["got"]["macs"] == macs_of(copy.deepcopy(small), inputs) <= 0.5 * graph.macs()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "convnext"])  # 8 channels, on 8 x 8 pixels
+def test_a_measured_table_knows_all_layers_of_a_block(name: str, tmp_path: Path) -> None:
+    b = built(name)
+    tp.latency_table(b.model, b.graph, b.inputs).save(tmp_path / "table.json")
+    table = LatencyTable.load(tmp_path / "table.json")
+    assert table.blocks == b.blocks
+    dense = table.latency(b.graph)
+    for block in b.blocks:
+        inside = [n for n, m in b.model.named_modules() if n.startswith(f"{block}.") and isinstance(m, LAYERS)]
+        assert inside
+        assert set(inside) <= table.within(block)
+        own = sum(table.layers[n].ms[-1] for n in table.within(block))
+        skipped = {block: torch.zeros(1, dtype=torch.bool)}
+        assert dense - table.latency(b.graph, skipped) == pytest.approx(own, rel=1e-9)
+        small = tp.apply(b.model, tp.Plan(skipped, b.graph))
+        now = tp.trace(small, b.inputs, depth=True)  # which does not say what was skipped
+        assert costs_of("latency_ms", now, latency=table).total == pytest.approx(dense - own, rel=1e-9)

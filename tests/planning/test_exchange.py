@@ -89,6 +89,22 @@ def test_no_exchange_inside_a_group_lowers_the_drift(name: str, rho: float) -> N
                 assert other @ q @ other + linear @ other >= now - tolerances.FLOAT32 * abs(now) - 1e-9
 
 
+def test_exchanges_can_be_left_out_and_lower_the_drift_where_they_are_not() -> None:
+    graph, lower = built("residual").graph, 0
+    for seed in range(6):
+        known = made_up(graph, seed)
+        q, linear = quadratic(known, 0.0)
+        budget = tp.Budget(macs=0.6, round_to=1, min_keep=0.01)
+        drifts = []
+        for exchange in (False, True):
+            plan = tp.allocate(scores_of(graph, known), graph, budget, shrinkage=0.0, exchange=exchange)
+            z = gone_of(plan)
+            drifts.append(z @ q @ z + linear @ z)
+        assert drifts[1] <= drifts[0] * (1 + 1e-6)
+        lower += drifts[1] < 0.99 * drifts[0]
+    assert lower >= 3
+
+
 @pytest.mark.parametrize("round_to", [1, 2])
 def test_exchanges_keep_the_bounds_the_widths_and_the_floors(round_to: int) -> None:
     graph = built("residual").graph

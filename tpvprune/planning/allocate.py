@@ -26,6 +26,7 @@ def allocate(
     allocator: Allocator = "auto",
     per: Quantity | None = None,
     shrinkage: float | None = None,
+    exchange: bool = True,
     after: Plan | None = None,
     latency: LatencyTable | None = None,
 ) -> Plan:
@@ -46,6 +47,7 @@ def allocate(
         per: what a step's drift is divided by. By default what the budget bounds (several: what is still above its
             bound, each as a share of what it has to lose), and multiply-adds where only drift is bounded.
         shrinkage: of the covariances that "joint" counts, 0 to 1; estimated from the sensitivities by default.
+        exchange: whether "joint" betters its plan by exchanges at the end.
         after: the plan that has made the model which scores and graph are of, so that fractions, floors and
             roundings are those of the dense model. Drift is counted from that model on.
         latency: from `latency_table`, of the dense model; needed where milliseconds are bounded.
@@ -74,7 +76,7 @@ def allocate(
     if allocator == "joint":
         if scores.sensitivities is None:
             raise PlanError("allocator='joint' needs scores with sensitivities: score with TPV(sensitivities=1280)")
-        steps = Joint(graph, widths, scores.sensitivities, shrinkage)
+        steps = Joint(graph, widths, scores.sensitivities, shrinkage, exchange)
     else:
         steps = Ladders(graph, widths, scores, allocator)
     bounded: dict[str, Costs] = {name: costs_of(name, graph, latency=latency) for name in budget.quantities}

@@ -7,6 +7,7 @@ block is cut open at its projections, and its heads become a group of their own.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -110,3 +111,32 @@ def unknown_attention(model: nn.Module) -> Iterator[str]:
         projects = any(isinstance(child, (nn.Linear, _ConvNd)) for child in module.children())
         if isinstance(getattr(module, "num_heads", None), int) and projects and name not in known:
             yield name
+
+
+class _Given(nn.Module):
+    """In place of a projection: an output that is there already."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output
+
+
+def between_projections(module: nn.Module, width: int, make: Callable[[int], Tensor]) -> nn.Module:
+    """A copy of an attention module that does what lies between its projections, with as many heads as fit.
+
+    Args:
+        module: of a known class.
+        width: channels of all heads.
+        make: what a projection to that many channels gives, `(batch, tokens, channels)`.
+    """
+    twin: Any = copy.deepcopy(module)
+    twin.num_heads, twin.attn_dim = width // twin.head_dim, width
+    twin.qkv, twin.proj = _Given(make(3 * width)), nn.Identity()
+    if isinstance(getattr(twin, "norm", None), nn.Module):  # a layer of its own
+        twin.norm = nn.Identity()
+    if isinstance(getattr(twin, "gate", None), nn.Module):
+        twin.gate = _Given(make(width))
+    return twin

@@ -12,7 +12,7 @@ import copy
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from tpvprune.batches import Progress, device_of, evaluation_mode
+from tpvprune.batches import Progress, arguments_of, device_of, evaluation_mode
 from tpvprune.errors import ModelError
 from tpvprune.planning.attention import AttentionBlock, attention_blocks, unknown_attention
 from tpvprune.planning.blocks import block_group, residual_blocks
@@ -71,7 +71,7 @@ def trace(
     for name, parameter in twin.named_parameters():
         if not parameter.is_floating_point():
             raise ModelError(f"parameter {name!r} is {parameter.dtype}; only floating models can be traced")
-    args, kwargs = _as_arguments(example, device_of(model))
+    args, kwargs = arguments_of(example, device_of(model))
     with evaluation_mode(twin):
         # torch's FLOP counter fails where a module is handed a parameter that wants a gradient.
         usage = Usage(twin.requires_grad_(False), args, kwargs)
@@ -125,21 +125,6 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 def model_id(model: nn.Module) -> str:
     """Fingerprint of a model's architecture, see `types.fingerprint`."""
     return fingerprint((name, tuple(tensor.shape)) for name, tensor in _tensors(model))
-
-
-def _as_arguments(example: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    def move(value: Any) -> Any:
-        return value.detach().to(device) if isinstance(value, Tensor) else value
-
-    if isinstance(example, Mapping):
-        return (), {key: move(value) for key, value in example.items()}
-    if isinstance(example, Tensor):
-        return (move(example),), {}
-    if isinstance(example, Sequence) and example and not isinstance(example, str):
-        return tuple(map(move, example)), {}
-    raise ModelError(
-        f"the example input is a {type(example).__name__}; give a tensor, a tuple of arguments or a dict of them"
-    )
 
 
 @dataclass

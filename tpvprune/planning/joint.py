@@ -38,6 +38,7 @@ class Joint:
         widths: units each group may keep, from all of them down.
         sensitivities: of the same groups.
         shrinkage: how much of the products of different units is taken away, 0 to 1; estimated if None.
+        exchange: whether `improve` does anything.
 
     Raises:
         PlanError: the sensitivities are of other groups.
@@ -49,10 +50,11 @@ class Joint:
         widths: dict[str, list[int]],
         sensitivities: Sensitivities,
         shrinkage: float | None = None,
+        exchange: bool = True,
     ) -> None:
         if sensitivities.groups != tuple((group.id, group.units) for group in graph.groups):
             raise PlanError("the sensitivities are of other groups than the graph's; score again")
-        self.widths, self.dearest_first = widths, True
+        self.widths, self.dearest_first, self._exchange = widths, True, exchange
         if shrinkage is None:
             shrinkage = estimated_shrinkage(_of_small_units(graph, sensitivities))
         self.shrinkage = shrinkage
@@ -137,6 +139,8 @@ class Joint:
 
     def improve(self, graph: Graph, gone: dict[str, Tensor], spending: Spending) -> None:
         """See `Steps`; blocks, and what lies in those that are skipped, are not exchanged."""
+        if not self._exchange:
+            return
         lost = graph.lost(gone)
         skipped = [self._span[name] for name, mask in gone.items() if graph[name].kind == "block" and bool(mask.any())]
         spans = {n: span for n, span in self._span.items() if graph[n].kind != "block" and n not in lost}

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from tpvprune.errors import InternalError, PlanError
+from tpvprune.layers import refresh, replace
 from tpvprune.plan import Plan, attach, plan_of
-from tpvprune.surgery.layers import refresh
 
 
 @torch.no_grad()
@@ -40,8 +40,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
             continue
         layer, _, key = name.rpartition(".")
         owner = small.get_submodule(layer)
-        old = getattr(owner, key)
-        _replace(owner, key, old, plan.cut(name, old.detach()))
+        replace(owner, key, plan.cut(name, getattr(owner, key).detach()))
     for name, mask in plan.keep.items():
         if plan.graph[name].kind == "block" and not bool(mask.any()):
             around, _, key = name.rpartition(".")
@@ -71,13 +70,6 @@ def _groups_left(small: nn.Module, plan: Plan) -> Iterator[tuple[Any, int]]:
                 depthwise = isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels
                 if isinstance(module, _ConvNd) and not depthwise:
                     yield module, int(mask.sum())
-
-
-def _replace(owner: nn.Module, key: str, old: Tensor, new: Tensor) -> None:
-    if isinstance(old, nn.Parameter):
-        setattr(owner, key, nn.Parameter(new.clone(), requires_grad=old.requires_grad))
-    else:
-        owner._buffers[key] = new.clone()
 
 
 def check_fits(model: nn.Module, plan: Plan) -> None:
