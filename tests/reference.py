@@ -6,12 +6,13 @@ Nothing here imports `tpvprune.scoring`; of a graph only the table of members is
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev
+from torch.func import functional_call, jacrev, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tpvprune.types import Graph, Group
@@ -109,6 +110,35 @@ def tpv(model: nn.Module, inputs: Tensor, graph: Graph, head: str, over: str) ->
         )
         for group in graph.groups
     }
+
+
+class _Mixed(nn.Module):
+    """`alpha * block(x) + (1 - alpha) * x`."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block, self.alpha = block, torch.ones(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = x.clone()
+        return self.alpha * self.block(x) + (1 - self.alpha) * given
+
+
+def block_effect(model: nn.Module, inputs: Tensor, block: str) -> Tensor:
+    """Derivative of the outputs along the way from a block to the identity, `(batch, outputs)`, in forward mode."""
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    owner, _, key = block.rpartition(".")
+    mixed = _Mixed(model.get_submodule(block))
+    model.get_submodule(owner)._modules[key] = mixed
+
+    def outputs(alpha: Tensor) -> Tensor:
+        mixed.alpha = alpha
+        return model(inputs)
+
+    one = torch.ones((), dtype=inputs.dtype)
+    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch warns of itself when it first meets forward mode
+        return jvp(outputs, (one,), (-one,))[1]
 
 
 def plan_tpv(model: nn.Module, inputs: Tensor, graph: Graph, gone: Mapping[str, list[int]], head: str) -> float:

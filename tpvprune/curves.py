@@ -25,7 +25,7 @@ class SensitivityPoint:
     """One group cut to one width, all others whole.
 
     Attributes:
-        share: of its units that was to stay.
+        share: of its units that was to stay; 0 for a block, which is gone.
         kept: units that stay: the share rounded up, to the unit. A plan may round to wider steps.
         macs_saved: multiply-adds saved, as a share of the dense model's.
         params_saved: parameters saved, as a share of the dense model's.
@@ -57,7 +57,7 @@ class SensitivityCurve:
         kind: what a unit is.
         units: how many it has.
         order: its units, least important first; the first `units - kept` of them leave.
-        points: one a share, widest first.
+        points: one a share, widest first; a single one for a block.
         measured: KL in nats by units kept, of all widths that were measured so far, at other shares too.
     """
 
@@ -85,11 +85,13 @@ class SensitivityCurve:
         return replace(self, points=points, measured=known)
 
     def at(self, share: float) -> SensitivityPoint:
-        """The point of a share.
+        """The point of a share; of a block, the only one it has.
 
         Raises:
             InputError: there is no point of that share.
         """
+        if self.kind == "block":
+            return self.points[0]
         for point in self.points:
             if math.isclose(point.share, share):
                 return point
@@ -152,10 +154,13 @@ class SensitivityCurves:
         return tuple(sorted(self.curves, key=price))
 
     def ratios(self) -> dict[float, float]:
-        """Per share, the median over groups of measured over predicted KL: how far the first order can be trusted."""
+        """Per share, the median over groups of measured over predicted KL: how far the first order can be trusted.
+
+        Blocks do not count: they have no share.
+        """
         found = {}
         for share in self.shares:
-            points = [curve.at(share) for curve in self.curves]
+            points = [curve.at(share) for curve in self.curves if curve.kind != "block"]
             known = [p.measured_kl / p.predicted_kl for p in points if p.measured_kl is not None and p.predicted_kl > 0]
             if known:
                 found[share] = statistics.median(known)

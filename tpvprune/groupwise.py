@@ -45,7 +45,7 @@ def sensitivity(
         batches: unlabeled, to score on; not read where scores are given.
         graph: from `trace`.
         scores: of this model, in nats and with sensitivities; made with `TPV()` if left out.
-        shares: of each group's units that stay.
+        shares: of each group's units that stay. A block has one point instead, at a share of zero: gone.
         held_out: other batches to measure every point on, by applying the plan of that group alone; read once more
             than there are groups. Nothing is measured without them.
         progress: called as `progress("measure", batches_done, batches_to_do)`, and by scoring.
@@ -133,8 +133,8 @@ def _predicted(scores: Scores, graph: Graph, shares: tuple[float, ...]) -> tuple
         order = tuple(scores.values[group.id].double().argsort(stable=True).tolist())
         curve = SensitivityCurve(group.id, group.kind, group.units, order, ())
         points = []
-        for share in shares:
-            stays = kept[share][group.id]
+        for share in shares if group.kind != "block" else (0.0,):
+            stays = kept[share][group.id] if share else 0
             drift, error = scores.sensitivities.drift({group.id: curve.keep(stays)})
             points.append(
                 SensitivityPoint(

@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 
 from tpvprune import plots
 from tpvprune.console import bars, log_line, number, out, print_json, print_table
-from tpvprune.curves import SensitivityCurves
+from tpvprune.curves import SensitivityCurve, SensitivityCurves
 from tpvprune.errors import InputError
 from tpvprune.files import write_bytes
 from tpvprune.groupwise import SHARES, checked_shares
@@ -112,7 +112,7 @@ def _traced(recipe: Recipe, size: int | None, costs: dict[str, Costs] | None) ->
     shape = input_size(model, size or (recipe.data.size if recipe.data else None))
     name = f" on {'x'.join(map(str, shape))}"
     with bars() as progress:
-        graph = trace(model, torch.zeros(1, *shape), progress=progress)
+        graph = trace(model, torch.zeros(1, *shape), depth=recipe.plan.depth, progress=progress)
         if costs is not None:
             batch, compiled = recipe.latency.batch_size, recipe.latency.compiled
             example = torch.zeros(batch, *shape)
@@ -170,11 +170,15 @@ def _units(group: InspectedGroup) -> str:
     each = group.width // group.units
     if group.kind == "head":
         return f"{group.units} heads of {each}"
+    if group.kind == "block":
+        return "block"
     return f"{group.units}" if each == 1 else f"{group.units} of {each}"
 
 
 def _reader(group: InspectedGroup) -> str:
     """The only layer that reads a group, without what its name shares with the group's where room is short."""
+    if group.kind == "block":
+        return "-"
     if len(group.reads) != 1:
         return f"{len(group.reads)} layers"
     block, _, _ = group.id.rpartition(".")
@@ -299,20 +303,28 @@ def _curves(recipe: Recipe, folder: Path, shares: tuple[float, ...], measured: b
 
 def _print_curves(name: str, curves: SensitivityCurves, at: float | None, folder: Path) -> None:
     place = curves.usual_share if at is None else at
-    rows = []
+    rows, deep = [], any(curve.kind == "block" for curve in curves.curves)
+
+    def across(curve: SensitivityCurve, values: list[float | None]) -> list[str]:
+        """A cell a share, and one for a block that is gone."""
+        cells, none = [nats(value) for value in values], ["-"] * len(curves.shares)
+        return [*none, *cells] if curve.kind == "block" else [*cells, "-"] if deep else cells
+
     for curve in curves.ranked(place):
         point = curve.at(place)
         price = point.price()
-        cells = [nats(one.predicted_kl) for one in curve.points]
+        cells = across(curve, [one.predicted_kl for one in curve.points])
         per = "-" if price is None else nats(price / 100)
         rows.append([curve.group, str(curve.units), "predicted", *cells, share(point.macs_saved), per])
         if curves.measured_images is not None:
             again = "" if out.is_terminal else curve.group
-            rows.append([again, "", "measured", *(nats(one.measured_kl) for one in curve.points), "", ""])
-    heads = [f"{one:g}" for one in curves.shares]
+            rows.append([again, "", "measured", *across(curve, [one.measured_kl for one in curve.points]), "", ""])
+    heads = [*(f"{one:g}" for one in curves.shares), *(["gone"] if deep else [])]
     say(f"{name}: KL in nats with one group alone cut to a share of its units, most robust first")
     print_table(["group", "units", "KL keeping", *heads, "saves", "per 1%"], rows)
     say(f"saves, per 1%: of all MACs when {place:g} is kept, and the predicted KL for each 1% of them; in that order.")
+    if deep:
+        say("gone: a block is skipped, whatever share of the other groups is kept.")
     say(f"predicted: to first order, from {curves.samples:,} images.")
     if curves.measured_images is not None:
         ratios = ", ".join(f"{one:.2g} at {at:g}" for at, one in curves.ratios().items())

@@ -49,6 +49,7 @@ def prune(
     criterion: Criterion | None = None,
     planning: Planning | None = None,
     output: Selector = None,
+    depth: bool = False,
     held_out: Iterable[Batch] | None = None,
     reconstruct_with: Reconstruct | None = CLOSED_FORM,
     finetune_with: Finetune | None = None,
@@ -65,6 +66,7 @@ def prune(
         planning: in how many steps, and by which allocator; one step by default.
         output: which part of what the model returns counts, where that is not one tensor: a key, attribute or
             index, or a function. A criterion of your own has its own `output`.
+        depth: whether residual blocks may be skipped as a whole; see `trace`.
         held_out: other batches to measure on, with labels or without. Without them the report measures
             on the scoring batches and says so.
         reconstruct_with: closed-form recovery; None leaves it out.
@@ -89,7 +91,7 @@ def prune(
     first = next(iter(batches), None)
     if first is None:
         raise DataError("there is no batch; give at least one")
-    graph = trace(model, inputs_of(first)[:1], progress=progress)
+    graph = trace(model, inputs_of(first)[:1], depth=depth, progress=progress)
     clock = timed("trace", clock)
     scores = score(model, batches, graph, criterion, progress=progress)
     clock = timed("score", clock)

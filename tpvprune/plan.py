@@ -31,12 +31,14 @@ class Plan:
     """Which units of each group stay, and which weights of what stays are zero.
 
     Attributes:
-        keep: bool mask `(units,)` per group id; a group that is missing stays whole. Masks over groups of single
-            weights (`weight_graph`) are rewritten as `weights`, and those groups leave the graph.
+        keep: bool mask `(units,)` per group id; a group that is missing stays whole. What lies in a skipped block is
+            gone with it, whatever was asked of it. Masks over groups of single weights (`weight_graph`) are
+            rewritten as `weights`, and those groups leave the graph.
         graph: the graph of the dense model the masks speak of.
         made_by: how the plan came about, JSON-ready.
         weights: per parameter a bool mask of its original shape; False is held at zero. A tensor that is missing
-            stays dense. What leaves with a unit is no zero: it is True here, whatever was given.
+            stays dense. What leaves with a unit is no zero: it is True here, whatever was given. Tensors of a
+            skipped block are left out.
 
     Raises:
         PlanError: a mask is of another type or shape, or a group would lose all its units.
@@ -52,7 +54,12 @@ class Plan:
             group = self.graph[name]
             if mask.dtype != torch.bool or mask.shape != (group.units,):
                 raise PlanError(f"plan: group {name!r} needs a bool mask of shape ({group.units},)")
-            if group.kind != "weight" and not bool(mask.any()):
+        object.__setattr__(self, "keep", self.graph.closed(self.keep))
+        skipped = self.graph.vanished(self.keep)
+        for name, mask in self.keep.items():
+            group = self.graph[name]
+            whole = group.kind == "weight" or all(m.param in skipped for m in group.members)
+            if not whole and not bool(mask.any()):
                 raise PlanError(f"plan: group {name!r} would lose all {group.units} units; keep at least one")
         known = set(self.graph.parameters) if self.weights else set()
         for name, mask in self.weights.items():
@@ -63,7 +70,9 @@ class Plan:
         if any(group.kind == "weight" for group in self.graph.groups):
             self._rewrite_units_of_weights()
         if self.keep and self.weights:
-            weights = {name: mask | ~self.left(name) for name, mask in self.weights.items()}
+            skipped = self.graph.vanished(self.keep)
+            there = {name: mask for name, mask in self.weights.items() if name not in skipped}
+            weights = {name: mask | ~self.left(name) for name, mask in there.items()}
             object.__setattr__(self, "weights", weights)
 
     def _rewrite_units_of_weights(self) -> None:
@@ -131,6 +140,8 @@ class Plan:
 
     def left(self, param: str) -> Tensor:
         """Which entries of an original tensor do not leave with a unit, a bool mask of its shape."""
+        if param in self.graph.vanished(self.keep):
+            return torch.zeros(self.graph.shapes[param], dtype=torch.bool)
         left = torch.ones(self.graph.shapes[param], dtype=torch.bool)
         for dim, size in enumerate(left.shape):
             kept = self.kept_entries(param, dim)
@@ -153,13 +164,15 @@ class Plan:
         return {name: self.cut(name, mask) for name, mask in self.weights.items()}
 
     def as_masks(self) -> Plan:
-        """The same plan with nothing cut: what reads a unit that leaves is held at zero instead."""
+        """The same plan with nothing cut: what reads units that leave, and skipped blocks, is held at zero instead."""
         weights = {name: mask.clone() for name, mask in self.weights.items()}
         for group_id, mask in self.keep.items():
             group = self.graph[group_id]
             for member in group.of_role("consume"):
                 whole = weights.setdefault(member.param, torch.ones(self.graph.shapes[member.param], dtype=torch.bool))
                 whole.index_fill_(member.axis, member.entries(group.units)[~mask].flatten(), False)
+        for name in self.graph.vanished(self.keep) & set(self.graph.parameters):
+            weights[name] = torch.zeros(self.graph.shapes[name], dtype=torch.bool)
         return Plan({}, self.graph, self.made_by, weights)
 
     def compose(self, later: Plan) -> Plan:
@@ -177,6 +190,11 @@ class Plan:
         before = Plan(self.keep, graph, self.made_by, self.weights)
         keep = {name: mask.clone() for name, mask in self.keep.items()}
         for name, mask in later.keep.items():
+            if name not in graph and later.graph[name].kind == "block":
+                raise PlanError(
+                    f"cannot compose: the later plan skips block {name!r}, which this plan's graph was traced without; "
+                    "trace the dense model with depth=True and plan again"
+                )
             mine = before.mask(name).clone()
             if int(mine.sum()) != mask.numel():
                 raise PlanError(
@@ -185,9 +203,10 @@ class Plan:
                 )
             mine[mine.nonzero().flatten()[~mask]] = False
             keep[name] = mine
+        keep = graph.closed(keep)
         left, expected = graph.sizes(keep), later.graph.sizes(later.keep)
         for name in graph.parameters:
-            if expected.get(name) != left[name]:
+            if expected.get(name, (0,)) != left[name]:  # what this plan skips, the later one does not know
                 raise PlanError(
                     f"cannot compose: {name!r} would be left with shape {left[name]}, the later plan "
                     f"leaves {expected.get(name)}; it was made for another model"

@@ -84,7 +84,7 @@ def _counts(plan: Plan) -> dict[str, dict[str, int]]:
         "params": {"dense": graph.params(), "kept": plan.params},
         "macs": {"dense": graph.macs(), "kept": plan.macs},
     }
-    for kind in KINDS[:-1]:
+    for kind in (kind for kind in KINDS if kind != "weight"):
         groups = [group for group in graph.groups if group.kind == kind]
         kept = sum(int(plan.mask(group.id).sum()) for group in groups)
         found[f"{kind}s"] = {"dense": sum(group.units for group in groups), "kept": kept}

@@ -42,11 +42,14 @@ def draw(curves: SensitivityCurves, at: float | None = None) -> bytes:
     with rc_context({"svg.hashsalt": "tpvprune", "svg.fonttype": "none"}):  # the same curves give the same file
         figure = Figure(figsize=(WIDTH, 1.6 + ROW * len(ranked)), layout="constrained")
         axes = figure.add_subplot()
-        for number, share in enumerate(curves.shares):
-            points = [curve.at(share) for curve in ranked]
+        series = [(f"keep {share:g}", share) for share in curves.shares]
+        if any(curve.kind == "block" for curve in ranked):
+            series.append(("block gone", 0.0))
+        for number, (name, share) in enumerate(series):
+            points = [curve.at(share) if (curve.kind == "block") == (share == 0) else None for curve in ranked]
             for label, values, face in (
-                (f"keep {share:g}", [p.predicted_kl for p in points], f"C{number}"),
-                (f"keep {share:g}, measured", [p.measured_kl for p in points], "none"),
+                (name, [None if p is None else p.predicted_kl for p in points], f"C{number}"),
+                (f"{name}, measured", [None if p is None else p.measured_kl for p in points], "none"),
             ):
                 # A logarithm has no place for a group that loses nothing.
                 known = [(value, row) for row, value in enumerate(values) if value is not None and value > 0]
@@ -59,7 +62,7 @@ def draw(curves: SensitivityCurves, at: float | None = None) -> bytes:
         axes.set_xlabel("KL from the dense model in nats, one group alone cut")
         axes.set_title(f"most robust for its multiply-adds first, at {at if at is not None else curves.usual_share:g}")
         axes.grid(axis="both", alpha=0.3)
-        figure.legend(loc="outside lower center", ncols=len(curves.shares), fontsize=8)
+        figure.legend(loc="outside lower center", ncols=len(series), fontsize=8)
         buffer = BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()

@@ -98,7 +98,11 @@ FinetuneSection: Any = _section_of(
 )
 
 
-PlanSection: Any = _section_of(Planning, "PlanSection")
+PlanSection: Any = _section_of(
+    Planning,
+    "PlanSection",
+    depth=(bool, False),  # whether residual blocks may be skipped as a whole, see `trace`
+)
 
 
 class LatencySection(_Strict):

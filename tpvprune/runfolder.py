@@ -45,7 +45,8 @@ def _matters(recipe: Recipe, stage: str) -> dict[str, Any]:
         weights = None
         if recipe.model.checkpoint is not None:
             weights = hashlib.sha256(checkpoint_path(str(recipe.model.checkpoint)).read_bytes()).hexdigest()
-        return {"model": sections["model"], "size": data.get("size"), "weights": weights}
+        depth = {"depth": True} if recipe.plan.depth else {}
+        return {"model": sections["model"], "size": data.get("size"), "weights": weights, **depth}
     if stage == "score":
         sources = [source for source in (data.get("images"), held["images"]) if source]
         return {
@@ -68,7 +69,8 @@ def _matters(recipe: Recipe, stage: str) -> dict[str, Any]:
     if stage != "plan":
         return {}
     timed = sections["budget"]["latency_ms"] is not None or sections["plan"]["per"] == "latency_ms"
-    return {"budget": sections["budget"], "plan": sections["plan"], "latency": sections["latency"] if timed else None}
+    plan = {name: value for name, value in sections["plan"].items() if name != "depth"}  # is in the trace's key
+    return {"budget": sections["budget"], "plan": plan, "latency": sections["latency"] if timed else None}
 
 
 def one_line(told: dict[str, Any]) -> str:

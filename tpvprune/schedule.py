@@ -13,7 +13,7 @@ from torch import nn
 
 from tpvprune.batches import Batch, Progress, inputs_of, repeatable
 from tpvprune.budget import QUANTITIES, Budget, Quantity
-from tpvprune.errors import BudgetError, DataError
+from tpvprune.errors import BudgetError, DataError, PlanError
 from tpvprune.plan import Plan, plan_of
 from tpvprune.planning.allocate import ALLOCATORS, Allocator, allocate
 from tpvprune.planning.graph import trace
@@ -123,7 +123,13 @@ def plan_for(
         if progress:
             progress("plan", step, planning.steps)
         first = not plan.removed
-        now = graph if first else trace(small, inputs_of(example)[:1], progress=progress)
+        now = graph if first else _again(small, inputs_of(example)[:1], plan, progress)
+        lacking = [g.id for g in graph.groups if g.kind == "block" and g.id not in now and bool(plan.mask(g.id).all())]
+        if lacking and "units" in budget.quantities:
+            raise PlanError(
+                f"block {lacking[0]!r} counts as a unit, but cannot be skipped any more after step {step}: plan in one "
+                "step, or bound another quantity than units"
+            )
         if all(len(widths) == 1 for widths in widths_of(now, budget, None if first else plan).values()):
             break  # nothing can leave any more
         share = (step + 1) / planning.steps
@@ -152,6 +158,14 @@ def plan_for(
     if progress:
         progress("plan", planning.steps, planning.steps)
     return plan
+
+
+def _again(small: nn.Module, inputs: Any, plan: Plan, progress: Progress | None) -> Graph:
+    """The graph of what a plan has left, with units of the kinds that the dense model's graph has."""
+    kinds = {group.kind for group in plan.graph.groups}
+    now = trace(small, inputs, depth="block" in kinds, bundles="bundle" in kinds, progress=progress)
+    # A block of blocks may come to count as one once most of those in it are gone.
+    return replace(now, groups=tuple(g for g in now.groups if g.kind != "block" or g.id in plan.graph))
 
 
 def _told(plan: Plan, made_by: dict[str, object]) -> Plan:

@@ -158,10 +158,13 @@ class Sensitivities:
         """TPV of a plan (growth of the drift, if a reference was given), and its standard error.
 
         Args:
-            keep: bool mask `(units,)` per group id; a group that is missing stays whole.
+            keep: bool mask `(units,)` per group id, of a plan; a group that is missing stays whole. One that is gone
+                whole lies in a skipped block, whose effect stands for it.
         """
+        within = {name for name, units in self.groups if units > 1 and name in keep and not bool(keep[name].any())}
+        counted = {name: mask for name, mask in keep.items() if name not in within}
         gone = torch.cat(
-            [~keep[name] if name in keep else torch.zeros(units, dtype=torch.bool) for name, units in self.groups]
+            [~counted[name] if name in counted else torch.zeros(units, dtype=torch.bool) for name, units in self.groups]
         )
         moved = self.rows[:, gone].double().sum(1).square().reshape(self.samples, -1).sum(1)
         error = float(moved.std() / math.sqrt(self.samples)) if self.samples > 1 else math.nan

@@ -20,10 +20,10 @@ from torch import Tensor
 from tpvprune.errors import PlanError
 from tpvprune.files import read_text, write_text
 
-Role = Literal["produce", "affine", "consume", "stat", "work"]
-Kind = Literal["channel", "head", "weight"]
-ROLES: tuple[str, ...] = ("produce", "affine", "consume", "stat", "work")
-KINDS: tuple[str, ...] = ("channel", "head", "weight")
+Role = Literal["produce", "affine", "consume", "stat", "work", "inside"]
+Kind = Literal["channel", "head", "bundle", "weight", "block"]
+ROLES: tuple[str, ...] = ("produce", "affine", "consume", "stat", "work", "inside")
+KINDS: tuple[str, ...] = ("channel", "head", "bundle", "weight", "block")
 GRAPH_FORMAT = 1
 REPORT_FORMAT = 2
 WORK = "#"  # marks a tensor that costs multiply-adds and holds no parameter, as the two products of attention
@@ -37,10 +37,11 @@ class Member:
     Attributes:
         param: qualified name of a parameter or buffer, or of a `#` work tensor.
         dim: the dimension of that tensor the units lie along; None for the flattened tensor, whose entries are
-            masked and never cut.
+            masked and never cut, and for the tensors of a block, which leave whole.
         index: entries of `dim` that belong to each unit, `(units, entries)`; None is the identity.
         role: `produce` writes the channels, `affine` scales them in place (norms, depthwise convolutions),
-            `consume` reads them, `stat` is a buffer, `work` only costs multiply-adds.
+            `consume` reads them, `stat` is a buffer, `work` only costs multiply-adds, `inside` is a parameter that
+            leaves with its block.
     """
 
     param: str
@@ -85,7 +86,8 @@ class Group:
 
     Attributes:
         id: name of the layer (or attention block) whose outputs the units are; stable under pruning.
-        kind: what a unit is.
+        kind: what a unit is. A `bundle` is a group of a grouped convolution. A `block` is one unit: a residual
+            block, of that name, that can be skipped.
         units: how many there are.
         members: every tensor side that holds entries of the units.
         exact_mask: whether zeroing the consumers equals removing the unit. False where a normaliser
@@ -144,11 +146,13 @@ class Graph:
     skipped: Mapping[str, str]
     itemsize: Mapping[str, int] = field(default_factory=dict)
     _by_id: Mapping[str, Group] = field(init=False, repr=False)
+    _within: Mapping[str, tuple[str, ...]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_by_id", {group.id: group for group in self.groups})
         if len(self._by_id) != len(self.groups):
             raise PlanError("two groups of the graph share an id")
+        object.__setattr__(self, "_within", _groups_within(self.groups))
         taken: dict[tuple[str, int | None], Tensor] = {}
         for group in self.groups:
             for member in group.members:
@@ -182,10 +186,35 @@ class Graph:
     def parameters(self) -> tuple[str, ...]:
         """Names of the tensors in `shapes` that are parameters."""
         other = {m.param for g in self.groups for m in g.of_role("stat", "work")} | {REST}
-        return tuple(name for name in self.shapes if name not in other)
+        return tuple(name for name in self.shapes if name not in other and WORK not in name)
+
+    def within(self, group_id: str) -> tuple[str, ...]:
+        """Ids of the groups that leave with a block: all of their tensors lie in it. Empty for other groups."""
+        return self._within.get(group_id, ())
+
+    def closed(self, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same masks, in which all units of groups within skipped blocks are gone too."""
+        out = dict(keep)
+        for group_id in keep:
+            if self.within(group_id) and not bool(keep[group_id].any()):
+                out |= {name: torch.zeros(self[name].units, dtype=torch.bool) for name in self.within(group_id)}
+        return out
+
+    def lost(self, gone: Mapping[str, Tensor]) -> frozenset[str]:
+        """Ids of the groups that lie in skipped blocks.
+
+        Args:
+            gone: bool mask `(units,)` per group id of what has left.
+        """
+        return frozenset(n for name, mask in gone.items() if bool(mask.any()) for n in self.within(name))
+
+    def vanished(self, keep: Mapping[str, Tensor]) -> frozenset[str]:
+        """Names of all tensors that lie in skipped blocks."""
+        gone = [self[name] for name, mask in keep.items() if not bool(mask.any())]
+        return frozenset(m.param for group in gone if group.kind == "block" for m in group.members)
 
     def sizes(self, keep: Mapping[str, Tensor] | None = None) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor once only the units in `keep` are left.
+        """Shape of every tensor once only the units in `keep` are left; `(0,)` for those of skipped blocks.
 
         Args:
             keep: bool mask `(units,)` per group id; a group that is missing stays whole.
@@ -197,7 +226,7 @@ class Graph:
             for member in group.members:
                 if member.dim is not None:
                     sizes[member.param][member.dim] -= gone * member.width()
-        return {name: tuple(size) for name, size in sizes.items()}
+        return {name: tuple(size) for name, size in sizes.items()} | dict.fromkeys(self.vanished(keep or {}), (0,))
 
     def params(self, keep: Mapping[str, Tensor] | None = None) -> int:
         """Number of parameters left, exact."""
@@ -228,7 +257,7 @@ class Graph:
             PlanError: another quantity.
         """
         if quantity == "units":
-            return self.units - sum(int((~mask).sum()) for mask in (keep or {}).values())
+            return self.units - sum(int((~mask).sum()) for mask in self.closed(keep or {}).values())
         sizes = self.sizes(keep)
         return sum(times * math.prod(sizes[name]) for name, times in self.times(quantity).items())
 
@@ -298,6 +327,18 @@ class Graph:
     def load(cls, path: str | PathLike[str]) -> Graph:
         """Read a graph written by `save`."""
         return cls.from_json(read_json(path, "graph"))
+
+
+def _groups_within(groups: Iterable[Group]) -> dict[str, tuple[str, ...]]:
+    """Per block, the ids of the other groups of which every tensor lies in it."""
+    groups = tuple(groups)
+    found = {}
+    for block in groups:
+        if block.kind == "block":
+            tensors = {m.param for m in block.members}
+            others = (g for g in groups if g.kind != "block")
+            found[block.id] = tuple(g.id for g in others if all(m.param in tensors for m in g.members))
+    return found
 
 
 def _pack_index(index: Tensor | None) -> Any:

@@ -67,6 +67,12 @@ def allocate(
         allocator = "global" if scores.sensitivities is None else "joint"
     widths, bounds = widths_of(graph, budget, after), check_reachable(graph, budget, after, latency)
     steps: Steps
+    may_go = next((group.id for group in graph.groups if group.kind == "block" and len(widths[group.id]) > 1), None)
+    if allocator in ("uniform", "isomorphic") and may_go is not None:
+        raise BudgetError(
+            f"allocator={allocator!r} takes shares of groups, and block {may_go!r} goes whole or stays: protect the "
+            "blocks, trace without depth=True, or choose joint or global"
+        )
     if allocator == "joint":
         if scores.sensitivities is None:
             raise PlanError("allocator='joint' needs scores with sensitivities: score with TPV(sensitivities=1280)")

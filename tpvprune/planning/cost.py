@@ -34,6 +34,7 @@ class Usage:
         tokens: length of the sequence each module reads, where its input is `(batch, tokens, channels)`.
         reuse: multiply-adds per entry of each weight and example.
         total: all multiply-adds per example.
+        spent: multiply-adds per example from the start to the end of each module's calls.
         widest: entries per example of the largest tensor between modules.
 
     Raises:
@@ -44,14 +45,20 @@ class Usage:
         self.order: dict[str, int] = {}
         self.tokens: dict[str, int] = {}
         self.reuse: dict[str, int] = {}
+        self.spent: dict[str, int] = {}
         first = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
         if first is None or first.ndim == 0 or first.shape[0] == 0:
             raise ModelError("the example input holds no tensor with a batch dimension")
         self.batch = first.shape[0]
         self.widest = 1
         uses: dict[str, int] = {}
-        handles = [m.register_forward_hook(self._hook(n, uses)) for n, m in model.named_modules() if n]
         counter = FlopCounterMode(display=False)
+        named = [(n, m) for n, m in model.named_modules() if n]
+        handles = [m.register_forward_hook(self._hook(n, uses)) for n, m in named]
+        flops: dict[str, int] = {}
+        for name, module in named:
+            handles += [module.register_forward_pre_hook(_clock(name, -1, flops, counter))]
+            handles += [module.register_forward_hook(_clock(name, 1, flops, counter))]
         try:
             # The plain attention kernel is made of matrix products, which every counter knows.
             with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
@@ -70,6 +77,7 @@ class Usage:
             weight = names[id(model.get_submodule(name).weight)]
             self.reuse[weight] = self.reuse.get(weight, 0) + self._per_example(used)
         self.total = self._per_example(counter.get_total_flops() // 2)
+        self.spent = {name: self._per_example(count // 2) for name, count in flops.items()}
 
     def _per_example(self, count: int) -> int:
         return count // self.batch if count % self.batch == 0 else round(count / self.batch)
@@ -89,3 +97,12 @@ class Usage:
                 uses[name] = uses.get(name, 0) + output.numel() // module.out_features
 
         return hook
+
+
+def _clock(name: str, sign: int, flops: dict[str, int], counter: FlopCounterMode) -> Any:
+    """A hook that adds (or, before a module's call, takes away) what was counted by then."""
+
+    def hook(*_: Any) -> None:
+        flops[name] = flops.get(name, 0) + sign * counter.get_total_flops()
+
+    return hook

@@ -8,7 +8,7 @@ a step comes back, others go until the bounds hold again, and so on, the best st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,8 +41,9 @@ class Exchange:
         rows: sensitivities over the root of the number of samples, `(rows, units)`.
         linear: `(units,)`, float64.
         shrinkage: of the products of different units, 0 to 1.
-        spans: where each group's units stand.
+        spans: where the units of each group that may be exchanged stand.
         widths: units each group may keep, from all of them down.
+        gone: where units stand that have left for good.
     """
 
     def __init__(
@@ -52,16 +53,19 @@ class Exchange:
         shrinkage: float,
         spans: Mapping[str, slice],
         widths: Mapping[str, list[int]],
+        gone: Sequence[slice] = (),
     ) -> None:
         self.rows, self.linear, self.keep_share, self.spans = rows, linear, 1 - shrinkage, spans
-        self.widths = widths
+        self.widths, self.gone = widths, tuple(gone)
         self.alone = rows.double().square().sum(0)
 
     def improve(self, graph: Graph, gone: dict[str, Tensor], spending: Spending) -> None:
         """Exchange units until no move helps; `gone`, bool masks `(units,)`, and `spending` are brought up to date."""
         left = torch.zeros(len(self.linear), dtype=torch.bool)
-        for name, mask in gone.items():
-            left[self.spans[name]] = mask
+        for name, span in self.spans.items():
+            left[span] = gone[name]
+        for span in self.gone:
+            left[span] = True
         self.together = self.rows[:, left].sum(1)
         self.passes = WORK // max(1, self.rows.numel())
         while self.passes > 0:

@@ -27,6 +27,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from tpvprune.batches import Progress, arguments_of, device_of, evaluation_mode
 from tpvprune.errors import ModelError
 from tpvprune.planning.attention import AttentionBlock, attention_blocks, unknown_attention
+from tpvprune.planning.blocks import block_group, residual_blocks
+from tpvprune.planning.bundles import Item, Unbundled, bundle_group, is_grouped, joined
 from tpvprune.planning.cost import Usage, tensors_of
 from tpvprune.planning.verify import is_rearranged, strays
 from tpvprune.types import REST, WORK, Graph, Group, Member, Role, fingerprint
@@ -39,7 +41,14 @@ class _Unprunable(Exception):
     """Internal: a group cannot be expressed; carries the reason."""
 
 
-def trace(model: nn.Module, example: Any, *, progress: Progress | None = None) -> Graph:
+def trace(
+    model: nn.Module,
+    example: Any,
+    *,
+    depth: bool = False,
+    bundles: bool = False,
+    progress: Progress | None = None,
+) -> Graph:
     """Find which units can only leave a network together, and what each tensor costs.
 
     The model is copied; neither it nor its hooks, modes and gradients are touched.
@@ -48,6 +57,11 @@ def trace(model: nn.Module, example: Any, *, progress: Progress | None = None) -
         model: any module whose forward pass is differentiable.
         example: one input batch: a tensor `(batch, ...)`, a tuple of positional or a dict of keyword
             arguments. Multiply-adds are counted per example of it.
+        depth: whether residual blocks that can be skipped as a whole are groups too, of kind "block". Takes a few
+            forward passes more.
+        bundles: whether the units around a grouped convolution are its groups, of kind "bundle", instead of one
+            channel of each group. Where its groups cannot leave as a whole, `Graph.skipped` says why, and units are
+            channels.
         progress: called as `progress("trace", groups_done, groups_to_do)`.
 
     Raises:
@@ -64,25 +78,31 @@ def trace(model: nn.Module, example: Any, *, progress: Progress | None = None) -
         twin.requires_grad_(True)
         blocks = list(attention_blocks(twin))
         walker = _Walker(twin, blocks, args, kwargs, usage.widest)
-    builder = _Builder(twin, walker, usage, blocks)
+    builder = _Builder(twin, walker, usage, blocks, bundles)
     groups = builder.groups(progress)
     shapes = {name: tuple(p.shape) for name, p in twin.named_parameters()}
     with evaluation_mode(twin):
-        for group in [g for g in groups if g.kind == "channel" and is_rearranged(g, shapes)]:
+        for group in [g for g in groups if g.kind in ("channel", "bundle") and is_rearranged(g, shapes)]:
             layer = strays(twin, group, lambda: twin(*args, **kwargs))
             if layer is not None:
                 groups.remove(group)
                 reason = f"its channels reach {layer!r} in an order that cannot be followed"
                 builder.skipped |= {m.layer: reason for m in group.of_role("produce") if m.layer}
-    stats = {m.param for g in groups for m in g.of_role("stat")}
-    shapes |= {name: tuple(buffer.shape) for name, buffer in twin.named_buffers() if name in stats}
-    itemsize = {name: tensor.element_size() for name, tensor in _tensors(twin) if name in shapes}
-    other = sum(tensor.nbytes for name, tensor in _tensors(twin) if name not in shapes)
     reuse = dict(usage.reuse)
     for block in blocks:
         work = f"{block.name}{WORK}attention"
         if any(group.id == block.name for group in groups) and block.name in usage.tokens:
             shapes[work], reuse[work] = (block.width,), block.work(usage.tokens[block.name])
+    if depth:
+        with evaluation_mode(twin):
+            names, held = residual_blocks(twin, args, kwargs)
+        groups += [block_group(twin, name, usage, shapes, reuse) for name in names]
+        groups.sort(key=lambda g: usage.order[f"{g.id}.qkv" if g.kind == "head" else g.id])
+        builder.skipped |= held
+    stats = {m.param for g in groups for m in g.of_role("stat")}
+    shapes |= {name: tuple(buffer.shape) for name, buffer in twin.named_buffers() if name in stats}
+    itemsize = {name: tensor.element_size() for name, tensor in _tensors(twin) if name in shapes}
+    other = sum(tensor.nbytes for name, tensor in _tensors(twin) if name not in shapes)
     rest = usage.total - sum(times * math.prod(shapes[name]) for name, times in reuse.items())
     if rest:
         shapes[REST], reuse[REST] = (), rest
@@ -204,12 +224,12 @@ class _Walker:
         self.inputs.append(leaf)
         return leaf[(0,) * added] if added else leaf.clone()
 
-    def items(self, root: nn.Module) -> list[tuple[Any, str, list[int], list[int]]]:
+    def items(self, root: nn.Module, side: str = "out") -> list[Item]:
         """(module or parameter, "in" or "out", its entries, the root's units they belong to)."""
         pruner = self.graph.get_pruner_of_module(root)
-        width = pruner.get_out_channels(root)
+        width = getattr(pruner, f"get_{side}_channels")(root)
         self.limits.done = 0
-        group = self.graph.get_pruning_group(root, pruner.prune_out_channels, list(range(width)))
+        group = self.graph.get_pruning_group(root, getattr(pruner, f"prune_{side}_channels"), list(range(width)))
         return [
             (
                 item.dep.target,
@@ -224,8 +244,10 @@ class _Walker:
 class _Builder:
     """Turns torch-pruning's groups into ours, one root layer at a time."""
 
-    def __init__(self, model: nn.Module, walker: _Walker, usage: Usage, blocks: list[AttentionBlock]) -> None:
-        self.model, self.walker, self.usage, self.blocks = model, walker, usage, blocks
+    def __init__(
+        self, model: nn.Module, walker: _Walker, usage: Usage, blocks: list[AttentionBlock], bundles: bool
+    ) -> None:
+        self.model, self.walker, self.usage, self.blocks, self.bundles = model, walker, usage, blocks, bundles
         self.skipped: dict[str, str] = {}
         self.modules: dict[int, str] = {}
         for name, module in model.named_modules():
@@ -271,6 +293,10 @@ class _Builder:
                 continue
             writers = [t.module for t, side, _, _ in items if side == "out" and isinstance(t.module, ROOTS)]
             seen.update(id(m) for m in writers)
+            bundle = self._bundle(name, items, seen) if self.bundles else None
+            if bundle is not None:
+                found.append((self.usage.order[name], bundle))
+                continue
             try:
                 found.append((self.usage.order[name], self._group(name, module, items)))
             except _Unprunable as why:
@@ -278,19 +304,46 @@ class _Builder:
                     self.skipped.setdefault(self.modules[id(writer)], str(why))
         return [group for _, group in sorted(found, key=lambda pair: pair[0])]
 
-    def _group(self, name: str, root: nn.Module, items: list[tuple[Any, str, list[int], list[int]]]) -> Group:
+    def _bundle(self, name: str, items: list[Item], seen: set[int]) -> Group | None:
+        """The group whose units are groups of grouped convolutions; None where there are none, or they must stay."""
+        convs = [self.modules[id(node.module)] for node, _, _, _ in items if is_grouped(node.module)]
+        if not convs:
+            return None
+        try:
+            parts = joined(items, self.walker.items)
+            shapes = {n: tuple(t.shape) for n, t in (*self.model.named_parameters(), *self.model.named_buffers())}
+            group = bundle_group(name, parts, self._checked, shapes.__getitem__)
+            claims = {(m.param, m.dim, e) for m in group.members for e in m.entries(group.units).flatten().tolist()}
+            if claims & self.taken:
+                raise Unbundled("some of its entries already belong to another group")
+        except (_Unprunable, Unbundled) as why:
+            self.skipped |= dict.fromkeys(convs, f"its groups cannot leave as a whole: {why}")
+            return None
+        self.taken |= claims
+        seen.update(id(n.module) for part in parts for n, side, _, _ in part if side == "out")
+        return group
+
+    def _checked(self, item: Item) -> tuple[list[tuple[str, int, Role]], int, bool] | None:
+        """`_sides` of an item of the dependency graph; None for what holds no weights."""
+        node, side, entries, units = item
+        module = node.module
+        if len(entries) != len(units) or any(u is None for u in units):
+            raise _Unprunable("the dependency graph loses track of its channels")
+        if isinstance(module, torch_pruning.ops._OutputOp) or (
+            node.grad_fn in self.walker.output_nodes and side == "out" and not isinstance(module, nn.Parameter)
+        ):
+            raise _Unprunable(OUTPUT_REASON)
+        known = isinstance(module, nn.Parameter) or id(module) in self.modules
+        return self._sides(module, side, node) if known else None
+
+    def _group(self, name: str, root: nn.Module, items: list[Item]) -> Group:
         width = self.walker.graph.get_pruner_of_module(root).get_out_channels(root)
         bundles, exact, parts, kinds = 1, True, [], []
-        for node, side, entries, units in items:
+        for item in items:
+            (node, _, entries, units), sides = item, self._checked(item)
             module = node.module
-            if len(entries) != len(units) or any(u is None for u in units):
-                raise _Unprunable("the dependency graph loses track of its channels")
-            if isinstance(module, torch_pruning.ops._OutputOp) or (
-                node.grad_fn in self.walker.output_nodes and side == "out" and not isinstance(module, nn.Parameter)
-            ):
-                raise _Unprunable(OUTPUT_REASON)
-            if isinstance(module, nn.Parameter) or id(module) in self.modules:
-                tensors, share, pools = self._sides(module, side, node)
+            if sides is not None:
+                tensors, share, pools = sides
                 if share > 1:
                     if bundles not in (1, share) or entries != units or len(units) != width:
                         raise _Unprunable("its channels run through differently grouped layers")

@@ -146,6 +146,7 @@ def shrink(graph: Graph, steps: Steps, spending: Spending, most: float | None) -
         gone = steps.take(best)
         taken.append((group, gone, ratio))
         drift += added
+        closed.update(graph.within(best))  # what lies in a skipped block competes no more
         spending.remove(group, len(gone))
         if spending.unmet != unmet:
             unmet, saving = spending.unmet, {}
@@ -164,7 +165,7 @@ def shrink(graph: Graph, steps: Steps, spending: Spending, most: float | None) -
         )
     gone_of = _gone_of(graph, taken)
     if spending.bounded:
-        _give_back(steps, spending, taken, gone_of, most)
+        _give_back(graph, steps, spending, taken, gone_of, most)
     steps.improve(graph, gone_of, spending)
     return {name: ~mask for name, mask in gone_of.items() if bool(mask.any())}
 
@@ -177,6 +178,7 @@ def _gone_of(graph: Graph, taken: list[tuple[Group, Tensor, float]]) -> dict[str
 
 
 def _give_back(
+    graph: Graph,
     steps: Steps,
     spending: Spending,
     taken: list[tuple[Group, Tensor, float]],
@@ -187,6 +189,8 @@ def _give_back(
     last = {step[0].id: step for step in taken}
     back = sorted(taken, key=lambda step: -step[2]) if steps.dearest_first else [*last.values()][::-1]
     for group, gone, _ in back:
+        if group.id in graph.lost(gone_of):
+            continue
         if not spending.affords(group, len(gone)) or not _lands_on_a_width(steps, group, gone_of[group.id], gone):
             continue
         gone_of[group.id][gone] = False
@@ -218,6 +222,8 @@ class Ladders:
 
     def __init__(self, graph: Graph, widths: dict[str, list[int]], scores: Scores, pools: Pools = "global") -> None:
         self.widths, self._values, self.dearest_first = widths, scores.values, pools == "global"
+        self._graph = graph
+        self._around = {inner: g.id for g in graph.groups for inner in graph.within(g.id)}
         self._rungs = {g.id: _Ladder.of(scores.values[g.id], g.units, widths[g.id]) for g in graph.groups}
         pool = {"global": lambda g: "", "uniform": lambda g: g.id, "isomorphic": lambda g: g.signature}[pools]
         self._pool: dict[str, str] = {g.id: pool(g) for g in graph.groups}
@@ -245,6 +251,8 @@ class Ladders:
     def take(self, name: str) -> Tensor:
         """See `Steps`."""
         ladder = self._rungs[name]
+        if name in self._around:  # what has left of a block is no more lost when the block goes
+            self._rungs[self._around[name]].cumulative[1] -= ladder.next_score
         gone = ladder.order[ladder.sizes[ladder.taken] : ladder.sizes[ladder.taken + 1]]
         ladder.taken += 1
         self._gone[self._pool[name]] += len(gone)
@@ -252,7 +260,8 @@ class Ladders:
 
     def drift(self, gone: Mapping[str, Tensor]) -> float:
         """See `Steps`: the sum of scores."""
-        return sum(float(self._values[name][mask].sum()) for name, mask in gone.items())
+        lost = self._graph.lost(gone)
+        return sum(float(self._values[name][mask].sum()) for name, mask in gone.items() if name not in lost)
 
     def improve(self, graph: Graph, gone: dict[str, Tensor], spending: Spending) -> None:
         """See `Steps`: the ranking is kept as it is, to be compared with others."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tpvprune.budget import Budget
+from tpvprune.planning.blocks import RESIDUAL
 from tpvprune.planning.widths import Costs, costs_of, widths_of
 from tpvprune.types import REST, WORK, Graph, Group, Member
 
@@ -32,7 +33,7 @@ class InspectedGroup:
         units: how many there are.
         least: units that stay when the group is at its floor.
         width: channels that all units make together.
-        writes: layers and loose parameters that write the units.
+        writes: layers and loose parameters that write the units; none for a block, which leaves with all it holds.
         scales: layers that pass them on one by one: norms, depthwise convolutions.
         reads: layers that read them.
         holds: per counted quantity, the share that would be gone with all of its units: whatever writes, scales or
@@ -211,7 +212,8 @@ def _unprunable(
 ) -> tuple[Unprunable, ...]:
     keep = {group.id: torch.arange(group.units) < least[group.id] for group in graph.groups}
     layers = {reason: list(names) for reason, names in reasons_of(graph.skipped).items()}
-    why = {layer: reason for reason, names in layers.items() for layer in names}
+    # That a block cannot be skipped is no reason for a layer in it to stay whole.
+    why = {layer: reason for reason, names in layers.items() for layer in names if not reason.startswith(RESIDUAL)}
     shaped = {m.param for g in graph.groups for m in g.members if m.role != "consume"}
     touched = shaped | {m.param for g in graph.groups for m in g.of_role("consume")}
     sums: dict[str, dict[str, list[int]]] = {}

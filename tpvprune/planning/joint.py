@@ -4,6 +4,8 @@ With `R` the sensitivities (rows by units) and `S` what has left, the drift is `
 that unit `c` adds `linear_c + |R_c|^2 + 2 R_c . R 1_S` (over samples). Where there are too many units for all products
 to be held, what units that leave do to all others takes a pass over `R`, which is shared by a small share of them.
 
+A block that is skipped takes back what its own units have done before: its column is its effect less theirs.
+
 With fewer samples than units the products of different units are noise as much as signal, and a greedy choice would
 pick the units whose noise cancels. So they are shrunk by a factor `1 - shrinkage` (Schaefer and Strimmer 2005).
 """
@@ -19,6 +21,7 @@ from torch import Tensor
 from tpvprune.errors import PlanError
 from tpvprune.planning.exchange import Exchange
 from tpvprune.planning.greedy import Spending
+from tpvprune.planning.takeback import Blocks
 from tpvprune.scores import Sensitivities
 from tpvprune.types import Graph
 
@@ -52,7 +55,9 @@ class Joint:
         if sensitivities.groups != tuple((group.id, group.units) for group in graph.groups):
             raise PlanError("the sensitivities are of other groups than the graph's; score again")
         self.widths, self.dearest_first, self._exchange = widths, True, exchange
-        self.shrinkage = estimated_shrinkage(sensitivities) if shrinkage is None else shrinkage
+        if shrinkage is None:
+            shrinkage = estimated_shrinkage(_of_small_units(graph, sensitivities))
+        self.shrinkage = shrinkage
         self._rows = sensitivities.rows.float() / math.sqrt(sensitivities.samples)
         self._linear = sensitivities.linear.double()
         self._adds = self._linear + self._rows.double().square().sum(0)
@@ -63,6 +68,7 @@ class Joint:
             self._span[name] = slice(start, start + units)
             start += units
         self._taken = dict.fromkeys(self._span, 0)
+        self._graph, self._blocks = graph, Blocks(graph, self._rows, self._adds, self.shrinkage, self._span)
         # Where the units of groups of about one size stand, a row a group, so that all are looked at in one go; what
         # is left of a row points past the last unit.
         sizes: dict[int, list[str]] = {}
@@ -107,32 +113,39 @@ class Joint:
         """Take a group's next step; the units that leave, numbered within the group."""
         columns = self._chosen[name]
         self._left[columns] = False
+        changed = self._blocks.effect(name)  # of a block of which something has left
         if self._products is not None:
-            self._adds += 2 * (1 - self.shrinkage) * self._products[columns].sum(0)
+            products = self._products[columns].sum(0) if changed is None else self._rows.mT @ changed
+            self._adds += 2 * (1 - self.shrinkage) * products
         else:
-            self._waiting += self._rows.index_select(1, columns).sum(1)
+            self._waiting += self._rows.index_select(1, columns).sum(1) if changed is None else changed
             self._counts = self._counts[0] + len(columns), self._counts[1] + len(columns)
             if self._counts[1] * FRESH >= self._counts[0]:
                 self._adds += 2 * (1 - self.shrinkage) * (self._rows.mT @ self._waiting)
                 self._waiting.zero_()
                 self._counts = self._counts[0], 0
+        self._blocks.take(name, columns)
         self._taken[name] += 1
         return columns - self._span[name].start
 
     def drift(self, gone: Mapping[str, Tensor]) -> float:
         """Drift when the units of these bool masks `(units,)` have left; products shrunk like all others."""
-        columns = torch.zeros(len(self._adds), dtype=torch.bool)
+        columns, lost = torch.zeros(len(self._adds), dtype=torch.bool), self._graph.lost(gone)
         for name, mask in gone.items():
-            columns[self._span[name]] = mask
+            columns[self._span[name]] = mask & (name not in lost)
         rows = self._rows[:, columns].double()
         together, alone = rows.sum(1).square().sum(), rows.square().sum()
         return float(self._linear[columns].sum() + (1 - self.shrinkage) * together + self.shrinkage * alone)
 
     def improve(self, graph: Graph, gone: dict[str, Tensor], spending: Spending) -> None:
-        """See `Steps`."""
-        if self._exchange:
-            exchange = Exchange(self._rows, self._linear, self.shrinkage, self._span, self.widths)
-            exchange.improve(graph, gone, spending)
+        """See `Steps`; blocks, and what lies in those that are skipped, are not exchanged."""
+        if not self._exchange:
+            return
+        lost = graph.lost(gone)
+        skipped = [self._span[name] for name, mask in gone.items() if graph[name].kind == "block" and bool(mask.any())]
+        spans = {n: span for n, span in self._span.items() if graph[n].kind != "block" and n not in lost}
+        exchange = Exchange(self._rows, self._linear, self.shrinkage, spans, self.widths, skipped)
+        exchange.improve(graph, gone, spending)
 
     @staticmethod
     def _ratio(added: float, saved: float) -> float:
@@ -168,6 +181,17 @@ class Joint:
                 adds += 2 * (1 - self.shrinkage) * self._inside[name][unit]
             adds[unit] = torch.inf
         return torch.tensor(units) + span.start, total
+
+
+def _of_small_units(graph: Graph, sensitivities: Sensitivities) -> Sensitivities:
+    """Without the blocks, few and far larger than the rest: with or without them, the rest is as noisy."""
+    small = [graph[name].kind != "block" for name, _ in sensitivities.groups]
+    if all(small) or not any(small):
+        return sensitivities
+    columns = torch.cat([torch.full((n,), one) for (_, n), one in zip(sensitivities.groups, small, strict=True)])
+    groups = tuple(pair for pair, one in zip(sensitivities.groups, small, strict=True) if one)
+    rows, linear = sensitivities.rows[:, columns], sensitivities.linear[columns]
+    return Sensitivities(groups, rows, linear, sensitivities.samples)
 
 
 def estimated_shrinkage(sensitivities: Sensitivities) -> float:

@@ -30,7 +30,7 @@ from tpvprune.errors import ModelError, PlanError
 from tpvprune.files import write_text
 from tpvprune.planning.graph import model_id
 from tpvprune.planning.layertimes import ROUNDS, Alone, LayerTimes, times_alone
-from tpvprune.planning.narrow import sides_of, watch
+from tpvprune.planning.narrow import blocks_of, is_below, sides_of, watch
 from tpvprune.timing import Clock, device_name, measured_latency, milliseconds_inside
 from tpvprune.types import WORK, Graph, Group, check_format, read_json
 
@@ -46,12 +46,18 @@ class LatencyTable:
         fixed: milliseconds that no plan changes.
         model_id: of the dense model.
         measured: where and how: device, threads, torch, batch shape, dtype, eager or compiled.
+        blocks: names of those that can be skipped; all of their layers are among `layers`.
     """
 
     layers: Mapping[str, LayerTimes]
     fixed: float
     model_id: str
     measured: Mapping[str, Any]
+    blocks: tuple[str, ...] = ()
+
+    def within(self, block: str) -> frozenset[str]:
+        """Names of the layers that lie in a block."""
+        return frozenset(n for n in self.layers if n.partition(WORK)[0] == block or is_below(n, block))
 
     def latency(self, graph: Graph, keep: Mapping[str, Tensor] | None = None) -> float:
         """Predicted milliseconds once only the units in `keep` are left.
@@ -74,7 +80,8 @@ class LatencyTable:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the table as JSON."""
-        about = {"format": LATENCY_FORMAT, "fixed": self.fixed, "model_id": self.model_id}
+        about: dict[str, Any] = {"format": LATENCY_FORMAT, "fixed": self.fixed, "model_id": self.model_id}
+        about |= {"blocks": list(self.blocks)} if self.blocks else {}
         layers = {name: asdict(times) for name, times in self.layers.items()}
         write_text(path, json.dumps({**about, "measured": dict(self.measured), "layers": layers}))
 
@@ -98,7 +105,9 @@ class LatencyTable:
             }
             if any(len(t.ms) != math.prod(map(len, t.widths)) for t in layers.values()):
                 raise ValueError("times are missing")
-            return cls(layers, float(data["fixed"]), data["model_id"], dict(data["measured"]))
+            return cls(
+                layers, float(data["fixed"]), data["model_id"], dict(data["measured"]), tuple(data.get("blocks", ()))
+            )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"latency table {path} is incomplete ({error!r}); delete it and measure again") from error
 
@@ -130,6 +139,15 @@ class LatencyCost:
             group_id: tuple(dict.fromkeys(name for side, _ in sides for name in users[side]))
             for group_id, sides in self.slopes.items()
         }
+        self.blocks = {group.id: table.within(group.id) for group in graph.groups if group.kind == "block"}
+        self.layers |= {block: tuple(sorted(names)) for block, names in self.blocks.items()}
+        # Of layers of skipped blocks: those that the graph's model is without already, and what is removed here.
+        self.gone = {
+            name
+            for block in table.blocks
+            if not any(is_below(tensor, block) for tensor in graph.shapes)
+            for name in table.within(block)
+        }
         self.ms = {name: self._of(name) for name in table.layers}
 
     @property
@@ -138,6 +156,8 @@ class LatencyCost:
         return math.fsum((self.table.fixed, *self.ms.values()))
 
     def _of(self, name: str) -> float:
+        if name in self.gone:
+            return 0.0
         times = self.table.layers[name]
         return times.at(*(self.sizes[side] for side in times.sides))
 
@@ -156,6 +176,8 @@ class LatencyCost:
             self.ms[name] = self._of(name)
 
     def _shrink(self, group: Group, units: int) -> None:
+        if group.id in self.blocks:
+            self.gone ^= self.blocks[group.id] if units else frozenset()
         for side, width in self.slopes[group.id]:
             self.sizes[side] -= units * width
 
@@ -250,7 +272,8 @@ def _conditions(model: nn.Module, args: Any, kwargs: Any, compiled: bool) -> dic
 def _structure(model: nn.Module, graph: Graph) -> str:
     """What `model_id` does not tell: strides and kinds of layers, and what groups there are."""
     described = re.sub(r" at 0x[0-9a-f]+", "", repr(model))
-    return hashlib.sha256(f"{described}{sorted(sides_of(graph).items())}".encode()).hexdigest()[:16]
+    structure = f"{described}{sorted(sides_of(graph).items())}{blocks_of(graph) or ''}"
+    return hashlib.sha256(structure.encode()).hexdigest()[:16]
 
 
 def _calibrated(
@@ -272,10 +295,10 @@ def _calibrated(
     layers = {}
     for name, what in alone.items():
         by = (kept if what.multiplies else fused) * own[name] / max(what.times.ms[-1], 1e-12)
-        writes = what.times.sides[-1] == (f"{name}.weight", 0)
+        writes = what.times.sides[-1:] == ((f"{name}.weight", 0),)
         layers[name] = what.times.scaled(by, each * written.get(f"{name}.weight", 0) if writes else 0.0)
     fixed = whole - math.fsum(times.ms[-1] for times in layers.values())
-    return LatencyTable(layers, max(0.0, fixed), graph.model_id, dict(measured))
+    return LatencyTable(layers, max(0.0, fixed), graph.model_id, dict(measured), blocks_of(graph))
 
 
 def _factors(products: float, eager: float, whole: float) -> tuple[float, float]:

@@ -23,7 +23,7 @@ class LayerTimes:
     """Milliseconds of one layer at a grid of widths; never less at a greater width.
 
     Attributes:
-        sides: the one or two widths: a tensor's name and a dimension of it.
+        sides: the one or two widths: a tensor's name and a dimension of it; none of a layer that leaves whole.
         widths: of each side, those that were timed, rising.
         ms: at every combination of them, the last side's widths running fastest.
     """
@@ -44,7 +44,7 @@ class LayerTimes:
 
     def scaled(self, by: float, more: float = 0.0) -> LayerTimes:
         """These times `by` times, and `more` at full width that shrinks with the last side."""
-        grid = self.widths[-1]
+        grid = self.widths[-1] if self.widths else (1,)
         ms = (by * taken + more * grid[i % len(grid)] / grid[-1] for i, taken in enumerate(self.ms))
         return LayerTimes(self.sides, self.widths, tuple(ms))
 
@@ -106,9 +106,9 @@ def _timed(
 ) -> tuple[float, ...] | None:
     """Milliseconds at every combination of widths; None for a layer that does not run at other widths."""
     taken: list[float] = []
-    for first in grids[0]:  # a row at a time, so that few copies of a large layer are held
+    for first in product(*grids[:1]):  # a row at a time, so that few copies of a large layer are held
         try:
-            runs = {str(rest): layer.at((first, *rest)) for rest in product(*grids[1:])}
+            runs = {str(rest): layer.at((*first, *rest)) for rest in product(*grids[1:])}
             taken += milliseconds(runs, device, rounds=ROUNDS, clock=clock).values()
         except Exception as error:  # whatever a module of unknown kind may raise
             logger.warning("%s cannot be timed at other widths (%s); its time counts as fixed", layer.name, error)

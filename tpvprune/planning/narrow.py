@@ -87,7 +87,7 @@ class Layer:
     Attributes:
         name: of the module; with `#attention`, what an attention block does between its projections.
         module: the layer itself.
-        sides: one or two widths that its time depends on.
+        sides: one or two widths that its time depends on; none where it can only leave with a block.
         met: its input.
         axis: along which dimension of the input its channels lie.
         calls: how often one forward pass calls it so.
@@ -170,6 +170,11 @@ def sides_of(graph: Graph) -> dict[str, tuple[Side, ...]]:
     return found
 
 
+def blocks_of(graph: Graph) -> tuple[str, ...]:
+    """Names of the blocks that can be skipped: all of their layers are timed."""
+    return tuple(group.id for group in graph.groups if group.kind == "block")
+
+
 @dataclass(frozen=True)
 class Watched:
     """What a forward pass shows.
@@ -193,14 +198,14 @@ def watch(model: nn.Module, graph: Graph, run: Callable[[], object]) -> Watched:
     """
     sides = sides_of(graph)
     owners = {name.split(WORK)[0] for name in sides}
-    blocks = {name.split(WORK)[0] for name in sides if WORK in name}
+    blocks, skippable = {name.split(WORK)[0] for name in sides if WORK in name}, blocks_of(graph)
     # A loose parameter's owner (a class token's, a layer scale's) is a whole block: what is in it counts, not it.
-    owners = {name for name in owners if name in blocks or not any(_is_below(other, name) for other in owners)}
+    owners = {name for name in owners if name in blocks or not any(is_below(other, name) for other in owners)}
     modules = {
         name: module
         for name, module in model.named_modules()
         if name in owners
-        or (name and not any(True for _ in module.children()) and not any(_is_below(name, owner) for owner in owners))
+        or (name and not any(True for _ in module.children()) and not any(is_below(name, owner) for owner in owners))
     }
     found: dict[tuple[str, Met], Layer] = {}
     odd: set[str] = set()
@@ -217,9 +222,11 @@ def watch(model: nn.Module, graph: Graph, run: Callable[[], object]) -> Watched:
             mine, source = sides.get(key, ()), wrote.get(given)
             if not mine and source is not None and not module.state_dict() and _spans(given, *source):
                 mine = (source[0],)
-            if not mine:
+            if not mine and not any(is_below(name, block) for block in skippable):
                 return
-            axis = source[1] if name not in owners else _axis(module, given.ndim, given.shape, mine[0].size)
+            axis = source[1] if source is not None else 0
+            if mine and name in owners:
+                axis = _axis(module, given.ndim, given.shape, mine[0].size)
             met = Met.of(given)
             layer = found.get((key, met)) or Layer(key, module, mine, met, axis, calls=0)
             found[key, met] = replace(layer, calls=layer.calls + 1)
@@ -240,7 +247,7 @@ def watch(model: nn.Module, graph: Graph, run: Callable[[], object]) -> Watched:
     return Watched(modules, tuple(layer for (name, _), layer in found.items() if name not in odd))
 
 
-def _is_below(name: str, other: str) -> bool:
+def is_below(name: str, other: str) -> bool:
     """Whether one module is part of another."""
     return name != other and (not other or name.startswith(f"{other}."))
 

@@ -134,7 +134,10 @@ class _Ground:
 
 
 def _grounds(graph: Graph, after: Plan | None) -> list[tuple[Group, _Ground]]:
-    """Groups by name, each with what an earlier plan says of its tensor, in the coordinates of the graph."""
+    """Groups by name, each with what an earlier plan says of its tensor, in the coordinates of the graph.
+
+    Tensors that leave with a block are none of them.
+    """
     groups = sorted(graph.groups, key=lambda group: group.id)
     shapes = [graph.shapes[group.members[0].param] for group in groups]
     whole = [torch.ones(shape, dtype=torch.bool) for shape in shapes]
@@ -142,9 +145,11 @@ def _grounds(graph: Graph, after: Plan | None) -> list[tuple[Group, _Ground]]:
         return [(group, _Ground(ones, ones)) for group, ones in zip(groups, whole, strict=True)]
     names = [group.members[0].param for group in groups]
     if after.graph.model_id == graph.model_id:
+        skipped = after.graph.vanished(after.keep)
         return [
             (group, _Ground(after.left(name), after.weights.get(name, ones)))
             for group, name, ones in zip(groups, names, whole, strict=True)
+            if name not in skipped
         ]
     sizes, masks = after.graph.sizes(after.keep), after.weight_masks()
     wrong = next((name for name in graph.parameters if sizes.get(name) != graph.shapes[name]), None)

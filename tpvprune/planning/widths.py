@@ -12,6 +12,7 @@ from torch import Tensor
 from tpvprune.budget import Budget
 from tpvprune.errors import BudgetError, PlanError
 from tpvprune.plan import Plan
+from tpvprune.planning.blocks import RESIDUAL
 from tpvprune.planning.latency import LatencyCost, LatencyTable
 from tpvprune.planning.patterns import matching_groups
 from tpvprune.types import Graph, Group
@@ -21,8 +22,12 @@ WIDTHS_TO_CHOOSE = 8
 
 
 def floors_of(graph: Graph, budget: Budget) -> dict[str, int]:
-    """Least units of each group that stay."""
-    share = {group.id: budget.min_keep for group in graph.groups}
+    """Least units of each group that stay.
+
+    `min_keep` is about what is left of a layer, and holds no block; a pattern that names a layer holds the blocks
+    around it.
+    """
+    share = {group.id: 0.0 if group.kind == "block" else budget.min_keep for group in graph.groups}
     for pattern, least in budget.per_group.items():
         for group in matching_groups(graph, pattern):
             share[group.id] = least
@@ -33,15 +38,17 @@ def floors_of(graph: Graph, budget: Budget) -> dict[str, int]:
 
 
 def _least(group: Group) -> int:
-    """A grouped convolution left with one channel a group would turn into a depthwise one."""
-    return 2 if group.kind == "channel" and any(m.width() > 1 for m in group.members) else 1
+    """What keeps a convolution one of its kind: two channels a group, two groups. A block may go."""
+    if group.kind == "block":
+        return 0
+    return 2 if group.kind in ("channel", "bundle") and any(m.width() > 1 for m in group.members) else 1
 
 
 def step_of(group: Group, budget: Budget) -> int:
     """Units of a group that leave together, so that its width stays a multiple of the rounding."""
-    channels = max(m.width() for m in group.of_role("consume"))
-    if group.kind == "head":
+    if group.kind in ("head", "block"):
         return 1
+    channels = max(m.width() for m in group.of_role("consume"))
     if budget.round_to is not None:
         wanted = budget.round_to
     else:
@@ -120,8 +127,9 @@ def _unreachable(
     if whole:
         named = ", ".join(whole[:3]) + (", ..." if len(whole) > 3 else "")
         held.append(f"{len(whole)} groups that stay whole ({named})")
-    if graph.skipped:
-        held.append(f"{len(graph.skipped)} layers that cannot be pruned")
+    layers = [reason for reason in graph.skipped.values() if not reason.startswith(RESIDUAL)]
+    if layers:
+        held.append(f"{len(layers)} layers that cannot be pruned")
     return (
         f"{name} <= {bound:,} cannot be reached: the floor is {floor:,} ({floor / dense:.1%} of {dense:,}), held by "
         f"{', '.join(held)}; ask for more than the floor, lower min_keep or protect less"
@@ -179,36 +187,50 @@ class Cost:
     Args:
         graph: from `trace`.
         quantity: macs, params, bytes or units.
+
+    Tensors of a skipped block cost nothing, whatever else shrinks them.
     """
 
     def __init__(self, graph: Graph, quantity: str) -> None:
-        self.each = 1 if quantity == "units" else 0  # what a unit counts by itself
-        times = {} if quantity == "units" else dict(graph.times(quantity))
-        self.sizes = {name: list(graph.shapes[name]) for name in times}
-        self.times = times
+        blocks = {g.id: {m.param for m in g.members} for g in graph.groups if g.kind == "block"}
+        if quantity == "units":  # each group is a tensor of its units
+            self.times = {g.id: 1 for g in graph.groups}
+            self.sizes = {g.id: [g.units] for g in graph.groups}
+            self.slopes = {g.id: [(g.id, 0, 1)] for g in graph.groups}
+            blocks = {name: {name, *graph.within(name)} for name in blocks}
+        else:
+            self.times = dict(graph.times(quantity))
+            self.sizes = {name: list(graph.shapes[name]) for name in self.times}
+            members = {g.id: g.members if g.kind != "block" else () for g in graph.groups}
+            self.slopes = {
+                name: [(m.param, m.axis, m.width()) for m in own if m.param in self.times]
+                for name, own in members.items()
+            }
         self.total = graph.cost(quantity)
-        self.slopes: dict[str, list[tuple[str, int, int]]] = {
-            g.id: [(m.param, m.axis, m.width()) for m in g.members if m.param in times] for g in graph.groups
+        self.blocks = {name: tensors & set(self.times) for name, tensors in blocks.items()}
+        self.gone: set[str] = set()  # tensors of skipped blocks
+        self.tensors = {
+            name: {tensor for tensor, _, _ in own} | self.blocks.get(name, set()) for name, own in self.slopes.items()
         }
         readers: dict[str, set[str]] = defaultdict(set)
-        for group_id, sides in self.slopes.items():
-            for name, _, _ in sides:
+        for group_id, names in self.tensors.items():
+            for name in names:
                 readers[name].add(group_id)
         self.neighbours = {
-            group_id: set().union(*(readers[name] for name, _, _ in sides)) for group_id, sides in self.slopes.items()
+            group_id: set().union(*(readers[name] for name in names)) for group_id, names in self.tensors.items()
         }
 
     def _of(self, name: str) -> int:
-        return self.times[name] * math.prod(self.sizes[name])
+        return 0 if name in self.gone else self.times[name] * math.prod(self.sizes[name])
 
     def saving(self, group: Group, units: int) -> int:
         """What removing `units` more units would save now; with negative `units`, minus what they would cost."""
-        names = {name for name, _, _ in self.slopes[group.id]}
+        names = self.tensors[group.id]
         before = sum(self._of(name) for name in names)
         self._shrink(group, units)
         after = sum(self._of(name) for name in names)
         self._shrink(group, -units)
-        return before - after + self.each * units
+        return before - after
 
     def remove(self, group: Group, units: int) -> None:
         """Shrink (or, with negative `units`, widen) a group."""
@@ -216,6 +238,9 @@ class Cost:
         self._shrink(group, units)
 
     def _shrink(self, group: Group, units: int) -> None:
+        if group.id in self.blocks:
+            self.gone ^= self.blocks[group.id] if units else set()
+            return
         for name, dim, width in self.slopes[group.id]:
             self.sizes[name][dim] -= units * width
 

@@ -29,6 +29,7 @@ from tpvprune.recovery.masks import solve_free
 
 logger = logging.getLogger(__name__)
 MOST_STRANDS = 16
+REFITTED = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ def reconstruct(
 ) -> nn.Module:
     """A copy of a pruned model with its consumer layers refitted to the dense one's outputs.
 
+    Behind a skipped block every layer is refitted: what it reads has changed, whatever units it has left.
+
     Costs one forward pass of each network over the batches, plus Gram matrices and solves. The
     activations of all batches at the current layer are held in memory. Masked weights stay zero: each output is
     refitted over the weights that are left to it.
@@ -81,7 +84,7 @@ def reconstruct(
     inputs = _merged(list(model_inputs(model, batches, "reconstruct", None)))
     small, masks = copy.deepcopy(model), plan.weight_masks()
     with evaluation_mode(small, teacher):
-        layers, followers = _order(small, inputs[0], _consumers(small, plan))
+        layers, followers = _order(small, inputs[0], _consumers(small, plan), _skipped(plan))
         with (
             strands(small, inputs, layers, "input") as students,
             strands(teacher, inputs, layers, "output") as masters,
@@ -108,17 +111,25 @@ def _merged(inputs: list[Tensor]) -> list[Tensor]:
 
 
 def _consumers(model: nn.Module, plan: Plan) -> list[str]:
-    """Layers that lack inputs or weights and whose refit is linear least squares."""
+    """Layers that lack inputs or weights, but no bias, and whose refit is linear least squares."""
     pruned = [plan.graph[name] for name, keep in plan.keep.items() if not bool(keep.all())]
-    names = dict.fromkeys(m.layer for group in pruned for m in group.of_role("consume"))
+    gone = plan.graph.vanished(plan.keep)
+    names = dict.fromkeys(m.layer for group in pruned for m in group.of_role("consume") if m.param not in gone)
     masked = [name for name, mask in plan.weights.items() if not bool(mask.all())]
     names |= dict.fromkeys(name.removesuffix(".weight") for name in masked if name.endswith(".weight"))
-    return [n for n in names if isinstance(model.get_submodule(n), (nn.Linear, nn.Conv1d, nn.Conv2d))]
+    held = {name.removesuffix(".bias") for name in masked if name.endswith(".bias")}  # as in a block held at zero
+    return [n for n in names if n not in held and isinstance(model.get_submodule(n), REFITTED)]
+
+
+def _skipped(plan: Plan) -> list[str]:
+    """Blocks in whose place an identity stands."""
+    return [name for name, keep in plan.keep.items() if plan.graph[name].kind == "block" and not bool(keep.any())]
 
 
 @torch.no_grad()
-def _order(model: nn.Module, inputs: Tensor, layers: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The layers in execution order, and for each the batch norm that reads its output directly."""
+def _order(model: nn.Module, inputs: Tensor, layers: list[str], skipped: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The layers, and all behind skipped blocks, in execution order, and for each the batch norm that reads it."""
+    behind = False
     calls: dict[str, int] = {}
     made: dict[int, tuple[str, Tensor, int]] = {}
     followers: dict[str, str] = {}
@@ -126,6 +137,10 @@ def _order(model: nn.Module, inputs: Tensor, layers: list[str]) -> tuple[list[st
 
     def after(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            nonlocal behind
+            behind |= name in skipped
+            if name not in layers and (name in skipped or not behind):
+                return
             calls[name] = calls.get(name, 0) + 1
             made[id(output)] = (name, output, output._version)
 
@@ -140,7 +155,7 @@ def _order(model: nn.Module, inputs: Tensor, layers: list[str]) -> tuple[list[st
         return hook
 
     for name, module in model.named_modules():
-        if name in layers:
+        if name in layers or name in skipped or (skipped and isinstance(module, REFITTED)):
             handles.append(module.register_forward_hook(after(name)))
         elif isinstance(module, _BatchNorm) and module.running_mean is not None:
             handles.append(module.register_forward_pre_hook(before(name)))

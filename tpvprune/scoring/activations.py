@@ -3,7 +3,8 @@
 Zeroing the slices that read a channel changes `u . f(x)` by `-sum over positions of x_c * grad_c`, with
 `grad` the gradient at that layer's input and through that layer alone. So one forward and one backward
 pass give the exact per-sample directional derivative of every unit at once, without any weight
-gradient. (Cross-sample terms vanish when the cotangents of different samples are independent.)
+gradient; a block that is skipped is tapped at its output (see `blocks`). (Cross-sample terms vanish when
+the cotangents of different samples are independent.)
 """
 
 from __future__ import annotations
@@ -48,15 +49,15 @@ class _Sink:
         self.sums: dict[str, Tensor] = {}
         self.maps: Mapping[str, Map] = {}
 
-    def add(self, key: str, value: Tensor, grad: Tensor, axis: int) -> None:
-        if key in self.maps:
+    def add(self, key: str, value: Tensor, grad: Tensor, axis: int | None) -> None:
+        if key in self.maps and axis is not None:
             value = self.maps[key](value, axis, self.numbers)
         part = _reduce(key, value, grad, axis, len(self.numbers))
         self.sums[key] = self.sums[key] + part if key in self.sums else part
 
 
-def _reduce(key: str, value: Tensor, grad: Tensor, axis: int, batch: int) -> Tensor:
-    """`(batch, channels)`: products summed over all positions, half precision in float32."""
+def _reduce(key: str, value: Tensor, grad: Tensor, axis: int | None, batch: int) -> Tensor:
+    """`(batch, channels)`: products summed over all positions, half precision in float32; no axis is one channel."""
     if value.shape[0] % batch:
         raise ModelError(
             f"layer {key!r} sees {value.shape[0]} rows for {batch} samples; per-sample scores need a layout "
@@ -64,6 +65,8 @@ def _reduce(key: str, value: Tensor, grad: Tensor, axis: int, batch: int) -> Ten
         )
     if value.dtype in (torch.float16, torch.bfloat16):
         value, grad = value.float(), grad.float()
+    if axis is None:
+        return _dot(value.reshape(batch, -1), grad.reshape(batch, -1), (1,)).unsqueeze(1)
     if axis == 1 and value.ndim > 2:
         rows = _dot(value, grad, tuple(range(2, value.ndim)))
         return rows.reshape(batch, -1, rows.shape[1]).sum(1)
@@ -84,17 +87,19 @@ class _Tap(torch.autograd.Function):
     """The identity, which reports value times gradient when the backward pass comes through."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, sink: _Sink, key: str, axis: int, copy: bool) -> Tensor:
+    def forward(
+        ctx: Any, value: Tensor, sink: _Sink, key: str, axis: int | None, copy: bool, less: Tensor | None = None
+    ) -> Tensor:
         # The sink and plain tensors only: a closure over graph tensors would leak the whole graph.
-        ctx.save_for_backward(value)
+        ctx.save_for_backward(value if less is None else value - less)
         ctx.sink, ctx.key, ctx.axis = sink, key, axis
         return value.clone() if copy else value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (value,) = ctx.saved_tensors
         ctx.sink.add(ctx.key, value, grads[0], ctx.axis)
-        return grads[0], None, None, None, None
+        return grads[0], None, None, None, None, None
 
 
 _LAYERS = (_ConvNd, nn.Linear, nn.Embedding)
@@ -163,6 +168,7 @@ class Tapped:
                     self.outputs[member.layer] = module
                 else:
                     self.left_out.add(member.param)
+        self.blocks = {g.id: model.get_submodule(g.id) for g in graph.groups if g.kind == "block"}
 
     @contextmanager
     def __call__(self) -> Iterator[Tapped]:
@@ -182,6 +188,8 @@ class Tapped:
                         handles.append(fused.register_forward_pre_hook(tap))
                     else:
                         handles.append(module.register_forward_hook(self._on_output(key, channel_axis(module))))
+                for name, module in self.blocks.items():
+                    handles.append(module.register_forward_hook(self._on_block(f"block:{name}")))
                 yield self
         finally:
             for handle in handles:
@@ -210,6 +218,13 @@ class Tapped:
             tapped: Tensor = _Tap.apply(root, self.sink, key, axis, True)
             # The slope of a PReLU acts below zero only.
             return torch.where(args[0] > 0, root, tapped) if isinstance(module, nn.PReLU) else tapped
+
+        return hook
+
+    def _on_block(self, key: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            tapped: Tensor = _Tap.apply(self._root(output), self.sink, key, None, True, args[0].detach())
+            return tapped
 
         return hook
 
@@ -245,6 +260,8 @@ class Tapped:
         return {group.id: self._of_group(group, zeros) for group in self.graph.groups}
 
     def _of_group(self, group: Group, zeros: Tensor) -> list[Tensor]:
+        if group.kind == "block":
+            return [self.sink.sums.get(f"block:{group.id}", zeros)]
         parts: dict[str, Tensor] = {}
         for member in group.members:
             key = ("in:" if member.role == "consume" else "out:") + member.layer

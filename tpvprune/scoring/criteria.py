@@ -16,6 +16,7 @@ from tpvprune.errors import InputError, PlanError
 from tpvprune.plan import Plan
 from tpvprune.scores import Scores, Settled, Tally
 from tpvprune.scoring.activations import Tapped
+from tpvprune.scoring.blocks import left_over
 from tpvprune.scoring.collect import Observation, Streaming, collect
 from tpvprune.scoring.compensation import residuals
 from tpvprune.scoring.engine import Parts, Watched, global_number
@@ -67,6 +68,7 @@ class TPV:
             when a pruned model is scored again. Adds the linear term of drift to the sensitivities.
         compensated: score of each channel only what the layers that read it cannot predict from their other inputs:
             for a plan that is refitted afterwards. Takes a forward pass more; the batches must be readable twice.
+            Blocks are scored as they are: what replaces one is not predicted.
     """
 
     head: str | Head = "softmax"
@@ -199,7 +201,8 @@ class TPV:
         """
         if plan.zeros:
             raise PlanError("the drift of masked weights is not predicted; apply the plan and measure it instead")
-        gone = {name: ~mask for name, mask in plan.keep.items() if not bool(mask.all())}
+        graph = left_over(plan.graph, plan.keep)
+        gone = {name: ~mask for name, mask in plan.keep.items() if name in graph and not bool(mask.all())}
 
         def moved(sensitivities: dict[str, list[Tensor]]) -> dict[str, Tensor]:
             effects = [sensitivities[n][0][:, mask.to(sensitivities[n][0].device)] for n, mask in gone.items()]
@@ -208,7 +211,7 @@ class TPV:
         if not gone:
             return 0.0, 0.0
         coherent = replace(self, over="consume", engine="auto", reference=None, sensitivities=0, compensated=False)
-        values = torch.cat([b["plan"] for b in coherent._per_batch(model, batches, plan.graph, moved, 0, progress)])
+        values = torch.cat([b["plan"] for b in coherent._per_batch(model, batches, graph, moved, 0, progress)])
         error = float(values.std() / values.numel() ** 0.5) if values.numel() > 1 else float("nan")
         return float(values.mean()), error
 

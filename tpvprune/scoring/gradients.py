@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tpvprune.batches import evaluation_mode
 from tpvprune.errors import ModelError, PlanError
 from tpvprune.patches import patches
+from tpvprune.scoring.blocks import refuse_blocks
 from tpvprune.scoring.perturb import Perturbation, moments_of
 from tpvprune.types import Graph, Member
 
@@ -72,7 +73,9 @@ def sides(model: nn.Module, graph: Graph, perturbation: Perturbation, over: str)
 
     Raises:
         PlanError: the graph names a parameter that the model lacks.
+        InputError: the graph has blocks.
     """
+    refuse_blocks(graph, "this criterion or engine")
     parameters = dict(model.named_parameters())
     roles = ("consume",) if over == "consume" else ("produce", "affine", "consume")
     found: dict[str, list[Side]] = {}

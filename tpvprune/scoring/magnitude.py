@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tpvprune.batches import Batch, Progress
 from tpvprune.errors import ModelError
 from tpvprune.scores import Scores
+from tpvprune.scoring.blocks import refuse_blocks
 from tpvprune.scoring.engine import stream
 from tpvprune.types import Graph, Group, Role
 
@@ -53,12 +54,15 @@ class _FromWeights:
     """What the criteria of this file share."""
 
     seed: int = 0
+    _compares = True  # units by their weights, within a group
 
     def measure(
         self, model: nn.Module, batches: Iterable[Batch], graph: Graph, progress: Progress | None = None
     ) -> Scores:
         """Score every unit from the weights; the batches are not read."""
         values: dict[str, Tensor] = {}
+        if self._compares:
+            refuse_blocks(graph, f"criterion {type(self).__name__.lower()}")
         for number, group in enumerate(graph.groups, 1):
             values[group.id] = self._of(model, group)
             if progress:
@@ -81,6 +85,7 @@ class Random(_FromWeights):
     """
 
     seed: int = 0
+    _compares = False
 
     def _of(self, model: nn.Module, group: Group) -> Tensor:
         place = int.from_bytes(group.id.encode(), "little")

@@ -15,6 +15,7 @@ from tpvprune.batches import Batch, Progress, evaluation_mode, model_inputs
 from tpvprune.errors import ModelError, NonFiniteError
 from tpvprune.scores import Scores, Tally
 from tpvprune.scoring.activations import channel_axis
+from tpvprune.scoring.blocks import refuse_blocks
 from tpvprune.scoring.collect import Observation, collect
 from tpvprune.scoring.engine import Parts
 from tpvprune.scoring.gradients import Side, with_sharing
@@ -69,6 +70,7 @@ class _FromActivations:
         self, model: nn.Module, batches: Iterable[Batch], graph: Graph, first: int, progress: Progress | None
     ) -> Iterator[Observation]:
         """One observation a batch: moments of every consumer's input channels."""
+        refuse_blocks(graph, f"criterion {self.label}")
         layers = [member.layer for group in graph.groups for member in group.of_role("consume")]
         parts = Parts()
         for inputs in model_inputs(model, batches, "score", progress):

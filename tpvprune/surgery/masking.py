@@ -11,8 +11,9 @@ from tpvprune.surgery.removal import apply
 def mask(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy of the same shape in which the plan's units are silenced: what reads them is zero.
 
-    Equal to `apply` where `Group.exact_mask` holds; where a normaliser pools over the units it is not. The copy
-    carries the plan as masks of weights, so that it can be saved, and its zeros held in training.
+    Of a skipped block all parameters are zero, which leaves its input. Equal to `apply` where `Group.exact_mask`
+    holds; where a normaliser pools over the units it is not. The copy carries the plan as masks of weights, so that
+    it can be saved, and its zeros held in training.
 
     Raises:
         PlanError: the plan speaks of other tensors or shapes.
