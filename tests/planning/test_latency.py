@@ -377,6 +377,19 @@ def test_a_damaged_table_in_the_cache_is_made_anew(clock: FakeClock, tmp_path: P
     assert tp.LatencyTable.load(file) == again
 
 
+@pytest.mark.parametrize(("factor", "disturbed"), [(1.5, True), (0.6, True), (1.2, False)])
+def test_a_table_of_a_busy_machine_is_said_to_be_one(
+    factor: float, disturbed: bool, clock: FakeClock, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    def change(*_: object) -> None:
+        clock.inside = factor
+
+    with caplog.at_level(logging.WARNING):
+        table_of("conv_bn", clock, cache=tmp_path, progress=change)
+    (file,) = tmp_path.glob("*.json")
+    assert (f"delete {file} and measure again when the machine is idle" in caplog.text) == disturbed
+
+
 def test_tables_are_files(clock: FakeClock, tmp_path: Path) -> None:
     table, path = table_of("vit", clock), tmp_path / "t.json"
     table.save(path)

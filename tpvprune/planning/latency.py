@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -35,6 +36,9 @@ from tpvprune.timing import Clock, device_name, measured_latency, milliseconds_i
 from tpvprune.types import WORK, Graph, Group, check_format, read_json
 
 LATENCY_FORMAT = 2
+STEADY = 1.25  # a model that takes so many times more or less than a minute ago is disturbed
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -236,13 +240,24 @@ def latency_table(
             raise ModelError(
                 f"{type(model).__name__} does not run on {shapes}: {error}; check the input size and channels"
             ) from error
+        first = measured_latency(model, example, rounds=ROUNDS, clock=clock)
         alone = times_alone(seen.layers, device, clock=clock, progress=progress)
         inside = milliseconds_inside(seen.modules, run, device, rounds=ROUNDS, clock=clock)
-        eager = measured_latency(model, example, rounds=2 * ROUNDS, clock=clock)
+        last = measured_latency(model, example, rounds=ROUNDS, clock=clock)
+        eager = (first + last) / 2
         whole = measured_latency(model, example, compiled=True, rounds=2 * ROUNDS, clock=clock) if compiled else eager
     table = _calibrated(alone, inside, graph, eager, whole, measured)
     if kept is not None:
         table.save(kept)
+    if max(first, last) > STEADY * min(first, last):
+        again = "measure again" if kept is None else f"delete {kept} and measure again"
+        logger.warning(
+            "other jobs disturb the latency table: the model took %.4g ms before and %.4g ms after its layers were "
+            "timed; %s when the machine is idle",
+            first,
+            last,
+            again,
+        )
     return table
 
 
