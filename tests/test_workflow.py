@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import tpvprune as tp
+from tests.fakeclock import FakeClock
 from tests.helpers import assert_scores_close
 from tests.test_cli import CLASSES, make_images
 from tpvprune.planning.widths import costs_of
@@ -154,6 +156,9 @@ def test_a_budget_of_milliseconds_is_planned_by_a_table_of_this_machine(
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     asked = ("budget.latency_ms=0.7", "budget.round_to=1", "latency.batch_size=2", "recover.reconstruct=null")
     run = Run(recipe(place, *asked), place / "out")
+    with FakeClock().running() as clock:
+        monkeypatch.setattr("tpvprune.workflow.latency_table", partial(tp.latency_table, clock=clock))
+        run.until("plan")
     run.until("eval")
     (kept,) = (cache / "tpvprune" / "latency").glob("*.json")
     table = tp.LatencyTable.load(kept)
