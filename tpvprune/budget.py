@@ -13,7 +13,7 @@ Quantity = Literal["macs", "params", "bytes", "latency_ms", "units"]
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 BOUNDS = (*QUANTITIES, "drift")  # all that can be bounded
 _SUFFIXES = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-_UNITS = {"bytes": "b", "latency_ms": "ms", "drift": "nats"}
+_UNITS = {"bytes": "b", "latency_ms": "ms", "drift": "nats", "units": "units"}
 
 
 def parse_amount(value: float | str, what: str) -> float:

@@ -26,7 +26,7 @@ from tpvprune.scoring.losses import JBR
 from tpvprune.surgery.removal import apply
 from tpvprune.types import Graph
 
-_UNITS = {"latency_ms": " ms", "bytes": " B"}  # with a unit, no number is read as a share
+_UNITS = {"latency_ms": " ms", "bytes": " B", "units": " units"}  # with a unit, no number is read as a share
 
 
 @dataclass(frozen=True)

@@ -341,6 +341,8 @@ def test_budgets_that_contradict_themselves_are_refused(kwargs: dict[str, object
         ("latency_ms", 0.5, 0.5, 500_000 + 1e-3),
         ("latency_ms", "12.5", 12.5, 12.5),
         ("macs", "1M", 1e6, 1e6),
+        ("units", "1 units", 1, 1),
+        ("units", 1, 1, 1_000_000),
     ],
 )
 def test_amounts_with_units(what: str, written: float | str, amount: float, bound: float) -> None:
