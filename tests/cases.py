@@ -254,14 +254,45 @@ class Split(nn.Module):
 
 @case
 def split() -> Case:
+    # A half is as long as the other: unit j is channel j of both.
+    both = [[j, j + 4] for j in range(4)]
+    first = layer("conv", "produce")
     return Case(
         randomise(Split()),
+        example(4, 3, 5, 5),
+        (
+            group("conv", 4, first, layer("a", "consume"), layer("b", "consume")),
+            group("a", 3, layer("a", "produce"), layer("fc", "consume")),
+            group("b", 5, layer("b", "produce"), layer("fc", "consume")),
+        ),
+        {"fc": OUTPUT},
+        {("a", "fc.weight", "consume"): runs(3, 1), ("b", "fc.weight", "consume"): runs(5, 1, 3)}
+        | {("conv", param, role): both for param, _, role in first},
+    )
+
+
+class Uneven(Split):
+    """A layer of which one part of three channels and one of five go different ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(5, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.conv(x).tanh().split([3, 5], 1)
+        return self.fc(torch.cat([self.a(a), self.b(b)], 1).mean((2, 3)))
+
+
+@case
+def uneven() -> Case:
+    return Case(
+        randomise(Uneven()),
         example(4, 3, 5, 5),
         (
             group("a", 3, layer("a", "produce"), layer("fc", "consume")),
             group("b", 5, layer("b", "produce"), layer("fc", "consume")),
         ),
-        {"conv": "only part of its channels reach", "fc": OUTPUT},
+        {"conv": "takes a part of its channels", "fc": OUTPUT},
         {("a", "fc.weight", "consume"): runs(3, 1), ("b", "fc.weight", "consume"): runs(5, 1, 3)},
     )
 

@@ -54,7 +54,7 @@ def users_of(package: str) -> set[str]:
         ("types.py", {"errors", "files"}),
         ("plan.py", {"errors", "files", "types"}),
         ("batches.py", {"errors"}),
-        ("layers.py", set()),
+        ("layers.py", {"plan"}),
         ("timing.py", {"batches"}),
         ("scores.py", {"errors", "files", "types"}),
         ("budget.py", {"errors", "files", "types"}),
@@ -81,8 +81,8 @@ def test_zoo_imports_no_stage() -> None:
             assert not {module for module in ours(path) if module.split(".")[0] in STAGES}, name
 
 
-def test_torch_pruning_is_imported_by_one_file() -> None:
-    assert users_of("torch_pruning") == {"planning/graph.py"}
+def test_torch_pruning_is_a_reference_and_no_part() -> None:
+    assert users_of("torch_pruning") == set()
 
 
 def test_timm_is_imported_by_the_zoo_finetune_and_checkpoint_only() -> None:

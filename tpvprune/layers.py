@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+
+from tpvprune.plan import Plan
 
 
 def replace(module: nn.Module, key: str, new: Tensor) -> None:
@@ -24,8 +29,10 @@ def refresh(module: nn.Module) -> None:
         first, second = module.weight.shape[:2]
         if module.transposed:
             module.in_channels, module.out_channels = first, second * module.groups
-        elif module.groups == module.in_channels == module.out_channels and module.groups > 1:
-            module.in_channels = module.out_channels = module.groups = first
+        elif module.groups == module.in_channels and module.groups > 1:  # depthwise, each channel writing so many
+            times = module.out_channels // module.in_channels
+            module.out_channels, module.in_channels = first, first // times
+            module.groups = module.in_channels
         else:
             module.in_channels, module.out_channels = second * module.groups, first
     elif isinstance(module, nn.Linear):
@@ -49,3 +56,47 @@ def refresh(module: nn.Module) -> None:
         attention: Any = module
         attention.attn_dim = attention.qkv.weight.shape[0] // 3
         attention.num_heads = attention.attn_dim // attention.head_dim
+
+
+@torch.no_grad()
+def cut(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of a model without the units of a plan; what it masks stays.
+
+    Args:
+        model: the one the plan's graph was traced from.
+        plan: any.
+    """
+    small = copy.deepcopy(model)
+    graph, gone = plan.graph, plan.graph.vanished(plan.keep)
+    touched = {m.param for name, mask in plan.keep.items() if not bool(mask.all()) for m in graph[name].members}
+    for name in sorted(touched - gone):
+        if "#" not in name:
+            layer, _, key = name.rpartition(".")
+            owner = small.get_submodule(layer)
+            replace(owner, key, plan.cut(name, getattr(owner, key).detach()))
+    for name, mask in plan.keep.items():
+        if graph[name].kind == "block" and not bool(mask.any()):
+            around, _, key = name.rpartition(".")
+            setattr(small.get_submodule(around), key, nn.Identity().train(small.get_submodule(name).training))
+    for module, count in _groups_left(small, plan):
+        module.groups = count
+    for module in small.modules():
+        refresh(module)
+    lost = graph.lost({name: ~mask for name, mask in plan.keep.items()})
+    for name, (group, each) in graph.counts.items():
+        around, _, key = name.rpartition(".")
+        if group in plan.keep and group not in lost:
+            setattr(small.get_submodule(around), key, int(plan.keep[group].sum()) * each)
+    return small
+
+
+def _groups_left(small: nn.Module, plan: Plan) -> Iterator[tuple[Any, int]]:
+    """Convolutions that lose whole groups, and how many they keep: their weights' shapes do not tell."""
+    gone = plan.graph.vanished(plan.keep)
+    for name, mask in plan.keep.items():
+        if plan.graph[name].kind == "bundle":
+            for member in plan.graph[name].of_role("affine"):
+                module = small.get_submodule(member.layer) if member.param not in gone else None
+                depthwise = isinstance(module, _ConvNd) and module.groups == module.in_channels
+                if isinstance(module, _ConvNd) and not depthwise:
+                    yield module, int(mask.sum())

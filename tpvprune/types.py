@@ -137,6 +137,8 @@ class Graph:
         skipped: modules whose outputs cannot be pruned, with the reason.
         itemsize: bytes per entry of every tensor in `shapes` that is kept in memory; what no group touches besides
             parameters stands under `#rest`.
+        counts: whole numbers among the attributes of modules that count entries of a group's units, by qualified
+            name: `(group, entries per unit)`. A cut sets them anew.
     """
 
     groups: tuple[Group, ...]
@@ -145,6 +147,7 @@ class Graph:
     model_id: str
     skipped: Mapping[str, str]
     itemsize: Mapping[str, int] = field(default_factory=dict)
+    counts: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     _by_id: Mapping[str, Group] = field(init=False, repr=False)
     _within: Mapping[str, tuple[str, ...]] = field(init=False, repr=False)
 
@@ -284,6 +287,7 @@ class Graph:
             "reuse": dict(self.reuse),
             "skipped": dict(self.skipped),
             "itemsize": dict(self.itemsize),
+            "counts": {name: list(what) for name, what in self.counts.items()},
         }
 
     @classmethod
@@ -315,6 +319,7 @@ class Graph:
                 model_id=data["model_id"],
                 skipped=dict(data["skipped"]),
                 itemsize=dict(data.get("itemsize", {})),
+                counts={name: (group, int(each)) for name, (group, each) in data.get("counts", {}).items()},
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"the graph is incomplete ({error!r}); trace the model again") from error

@@ -556,5 +556,5 @@ def test_a_latency_table_is_made_with_blocks() -> None:
 def test_products_outside_of_layers_leave_with_their_block() -> None:
     b = built("mixing")
     # Two products of 5 x 6 by 6 x 5 and 5 x 5 by 5 x 6 a block.
-    assert b.graph.reuse["a#rest"] == 2 * 5 * 5 * 6
+    assert (b.graph.reuse["a#product"], b.graph.shapes["a#product"]) == (2 * 5 * 5, (6,))
     assert "#rest" not in b.graph.reuse

@@ -178,9 +178,8 @@ class Normed(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        ("depthwise", "its channels run through differently grouped layers"),
-        ("norm", "a norm over groups of channels reads them"),
-        ("groups", "the layers it is tied to have other numbers of groups"),
+        ("norm", "it has a single unit"),
+        ("groups", "the code of 'other' (Conv2d) cannot do without them"),
         ("output", "its outputs are the model's outputs"),
     ],
 )
@@ -189,6 +188,16 @@ def test_groups_that_must_stay_are_listed_with_the_reason(kind: str, why: str) -
     graph = tp.trace(model, example(2, 3, 4, 4), bundles=True)
     assert not [g for g in graph.groups if g.kind == "bundle"]
     assert why in graph.skipped["grouped"]
+
+
+def test_the_groups_of_a_layer_leave_with_what_reads_them_each() -> None:
+    model, inputs = randomise(Normed("depthwise")), example(2, 3, 4, 4)
+    graph = tp.trace(model, inputs, bundles=True)
+    assert [(g.id, g.kind, g.units) for g in graph.groups] == [("first", "bundle", 3)]
+    plan = plan_without(graph, {"first": [1]})
+    small = tp.apply(model, plan)
+    assert (small.grouped.groups, small.other.groups, small.fc.in_features) == (2, 2, 2)
+    assert gap(outputs(small, inputs), outputs(tp.mask(model, plan), inputs)) < 1e-12
 
 
 MODELS = {"resnext50_32x4d": 16, "regnetx_002": 13, "regnety_002": 13}

@@ -120,8 +120,8 @@ def test_the_rest_goes_with_what_layers_write(clock: FakeClock) -> None:
 
 
 def test_what_no_group_touches_is_fixed(clock: FakeClock) -> None:
-    b = built("split")  # its convolution cannot be pruned, and works as long whatever is
-    table = table_of("split", clock)
+    b = built("uneven")  # its convolution cannot be pruned, and works as long whatever is
+    table = table_of("uneven", clock)
     assert "conv" not in table.layers
     assert table.fixed == pytest.approx(1e3 * seconds(b.model.get_submodule("conv"), b.inputs), rel=1e-9)
 

@@ -12,8 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tpvprune as tp
+from tests.cases import example, randomise
 from tests.helpers import NAMES, assert_same_state, built, plan_without, random_gone
-from tpvprune.planning.graph import _Bounded, _Limits
 
 MUST_TRACE = {"test_resnet", "test_efficientnet", "test_vit", "test_byobnet"}
 RUNAWAY = {"test_maxvit": "the dependency graph walks its partitions for minutes"}
@@ -174,21 +174,6 @@ def test_a_parameter_may_be_handed_to_a_module() -> None:
     assert tp.trace(Handed(), torch.randn(2, 3)).macs() == 3 * 6 + 6 * 2
 
 
-def test_a_walk_in_which_indices_multiply_is_stopped() -> None:
-    none, doubles = _Bounded([None, lambda entries: entries * 2], _Limits(entries=4))
-    assert none is None
-    assert doubles([1, 2]) == [1, 2, 1, 2]
-    with pytest.raises(OverflowError):
-        doubles([1, 2, 3])
-
-
-def test_a_walk_that_goes_in_circles_is_stopped() -> None:
-    (same,) = _Bounded([lambda entries: entries], _Limits(entries=4, work=5))
-    assert same([1, 2]) == same([1, 2]) == [1, 2]
-    with pytest.raises(OverflowError):
-        same([1, 2])
-
-
 class TwoInputs(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -300,10 +285,11 @@ def test_attention_with_one_head_is_skipped() -> None:
             self.attn = timm.layers.Attention(12, num_heads=1)
 
     graph = tp.trace(OneHead(), torch.randn(2, 7, 5))
-    assert graph.skipped["attn"] == "it has a single head"
+    assert "attn" not in graph
+    assert "the code of 'attn' (Attention) cannot do without them" in graph.skipped["attn.qkv"]
 
 
-def test_attention_of_an_unknown_kind_keeps_the_width_its_forward_was_written_for() -> None:
+def test_attention_whose_code_fixes_its_width_keeps_it_and_what_is_around_it_is_cut() -> None:
     class Own(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -316,9 +302,12 @@ def test_attention_of_an_unknown_kind_keeps_the_width_its_forward_was_written_fo
             x = x + self.proj(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).reshape(x.shape[0], -1, 8))
             return self.fc(x.mean(1))
 
-    graph = tp.trace(nn.Sequential(nn.Identity(), Own()), torch.randn(2, 7, 5))
-    assert not graph.groups
-    assert "attention of a kind not known yet" in graph.skipped["1.embed"]
+    model, inputs = randomise(nn.Sequential(nn.Identity(), Own())), example(2, 7, 5)
+    graph = tp.trace(model, inputs)
+    assert [g.id for g in graph.groups] == ["1.embed"]
+    assert "the code of '1' (Own) cannot do without them" in graph.skipped["1.qkv"]
+    plan = plan_without(graph, {"1.embed": [2, 5]})
+    assert torch.allclose(tp.apply(model, plan)(inputs), tp.mask(model, plan)(inputs), rtol=0, atol=1e-12)
 
 
 class Flattened(nn.Module):
@@ -347,19 +336,28 @@ class FlattenedTokens(nn.Module):
 
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("last", [False, True])
-def test_flattened_channels_are_followed_where_they_lie_first_only(last: bool, norm: bool) -> None:
-    graph = tp.trace(Flattened(last, norm), torch.randn(2, 3, 4, 4))
-    assert [g.id for g in graph.groups] == (["hidden"] if last else ["conv", "hidden"])
-    assert ("conv" in graph.skipped) == last
+def test_flattened_channels_are_followed_wherever_they_lie(last: bool, norm: bool) -> None:
+    model = randomise(Flattened(last, norm))
+    graph = tp.trace(model, example(2, 3, 4, 4))
+    assert [g.id for g in graph.groups] == ["conv", "hidden"]
+    (reader,) = graph["conv"].of_role("consume")
+    channels, pixels = torch.arange(6), torch.arange(4)
+    places = channels.unsqueeze(1) + 6 * pixels if last else 4 * channels.unsqueeze(1) + pixels
+    if norm:  # a unit is a channel of both groups
+        places = places.reshape(2, 3, 4).transpose(0, 1).flatten(1).sort(1).values
+    assert torch.equal(reader.entries(graph["conv"].units), places)
 
 
-def test_channels_that_are_flattened_in_another_order_are_skipped_with_the_reason() -> None:
-    model = FlattenedTokens()
+def test_channels_of_flattened_tokens_are_followed() -> None:
+    model, inputs = randomise(FlattenedTokens()), example(2, 3, 4, 4)
     state = copy.deepcopy(model.state_dict())
-    graph = tp.trace(model, torch.randn(2, 3, 4, 4))
-    assert [g.id for g in graph.groups] == ["hidden"]
-    assert graph.skipped["embed"] == "its channels reach 'hidden' in an order that cannot be followed"
+    graph = tp.trace(model, inputs)
+    assert [g.id for g in graph.groups] == ["embed", "hidden"]
     assert_same_state(model.state_dict(), state)
+    plan = plan_without(graph, {"embed": [1, 4]})
+    assert torch.equal(
+        tp.apply(model, plan).hidden.weight, model.hidden.weight[:, [i for i in range(24) if i % 6 not in (1, 4)]]
+    )
 
 
 @pytest.fixture

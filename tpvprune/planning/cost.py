@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from tpvprune.errors import ModelError
@@ -31,11 +30,8 @@ class Usage:
 
     Attributes:
         order: the number of each module's first call.
-        tokens: length of the sequence each module reads, where its input is `(batch, tokens, channels)`.
-        reuse: multiply-adds per entry of each weight and example.
         total: all multiply-adds per example.
         spent: multiply-adds per example from the start to the end of each module's calls.
-        widest: entries per example of the largest tensor between modules.
 
     Raises:
         ModelError: the model cannot be run on these arguments.
@@ -43,18 +39,14 @@ class Usage:
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.order: dict[str, int] = {}
-        self.tokens: dict[str, int] = {}
-        self.reuse: dict[str, int] = {}
         self.spent: dict[str, int] = {}
         first = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
         if first is None or first.ndim == 0 or first.shape[0] == 0:
             raise ModelError("the example input holds no tensor with a batch dimension")
         self.batch = first.shape[0]
-        self.widest = 1
-        uses: dict[str, int] = {}
         counter = FlopCounterMode(display=False)
         named = [(n, m) for n, m in model.named_modules() if n]
-        handles = [m.register_forward_hook(self._hook(n, uses)) for n, m in named]
+        handles = [m.register_forward_hook(self._hook(n)) for n, m in named]
         flops: dict[str, int] = {}
         for name, module in named:
             handles += [module.register_forward_pre_hook(_clock(name, -1, flops, counter))]
@@ -72,29 +64,15 @@ class Usage:
         finally:
             for handle in handles:
                 handle.remove()
-        names = {id(p): n for n, p in model.named_parameters()}
-        for name, used in uses.items():
-            weight = names[id(model.get_submodule(name).weight)]
-            self.reuse[weight] = self.reuse.get(weight, 0) + self._per_example(used)
         self.total = self._per_example(counter.get_total_flops() // 2)
         self.spent = {name: self._per_example(count // 2) for name, count in flops.items()}
 
     def _per_example(self, count: int) -> int:
         return count // self.batch if count % self.batch == 0 else round(count / self.batch)
 
-    def _hook(self, name: str, uses: dict[str, int]) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def _hook(self, name: str) -> Any:
+        def hook(*_: Any) -> None:
             self.order.setdefault(name, len(self.order))
-            for tensor in tensors_of((inputs, output)):
-                self.widest = max(self.widest, tensor.numel() // self.batch)
-            if inputs and isinstance(inputs[0], Tensor) and inputs[0].ndim == 3:
-                self.tokens[name] = inputs[0].shape[1]
-            if isinstance(module, _ConvNd):
-                source = inputs[0] if module.transposed else output
-                width = module.in_channels if module.transposed else module.out_channels
-                uses[name] = uses.get(name, 0) + source.numel() // width
-            elif isinstance(module, nn.Linear):
-                uses[name] = uses.get(name, 0) + output.numel() // module.out_features
 
         return hook
 

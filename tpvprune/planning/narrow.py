@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tpvprune import layers
-from tpvprune.planning.attention import between_projections
+from tpvprune.planning.attention import between_projections, timed_attention
 from tpvprune.types import WORK, Graph, Member
 
 SHARES = (0.1, 0.25, 0.5, 0.75)  # of a layer's widths that are timed, besides the whole
@@ -155,6 +155,8 @@ def sides_of(graph: Graph) -> dict[str, tuple[Side, ...]]:
     for owner, members in owned.items():
         if WORK in owner:  # told by the projection, which is there in the graph of any pruned model
             tensor = f"{owner.split(WORK)[0]}.proj.weight"
+            if tensor not in graph.shapes:
+                continue
             found[owner] = (Side(tensor, 1, graph.shapes[tensor][1], steps[owner, 0], (), True, True),)
             continue
         sides = []
@@ -196,7 +198,8 @@ def watch(model: nn.Module, graph: Graph, run: Callable[[], object]) -> Watched:
         graph: traced from it.
         run: calls the model.
     """
-    sides = sides_of(graph)
+    known = {f"{block}{WORK}attention" for block in timed_attention(model)}
+    sides = {name: side for name, side in sides_of(graph).items() if WORK not in name or name in known}
     owners = {name.split(WORK)[0] for name in sides}
     blocks, skippable = {name.split(WORK)[0] for name in sides if WORK in name}, blocks_of(graph)
     # A loose parameter's owner (a class token's, a layer scale's) is a whole block: what is in it counts, not it.

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from tpvprune.errors import InternalError, PlanError
-from tpvprune.layers import refresh, replace
+from tpvprune.layers import cut
 from tpvprune.plan import Plan, attach, plan_of
 
 
@@ -33,22 +28,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     check_fits(model, plan)
     earlier = plan_of(model)
     whole = earlier.compose(plan) if earlier is not None else plan
-    small = copy.deepcopy(model)
-    touched = {m.param for name, mask in plan.keep.items() if not bool(mask.all()) for m in plan.graph[name].members}
-    for name in sorted(touched - plan.graph.vanished(plan.keep)):
-        if "#" in name:
-            continue
-        layer, _, key = name.rpartition(".")
-        owner = small.get_submodule(layer)
-        replace(owner, key, plan.cut(name, getattr(owner, key).detach()))
-    for name, mask in plan.keep.items():
-        if plan.graph[name].kind == "block" and not bool(mask.any()):
-            around, _, key = name.rpartition(".")
-            setattr(small.get_submodule(around), key, nn.Identity().train(small.get_submodule(name).training))
-    for module, count in _groups_left(small, plan):
-        module.groups = count
-    for module in small.modules():
-        refresh(module)
+    small = cut(model, plan)
     left = plan.graph.sizes(plan.keep)
     for name, parameter in small.named_parameters():
         if tuple(parameter.shape) != left[name]:
@@ -58,18 +38,6 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         parameter.masked_fill_(~mask.to(parameter.device), 0)
     attach(small, whole)
     return small
-
-
-def _groups_left(small: nn.Module, plan: Plan) -> Iterator[tuple[Any, int]]:
-    """Convolutions that lose whole groups, and how many they keep: their weights' shapes do not tell."""
-    gone = plan.graph.vanished(plan.keep)
-    for name, mask in plan.keep.items():
-        if plan.graph[name].kind == "bundle":
-            for member in plan.graph[name].of_role("affine"):
-                module = small.get_submodule(member.layer) if member.param not in gone else None
-                depthwise = isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels
-                if isinstance(module, _ConvNd) and not depthwise:
-                    yield module, int(mask.sum())
 
 
 def check_fits(model: nn.Module, plan: Plan) -> None:

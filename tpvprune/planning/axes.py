@@ -1,0 +1,187 @@
+"""Operations that keep the axes of their inputs apart: entry by entry, norms, reductions, pools."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpvprune.planning.follower import FIXED, Call, Follower
+from tpvprune.planning.labels import Origin, State
+from tpvprune.planning.units import modulo
+from tpvprune.types import Role
+
+
+def elementwise(f: Follower, call: Call) -> None:
+    """Entry by entry, with shorter shapes repeated."""
+    out = call.out[0]
+    parts = [(t, s, shape) for t, s, shape in zip(call.given, call.before, call.shapes, strict=True)]
+    if all(s.origins or (not s.axes and max(shape, default=1) == 1) for _, s, shape in parts):
+        origins = [o for t, s, shape in parts for o in _stretched(s, shape, tuple(out.shape))]
+        f.know(out, origins)
+        return
+    role: Role = "affine" if call.name in ("mul", "div", "prelu", "_prelu_kernel") or _norms(f) else "produce"
+    axes: dict[int, Tensor | None] = {}
+    for axis in range(out.ndim):
+        held: list[Tensor] = []
+        fixed = False
+        for _, state, shape in parts:
+            mine = axis - out.ndim + len(shape)
+            if mine >= 0 and shape[mine] == out.shape[axis] and shape[mine] > 1 and not state.origins:
+                slots = state.axes.get(mine)
+                fixed |= slots is None
+                held += [] if slots is None else [slots]
+        if not held:
+            continue
+        for _, state, shape in parts:
+            mine = axis - out.ndim + len(shape)
+            if state.origins and mine >= 0 and shape[mine] > 1:
+                slots = f.along(torch.empty(shape, device="meta"), mine, role, state)
+                fixed |= slots is None
+                held += [] if slots is None else [slots]
+        for other in held[1:]:
+            f.units.tie(held[0], other, FIXED)
+        if fixed:
+            f.units.pin(held[0], FIXED)
+        axes[axis] = held[0]
+    for tensor in call.out:
+        f.settle(tensor, axes)
+
+
+def _norms(f: Follower) -> bool:
+    return "norm" in type(f.module).__name__.lower()
+
+
+def _stretched(state: State, shape: tuple[int, ...], to: tuple[int, ...]) -> Iterable[Origin]:
+    """Origins of a parameter that is broadcast to a longer shape."""
+    more = len(to) - len(shape)
+    for origin in state.origins:
+        dims = (None,) * more + origin.dims
+        cells = None if origin.cells is None else origin.cells.expand(shape)[(None,) * more]
+        yield replace(origin, dims=dims, cells=cells)
+
+
+def _affine(f: Follower, slots: Tensor | None, tensors: Iterable[Any], role: Role) -> None:
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and slots is not None:
+            own = f.along(tensor, tensor.ndim - 1, role)
+            if own is None:
+                f.units.pin(slots, FIXED)
+            else:
+                f.units.tie(slots, own, FIXED)
+
+
+def batch_norm(f: Follower, call: Call) -> None:
+    """Batch norms; of a weight alone, its standardisation."""
+    x, out = call.given[0], call.out[0]
+    state = call.before[0]
+    if state.origins:  # a weight is standardised
+        others = [
+            replace(o, dims=(None, o.dims[0], *[None] * (x.ndim - 2)), pooled=True)
+            for t in call.args[1:3] if isinstance(t, Tensor) for o in f.state(t).origins
+            if o.cells is None
+        ]  # fmt: skip
+        others += [
+            replace(o, cells=o.cells.reshape(1, -1, *[1] * (x.ndim - 2)), pooled=True, dims=(None,) * x.ndim)
+            for t in call.args[1:3] if isinstance(t, Tensor) for o in f.state(t).origins
+            if o.cells is not None
+        ]  # fmt: skip
+        f.know(out, [*state.pooled().origins, *others])
+        return
+    slots = state.axes.get(1)
+    _affine(f, slots, call.args[1:3], "affine")
+    _affine(f, slots, call.args[3:5], "stat")
+    f.settle(out, state.axes)
+
+
+def layer_norm(f: Follower, call: Call) -> None:
+    """Layer and RMS norms."""
+    x, state = call.given[0], call.before[0]
+    count = len(call.args[1])
+    for axis, slots in state.axes.items():
+        if axis >= x.ndim - count:
+            f.units.pool(slots)
+            for tensor in call.args[2:4]:
+                if isinstance(tensor, Tensor):
+                    own = f.along(tensor, axis - x.ndim + count, "affine")
+                    if own is None:
+                        f.units.pin(slots, FIXED)
+                    else:
+                        f.units.tie(slots, own, FIXED)
+    f.settle(call.out[0], state.axes)
+
+
+def group_norm(f: Follower, call: Call) -> None:
+    """Group norms: a unit is one channel of every group."""
+    slots, groups = call.before[0].axes.get(1), call.args[-2]
+    if slots is not None:
+        f.units.pool(slots)
+        for one, other in modulo(slots, len(slots) // groups):
+            f.units.tie(one, other, FIXED)
+        _affine(f, slots, call.args[1:3], "affine")
+    f.settle(call.out[0], call.before[0].axes)
+
+
+def reduce(f: Follower, call: Call) -> None:
+    """Sums, means, extremes and the like."""
+    state, shape = call.before[0], call.shapes[0]
+    dims = call.argument("dim", call.argument("axis"))
+    dims = range(len(shape)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+    gone = {dim % max(1, len(shape)) for dim in dims}
+    left = [axis for axis in range(len(shape)) if axis not in gone]
+    for axis in gone & set(state.axes):
+        f.units.pool(state.axes[axis])
+    for out in call.out:
+        places = left if out.ndim == len(shape) else range(out.ndim)
+        if state.origins:
+            origins = []
+            for origin in state.origins:
+                kept = dict(zip(places, left, strict=False))
+                cells = origin.written_out(shape)
+                for axis in gone:
+                    cells = cells.narrow(axis, 0, 1)
+                origins.append(
+                    replace(origin, dims=(None,) * out.ndim, cells=cells.reshape(out.shape), pooled=True)
+                    if kept or out.numel() == 1
+                    else origin
+                )
+            f.know(out, origins)
+        else:
+            f.settle(out, {p: state.axes.get(a) for p, a in zip(places, left, strict=False)})
+
+
+def spread_along(f: Follower, call: Call) -> None:
+    """Softmax and others that keep the shape and mix along one axis."""
+    state, shape = call.before[0], call.shapes[0]
+    if state.origins:
+        f.know(call.out[0], state.pooled().origins)
+        return
+    dim = call.argument("dim", -1) % max(1, len(shape))
+    if dim in state.axes:
+        if call.name in ("sort", "topk", "argsort", "glu"):
+            f.units.pin(state.axes[dim], f"{f.here!r} sorts or halves its units")
+        f.units.pool(state.axes[dim])
+    for out in call.out:
+        same = {a: s for a, s in state.axes.items() if a < out.ndim and out.shape[a] == shape[a]}
+        f.settle(out, same)
+
+
+def spatial(f: Follower, call: Call) -> None:
+    """Pools and resizing, which keep channels apart."""
+    state, shape = call.before[0], call.shapes[0]
+    for out in call.out:
+        kept = {a: s for a, s in state.axes.items() if a < 2 - (len(shape) == 3 and "1d" not in call.name)}
+        for axis, slots in state.axes.items():
+            if axis not in kept:
+                f.units.pin(slots, f"{f.here!r} pools or resizes along its units")
+        same = out.ndim == len(shape)
+        f.settle(out, {a: s for a, s in kept.items() if same and out.shape[a] == shape[a]})
+
+
+def embedding(f: Follower, call: Call) -> None:
+    """Rows looked up in a table."""
+    out = call.out[0]
+    f.settle(out, {out.ndim - 1: f.along(call.given[0], 1)})

@@ -1,0 +1,247 @@
+"""The mode that runs with a network and remembers what lies along the axes of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from tpvprune.planning.cost import tensors_of
+from tpvprune.planning.labels import PLAIN, Origin, State, Tangled, is_static
+from tpvprune.planning.units import STATIC, Units
+from tpvprune.types import Role
+
+FIXED = "its channels are added to the model's input or another tensor of fixed width"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What may be cut, as far as running the network has shown.
+
+    Attributes:
+        bundles: whether units around a grouped convolution are its groups.
+        loose: grouped convolutions of which they are not all the same, with the reason.
+        whole: attention modules that keep all of their heads, with the reason.
+        still: modules that keep the lengths of all axes their code takes apart, with the reason.
+        sealed: modules that keep the width of whatever comes in or goes out, with the reason.
+        kept: `(param, dim, entry)` of units that stay, with the reason.
+    """
+
+    bundles: bool = False
+    loose: Mapping[str, str] = field(default_factory=dict)
+    whole: Mapping[str, str] = field(default_factory=dict)
+    still: Mapping[str, str] = field(default_factory=dict)
+    sealed: Mapping[str, str] = field(default_factory=dict)
+    kept: Mapping[tuple[str, int, int], str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Width:
+    """A place in a module's code that depends on how many entries an axis has.
+
+    Attributes:
+        module: qualified name.
+        length: of the axis, or of each of the equal parts it is cut into.
+        slots: along the axis.
+        heads: whether it tells the heads of an attention apart.
+    """
+
+    module: str
+    length: int
+    slots: Tensor
+    heads: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A product of two activations, which costs multiply-adds and holds no parameter.
+
+    Attributes:
+        module: in which it stands.
+        macs: of the whole batch.
+        slots: of the axis of it that units lie along, one entry per unit and repeat; None if there is none.
+    """
+
+    module: str
+    macs: int
+    slots: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One operation: what it is, what it was given, what was known of that, and what came out."""
+
+    func: Any
+    name: str
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    given: Sequence[Tensor]
+    before: Sequence[State]
+    shapes: Sequence[tuple[int, ...]]
+    out: Sequence[Tensor]
+
+    def argument(self, name: str, default: Any = None) -> Any:
+        """The value of an argument by its name in the operation's schema."""
+        for number, argument in enumerate(self.func._schema.arguments):
+            if argument.name == name:
+                if number < len(self.args):
+                    return self.args[number]
+                return self.kwargs.get(name, default)
+        return default
+
+
+class Follower(TorchDispatchMode):
+    """Runs with a network and ties what can only leave together.
+
+    Attributes:
+        units: what was found.
+        widths: places in the code that depend on a length.
+        products: of activations by activations.
+        macs: of the whole batch, per parameter they are multiplied with.
+        order: parameters in the order in which they are first read.
+        readers: of each parameter, the modules in which it is multiplied with.
+        bundled: grouped convolutions whose groups are units, and the slots they write.
+        policy: what may be cut.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        policy: Policy,
+        rule: Callable[[Call], Rule | None],
+        told: Callable[[str], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.units = Units()
+        self.widths: list[Width] = []
+        self.products: list[Product] = []
+        self.macs: dict[str, int] = {}
+        self.order: dict[str, int] = {}
+        self.readers: dict[str, set[str]] = {}
+        self.bundled: list[tuple[str, Tensor]] = []
+        self.policy, self._rule, self._told = policy, rule, told
+        self._names = {id(m): name for name, m in model.named_modules()}
+        self._stack: list[nn.Module] = [model]  # stays when the model itself is left
+        self._known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._buffers = {name for name, _ in model.named_buffers()}
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            dims = tuple(range(tensor.ndim))
+            self._known[tensor] = State(origins=(Origin(name, tuple(tensor.shape), dims),))
+
+    # Where in the network we are.
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A forward pre-hook of every module."""
+        self._stack.append(module)
+        if self.here in self.policy.sealed:
+            self.pin(tensors_of((args, kwargs)), self.policy.sealed[self.here])
+
+    def leave(self, module: nn.Module, _: Any, out: Any) -> None:
+        """A forward hook of every module."""
+        if self.here in self.policy.sealed:
+            self.pin(tensors_of(out), self.policy.sealed[self.here])
+        if self._told is not None and self.here:
+            self._told(self._names[id(module)])
+        while self._stack.pop() is not module:  # one that raised and was caught
+            pass
+
+    @property
+    def here(self) -> str:
+        """Name of the module whose code runs."""
+        return self._names[id(self._stack[-1])]
+
+    # What is known of tensors.
+
+    def state(self, tensor: Tensor) -> State:
+        """What is known of a tensor."""
+        return self._known.get(tensor, PLAIN)
+
+    def along(self, tensor: Tensor, axis: int, role: Role = "produce", state: State | None = None) -> Tensor | None:
+        """The slots along an axis of a tensor, None if there are none; those of a parameter are made if need be."""
+        state = state or self.state(tensor)
+        if not state.origins:
+            return state.axes.get(axis)
+        found: Tensor | None = None
+        for origin in state.origins:
+            try:
+                place = origin.along(axis, tensor.shape)
+            except Tangled:
+                place = None
+                if tensor.shape[axis] > 1:
+                    found = torch.zeros(tensor.shape[axis], dtype=torch.int64) if found is None else found
+            if place is None:
+                continue
+            dim, entries = place
+            self.order.setdefault(origin.name, len(self.order))
+            held = "stat" if origin.name in self._buffers else role
+            slots = self.units.of(origin.name, dim, origin.shape[dim], held)
+            slots = torch.where(entries >= 0, slots[entries.clamp(min=0)], STATIC)
+            if found is not None:
+                self.units.tie(found, slots, FIXED)
+            found = slots
+        return found
+
+    def settle(self, tensor: Tensor, axes: Mapping[int, Tensor | None]) -> None:
+        """Remember the slots along the axes of an activation."""
+        self._known[tensor] = State({a: s for a, s in axes.items() if s is not None and not is_static(s)})
+
+    def know(self, tensor: Tensor, origins: Iterable[Origin]) -> None:
+        """Remember what a tensor is made of that depends on no input."""
+        self._known[tensor] = State(origins=tuple(origins))
+
+    def ties(self, slots: Tensor, others: Tensor | None, why: str = FIXED) -> None:
+        """Tie two vectors of slots; without the second the first is pinned."""
+        if others is None:
+            self.units.pin(slots, why)
+        else:
+            self.units.tie(slots, others, why)
+
+    @property
+    def module(self) -> nn.Module:
+        """The module whose code runs."""
+        return self._stack[-1]
+
+    def pin(self, tensors: Iterable[Tensor], why: str, axes: Iterable[int] | None = None) -> None:
+        """Keep whole what lies along some or all axes of activations."""
+        for tensor in tensors:
+            for axis, slots in self.state(tensor).axes.items():
+                if axes is None or axis in axes:
+                    self.units.pin(slots, why)
+
+    # Dispatch.
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and follow it."""
+        kwargs = kwargs or {}
+        given = tensors_of((args, kwargs))
+        before = [self.state(t) for t in given]
+        shapes = [tuple(t.shape) for t in given]
+        out = func(*args, **kwargs)
+        if not any(s.axes or s.origins for s in before):
+            return out
+        name = func.overloadpacket.__name__.rstrip("_")
+        call = Call(func, name, args, kwargs, given, before, shapes, tensors_of(out))
+        rule = self._rule(call)
+        if rule is None:
+            label = f"the operation {name!r} in {self.here or 'the model'!r} cannot be followed"
+            for state in before:
+                for slots in state.axes.values():
+                    self.units.pin(slots, label)
+        else:
+            rule(self, call)
+        return out
+
+
+Rule = Callable[[Follower, Call], None]
+
+
+def numbers(module: nn.Module) -> Iterable[tuple[str, int]]:
+    """The whole numbers among a module's own attributes."""
+    for key, value in vars(module).items():
+        if type(value) is int and not key.startswith("_") and value > 1:
+            yield key, value

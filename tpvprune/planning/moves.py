@@ -1,0 +1,183 @@
+"""Operations that move entries: run on the slots themselves, or on the places in the parameter they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tpvprune.planning.cost import tensors_of
+from tpvprune.planning.follower import FIXED, Call, Follower, Width, numbers
+from tpvprune.planning.labels import Origin, gathered, spread, varying
+from tpvprune.planning.units import FREE, STATIC, modulo
+
+LARGE = 50_000_000  # entries of a parameter whose places are not written out
+
+
+def move(f: Follower, call: Call) -> None:
+    """Views, slices, joins, looking up: whatever puts entries elsewhere."""
+    if (
+        call.name in ("index", "gather")
+        and any(s.axes or s.origins for s in call.before[1:])
+        and not call.before[0].axes
+    ):
+        f.pin(call.given[1:], f"{f.here!r} looks up by its units")
+    if all(s.origins or not s.axes for s in call.before) and any(s.origins for s in call.before):
+        _move_parameters(f, call)
+        return
+    found: list[dict[int, Tensor | None]] = [{} for _ in call.out]
+    joins = call.name in ("cat", "stack")
+    axes = {a: None for state in call.before for a in state.axes}
+    for axis in axes:
+        labels = []
+        for tensor, state, shape in zip(call.given, call.before, call.shapes, strict=True):
+            slots = f.along(tensor, axis % len(shape), "produce", state) if shape else None
+            if slots is None and shape:
+                slots = torch.full((shape[axis % len(shape)],), STATIC)
+            labels.append(spread(slots, axis % len(shape), shape) if slots is not None else tensor)
+            if not joins:
+                labels += call.given[1:]
+                break
+        for number, moved in enumerate(_run(f, call, labels)):
+            place = _settled(f, call, moved)
+            if place is not None:
+                at, slots = place
+                if found[number].get(at) is not None:
+                    f.units.tie(found[number][at], slots, FIXED)  # type: ignore[arg-type]
+                    f.units.pin(slots, FIXED)
+                found[number][at] = slots
+    for tensor, axes_of in zip(call.out, found, strict=True):
+        f.settle(tensor, axes_of)
+    _cuts(f, call, found)
+
+
+def _run(f: Follower, call: Call, labels: list[Tensor]) -> list[Tensor]:
+    """The same operation on slots."""
+    if call.name in ("view", "_unsafe_view", "reshape", "_reshape_copy", "view_copy", "_reshape_alias"):
+        return [labels[0].reshape(call.out[0].shape)]
+    args, kwargs = call.args, dict(call.kwargs)
+    if call.name in ("cat", "stack"):
+        return [call.func(labels, *args[1:], **kwargs)]
+    if call.name == "constant_pad_nd":
+        return [call.func(labels[0], args[1], FREE)]
+    if call.name == "im2col":
+        return [call.func(labels[0].double(), *args[1:], **kwargs).long()]
+    return tensors_of(call.func(labels[0], *args[1:], **kwargs))
+
+
+def _settled(f: Follower, call: Call, moved: Tensor) -> tuple[int, Tensor] | None:
+    """The one axis along which slots lie after a move, and the slots."""
+    axes = varying(moved)
+    if not axes:
+        if moved.numel():
+            slots = moved.reshape(-1)[:1] if moved.numel() == 1 else moved[(slice(0, 1),) * moved.ndim].reshape(-1)
+            f.units.pin(slots, f"{f.here!r} picks single channels")
+        return None
+    axis = axes[0] if len(axes) == 1 else _chosen(f, moved, axes)
+    slots = gathered(moved, axis, lambda a, b: f.units.tie(a, b, FIXED))
+    if len(axes) > 1 and f.here in f.policy.still:
+        f.units.pin(slots, f.policy.still[f.here])
+    if call.name == "constant_pad_nd":
+        slots = slots.clamp(min=STATIC)
+    if call.name in ("view", "_unsafe_view", "reshape", "_reshape_alias"):
+        heads = len(axes) > 1 and _counts_heads(f, moved.shape[axis])
+        f.widths.append(Width(f.here, moved.shape[axis], slots, heads))
+    return axis, slots
+
+
+def _counts_heads(f: Follower, length: int) -> bool:
+    return any("head" in key and "dim" not in key and value == length for key, value in numbers(f.module))
+
+
+def _chosen(f: Follower, moved: Tensor, axes: list[int]) -> int:
+    """The axis that units lie along where a move leaves several: heads, or else the longest."""
+    heads = [axis for axis in axes if _counts_heads(f, moved.shape[axis])]
+    if heads and f.here not in f.policy.whole:
+        # The channels of a head come last; there may be as many of them as heads.
+        return heads[-2] if len(heads) > 1 and heads[-1] == axes[-1] else heads[-1]
+    left = [axis for axis in axes if axis not in heads] or axes
+    return max(left, key=lambda axis: moved.shape[axis])
+
+
+def _cuts(f: Follower, call: Call, found: Sequence[Mapping[int, Tensor | None]]) -> None:
+    """Equal parts that units are cut into stay equal; others keep their lengths."""
+    if call.name not in ("slice", "split", "split_with_sizes", "narrow", "chunk", "unbind", "select"):
+        return
+    for axis, slots in call.before[0].axes.items():
+        lengths = [t.shape[axis] for t in call.out] if call.out[0].ndim == len(call.shapes[0]) else []
+        whole = call.shapes[0][axis]
+        if not lengths or lengths == [whole]:
+            continue
+        part = lengths[0]
+        start = call.argument("start", 0) or 0 if call.name == "slice" else 0
+        even = all(length == part for length in lengths) and whole % part == 0 and start % part == 0
+        step = call.argument("step", 1) if call.name == "slice" else 1
+        if not even or step != 1 or f.here in f.policy.still:
+            why = f"{f.here!r} takes a part of its channels"
+            f.units.pin(slots, f.policy.still.get(f.here, why))
+            continue
+        f.widths.append(Width(f.here, part, slots[:part]))
+        for one, other in modulo(slots, part):
+            f.units.tie(one, other, FIXED)
+
+
+def _move_parameters(f: Follower, call: Call) -> None:
+    state, shape = call.before[0], call.shapes[0]
+    out = call.out[0]
+    if call.name in ("t", "permute", "transpose", "unsqueeze", "expand", "squeeze") and state.origins:
+        axes = _moved_axes(call, len(shape))
+        if axes is not None:
+            origins = []
+            for origin in state.origins:
+                dims = tuple(None if a is None else origin.dims[a] for a in axes)
+                cells = None if origin.cells is None else call.func(origin.written_out(shape), *call.args[1:])
+                origins.append(replace(origin, dims=dims, cells=cells))
+            f.know(out, origins)
+            return
+    if call.name in ("cat", "stack"):
+        offsets, base = {}, 0
+        for t, s in zip(call.given, call.before, strict=True):
+            offsets[id(t)] = base
+            base += len(s.origins)
+        names = dict.fromkeys((o.name, o.shape) for s in call.before for o in s.origins)
+        origins = []
+        for name, whole in names:
+            cells = []
+            for s, each in zip(call.before, call.shapes, strict=True):
+                own = next((o for o in s.origins if o.name == name), None)
+                cells.append(torch.full(each, -1) if own is None else own.written_out(each))
+            joined = call.func(cells, *call.args[1:], **call.kwargs)
+            origins.append(Origin(name, whole, (None,) * out.ndim, joined))
+        f.know(out, origins)
+        return
+    for origin in state.origins:
+        if origin.cells is None and torch.Size(origin.shape).numel() > LARGE:
+            return
+    results: list[list[Origin]] = [[] for _ in call.out]
+    for origin in state.origins:
+        labels = [origin.written_out(shape), *call.given[1:]]
+        for number, moved in enumerate(_run(f, call, labels)):
+            results[number].append(replace(origin, dims=(None,) * moved.ndim, cells=moved))
+    for tensor, origins in zip(call.out, results, strict=True):
+        f.know(tensor, origins)
+
+
+def _moved_axes(call: Call, count: int) -> list[int | None] | None:
+    """For each axis of what comes out the axis it was."""
+    axes: list[int | None] = list(range(count))
+    if call.name == "t":
+        return axes[::-1]
+    if call.name == "permute":
+        return [axes[a % count] for a in call.args[1]]
+    if call.name == "transpose":
+        a, b = (d % count for d in call.args[1:3])
+        axes[a], axes[b] = axes[b], axes[a]
+        return axes
+    if call.name == "unsqueeze":
+        axes.insert(call.args[1] % (count + 1), None)
+        return axes
+    if call.name == "expand":
+        return [None] * (call.out[0].ndim - count) + axes
+    return None

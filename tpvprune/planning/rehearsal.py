@@ -1,0 +1,144 @@
+"""Rehearse a cut: remove one unit of every group, run the network, and compare it with one in which they are masked.
+
+The code of a module may rest on a width that it read when it was built. Where it does, the run fails inside of it, or
+gives something else; then the network is followed again under a stricter policy.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from tpvprune.layers import cut
+from tpvprune.plan import Plan
+from tpvprune.planning.cost import tensors_of
+from tpvprune.planning.follower import Follower, Policy
+from tpvprune.types import Graph, Group
+
+LEEWAY = 0.05  # of what the masks change: a wrong index changes about as much as they do
+NOISE = 1e-4  # of the largest output, for what rounding adds
+DIFFERS = "without them the network does not give what it gives with them masked"
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Where a rehearsal went wrong: the module whose code failed, None if the outputs were wrong; and how."""
+
+    module: str | None
+    why: str
+
+
+@torch.no_grad()
+def rehearsed(
+    model: nn.Module, graph: Graph, follower: Follower, args: tuple[Any, ...], kwargs: Mapping[str, Any], policy: Policy
+) -> Policy | None:
+    """The policy to follow the network under again; None if every group can be cut as it is.
+
+    Args:
+        model: in eval mode.
+        graph: of the network as it was followed.
+        follower: that followed it.
+        args: of one forward pass.
+        kwargs: likewise.
+        policy: under which it was followed.
+    """
+    groups = [g for g in graph.groups if g.units > 1]
+    if not groups:
+        return None
+    stage = _Stage(model, graph, args, kwargs)
+    failure = stage.fails(groups)
+    if failure is None:
+        exact = [g for g in groups if g.exact_mask]
+        if len(exact) == len(groups) or not exact:
+            return None
+        failure = stage.fails(exact)
+        groups = exact
+        if failure is None:
+            return None
+    if failure.module is not None:
+        stricter = _stricter(model, follower, policy, failure)
+        if stricter is not None:
+            return stricter
+    guilty = {g.id: alone.why for g in groups if (alone := stage.fails([g])) is not None}
+    if not guilty:  # each can go, but not all together
+        guilty = {g.id: failure.why for g in groups}
+    kept = dict(policy.kept)
+    for name, why in guilty.items():
+        member = graph[name].of_role("produce", "affine")[0]
+        for entry in member.entries(graph[name].units)[:, 0].tolist():
+            kept[member.param, member.axis, entry] = why
+    return replace(policy, kept=kept)
+
+
+class _Stage:
+    """Runs a model with units cut."""
+
+    def __init__(self, model: nn.Module, graph: Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.model, self.graph, self.args, self.kwargs = model, graph, args, kwargs
+        self.dense = tensors_of(model(*args, **kwargs))
+
+    def fails(self, groups: Iterable[Group]) -> _Failure | None:
+        """Cut one unit of each group and run; where all of them can be masked, compare."""
+        keep = {g.id: torch.arange(g.units) != g.units - 1 for g in groups}
+        plan = Plan(keep, self.graph)
+        running: list[str] = []
+        try:
+            small = cut(self.model, plan)
+            for name, module in small.named_modules():
+                module.register_forward_pre_hook(lambda *_, name=name: running.append(name))
+                module.register_forward_hook(lambda *_, name=name: self._left(running, name))
+            got = tensors_of(small(*self.args, **self.kwargs))
+        except Exception as error:  # whatever a model's own code raises
+            module = running[-1] if running else ""
+            kind = type(self.model.get_submodule(module)).__name__
+            line = str(error).strip().split("\n")[0]
+            return _Failure(module, f"the code of {module!r} ({kind}) cannot do without them: {line}")
+        if [t.shape for t in got] != [t.shape for t in self.dense]:
+            return _Failure(None, "without them the outputs have another shape")
+        if not all(g.exact_mask for g in groups):
+            return None
+        masked = copy.deepcopy(self.model)
+        for name, mask in plan.as_masks().weights.items():
+            masked.get_parameter(name).masked_fill_(~mask.to(masked.get_parameter(name).device), 0)
+        wanted = tensors_of(masked(*self.args, **self.kwargs))
+        for a, b, c in zip(got, wanted, self.dense, strict=True):
+            if a.is_floating_point() and not bool(a.isnan().any()):
+                bound = LEEWAY * float((b - c).abs().max()) + NOISE * float(c.abs().max())
+                if float((a - b).abs().max()) > bound:
+                    return _Failure(None, DIFFERS)
+        return None
+
+    @staticmethod
+    def _left(running: list[str], name: str) -> None:
+        while running and running.pop() != name:
+            pass
+
+
+def _stricter(model: nn.Module, follower: Follower, policy: Policy, failure: _Failure) -> Policy | None:
+    """The next thing to give up in the code that failed, and in all code of the same class."""
+    taking = {width.module for width in follower.widths} | set(policy.still)
+    name = failure.module or ""
+    while name and name not in taking:
+        name = name.rpartition(".")[0]
+    if name not in taking or not name:
+        name = (failure.module or "").rpartition(".")[0]
+        if not name or name in policy.sealed:
+            return None
+        return replace(policy, sealed={**policy.sealed, **_alike(model, name, failure.why)})
+    heads = {width.module for width in follower.widths if width.heads}
+    alike = _alike(model, name, failure.why)
+    if name in heads and name not in policy.whole:
+        return replace(policy, whole={**policy.whole, **alike})
+    if name not in policy.still:
+        return replace(policy, still={**policy.still, **alike})
+    return None if name in policy.sealed else replace(policy, sealed={**policy.sealed, **alike})
+
+
+def _alike(model: nn.Module, name: str, why: str) -> dict[str, str]:
+    kind = type(model.get_submodule(name))
+    return {other: why.replace(repr(name), repr(other)) for other, m in model.named_modules() if type(m) is kind}
