@@ -68,7 +68,7 @@ def test_the_nouns_import_only_what_lies_below_them(file: str, allowed: set[str]
 @pytest.mark.parametrize("stage", STAGES)
 def test_stages_never_import_each_other(stage: str) -> None:
     above = {"pipeline", "report", "checkpoint", "recipe", "runfolder", "workflow", "zoo", "schedule", "targets", ""}
-    above |= {"curves", "groupwise", "plots"} | {name.removesuffix(".py") for name in CLI}
+    above |= {"curves", "deploy", "groupwise", "plots"} | {name.removesuffix(".py") for name in CLI}
     others = {*STAGES, *above} - {stage}
     for name, path in FILES.items():
         if name.startswith(f"{stage}/"):
@@ -93,7 +93,12 @@ def test_timm_is_imported_by_the_zoo_finetune_and_checkpoint_only() -> None:
 
 @pytest.mark.parametrize(
     ("package", "only"),
-    [("yaml", "recipe.py"), ("matplotlib", "plots.py"), ("accelerate", "recovery/finetune.py")],
+    [
+        ("yaml", "recipe.py"),
+        ("matplotlib", "plots.py"),
+        ("accelerate", "recovery/finetune.py"),
+        ("onnxruntime", "deploy/runtime.py"),
+    ],
 )
 def test_other_packages_have_few_importers(package: str, only: str) -> None:
     assert users_of(package) <= {only}

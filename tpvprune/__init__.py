@@ -3,10 +3,12 @@
 from tpvprune.budget import Budget
 from tpvprune.checkpoint import load, save
 from tpvprune.curves import SensitivityCurve, SensitivityCurves, SensitivityPoint
+from tpvprune.deploy.export import Exported, export
 from tpvprune.errors import (
     BudgetError,
     CheckpointError,
     DataError,
+    ExportError,
     InputError,
     InternalError,
     ModelError,
@@ -58,6 +60,8 @@ __all__ = [
     "CheckpointError",
     "Cosine",
     "DataError",
+    "ExportError",
+    "Exported",
     "Finetune",
     "Fisher",
     "Function",
@@ -104,6 +108,7 @@ __all__ = [
     "__version__",
     "allocate",
     "apply",
+    "export",
     "finetune",
     "inspect",
     "latency_table",
