@@ -13,7 +13,8 @@ ROOT = Path(tpvprune.__file__).parent
 FILES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
 REFERENCE = Path(__file__).with_name("reference.py")
 STAGES = ("scoring", "planning", "surgery", "recovery")
-CLI = {"cli.py", "lookcli.py", "plancli.py", "options.py", "console.py"}  # the command line, and what its files share
+# The command line, and what its files share.
+CLI = {"cli.py", "deploycli.py", "lookcli.py", "plancli.py", "showing.py", "options.py", "console.py"}
 
 
 def imports(path: Path, package: str = "tpvprune") -> set[str]:

@@ -3,6 +3,7 @@
 from tpvprune.budget import Budget
 from tpvprune.checkpoint import load, save
 from tpvprune.curves import SensitivityCurve, SensitivityCurves, SensitivityPoint
+from tpvprune.deploy.bench import Bench, Timing, bench
 from tpvprune.deploy.export import Exported, export
 from tpvprune.errors import (
     BudgetError,
@@ -55,6 +56,7 @@ __all__ = [
     "TPV",
     "WHC",
     "BNScale",
+    "Bench",
     "Budget",
     "BudgetError",
     "CheckpointError",
@@ -101,6 +103,7 @@ __all__ = [
     "Several",
     "Softmax",
     "Taylor",
+    "Timing",
     "TpvpruneError",
     "Unprunable",
     "Variance",
@@ -108,6 +111,7 @@ __all__ = [
     "__version__",
     "allocate",
     "apply",
+    "bench",
     "export",
     "finetune",
     "inspect",

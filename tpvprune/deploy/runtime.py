@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,11 @@ def check_installed() -> None:
     missing = missing_packages()
     if missing:
         raise InputError(f"ONNX needs {', '.join(missing)}; python -m pip install 'tpvprune[export]'")
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages for ONNX that are installed."""
+    return {name: version(name) for name in NEEDED if find_spec(name) is not None}
 
 
 def free_batch(arguments: Arguments) -> tuple[Any, ...] | dict[str, Any]:
