@@ -13,6 +13,8 @@ from tpvprune.checkpoint import load
 from tpvprune.console import number, out, print_json, print_table
 from tpvprune.deploy.bench import DENSE, PRUNED, RUNTIMES, Bench, bench
 from tpvprune.deploy.export import SUFFIXES, TOLERANCE, Exported, Format, export
+from tpvprune.deploy.page import markdown, write_page
+from tpvprune.deploy.story import Story
 from tpvprune.errors import InputError
 from tpvprune.options import (
     AsJson,
@@ -59,17 +61,24 @@ def report(
     size: Bytes = None,
     latency_ms: Latency = None,
     drift: Drift = None,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print it as a model card, in Markdown.")] = False,
     out_dir: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the report of a run."""
+    """Print the report of a run, and write it as a page: report.html in its folder."""
     bounds = {"macs": macs, "params": params, "bytes": size, "latency_ms": latency_ms, "drift": drift}
     given = flags(checkpoint=checkpoint, data=data, labels=labels, **bounds)
     stored = Path(target) / PRODUCTS["eval"]
     if stored.is_file() and not (given or overrides or out_dir):
         told = stored_report(stored)  # looking at a result needs neither its images nor its weights
+        if as_markdown:
+            out.print(markdown(Story.of(target)), highlight=False, markup=False)
+            return
+        write_page(target)
         print_json(told) if as_json else print_report(told, Path(target))
         return
+    if as_markdown:
+        raise InputError(f"--markdown reads a finished run, and {target} holds no report; run it first")
     finish(resolve(target, [*given, *(overrides or [])], out_dir), "report", as_json)
 
 

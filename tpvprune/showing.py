@@ -85,7 +85,7 @@ def print_report(told: Mapping[str, Any], folder: Path) -> None:
         f"pruned {number(drift['pruned_kl'])}, recovered {number(drift['recovered_kl'])}\n"
         f"scored on {data['scored']} images, measured on {data['measured']} others, "
         f"{data.get('skipped', 0)} skipped; {seconds:.0f} s\n"
-        f"load it: tpvprune.load({str(folder)!r})",
+        f"load it: tpvprune.load({str(folder)!r}); look at it: {folder / PRODUCTS['report']}",
         highlight=False,
         markup=False,
     )
