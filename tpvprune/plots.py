@@ -125,8 +125,7 @@ def histogram(kept: Sequence[float], gone: Sequence[float], unit: str, name: str
     if any(logs):
         axes.hist(logs, bins=bins, stacked=True, color=[KEPT, GONE], label=["stay", "leave"])
         axes.xaxis.set_major_formatter(lambda at, _: f"{10**at:.1g}")
-        legend = axes.legend(loc="upper left", frameon=False, labelcolor=INK)
-        legend.set_zorder(5)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, labelcolor=INK)
     axes.set_ylabel("units")
     axes.set_xlabel(unit + (f" ({nothing:,} of nothing are not drawn)" if nothing else ""))
     return _inline(figure, name, f"distribution of scores: {len(kept):,} units stay, {len(gone):,} leave")
