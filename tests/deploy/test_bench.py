@@ -130,7 +130,7 @@ def test_each_cause_is_named_where_it_was_found() -> None:
 
 def test_what_lies_within_the_spread_is_no_difference() -> None:
     (told, _) = findings_of([case(1, 10, 5, spread=3)], 100, 50, Causes())
-    assert "did not beyond what they vary by (10 before, 5 now)" in told
+    assert "milliseconds vary by more than they differ (10 before, 5 now)" in told
 
 
 def test_where_nothing_left_no_time_is_expected() -> None:

@@ -157,7 +157,9 @@ def findings_of(cases: Sequence[Case], dense_macs: int, pruned_macs: int, causes
 def _verdict(case: Case, fell: float) -> str:
     where = f"{case.runtime}, batch {case.batch}: multiply-adds fell by {fell:.0%}, milliseconds "
     if not case.apart:
-        return where + f"did not beyond what they vary by ({case.dense[1]:.3g} before, {case.pruned[1]:.3g} now)"
+        before, now = case.dense[1], case.pruned[1]
+        told = f"vary by more than they differ ({before:.3g} before, {now:.3g} now)"
+        return f"{where}{told}; take more rounds, or a quieter machine"
     if case.saved < 0:
         return where + f"rose by {-case.saved:.0%}"
     return where + f"by {case.saved:.0%} only"
