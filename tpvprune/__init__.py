@@ -5,6 +5,8 @@ from tpvprune.checkpoint import load, save
 from tpvprune.curves import SensitivityCurve, SensitivityCurves, SensitivityPoint
 from tpvprune.deploy.bench import Bench, Timing, bench
 from tpvprune.deploy.export import Exported, export
+from tpvprune.deploy.page import report_page
+from tpvprune.deploy.story import Story
 from tpvprune.errors import (
     BudgetError,
     CheckpointError,
@@ -102,6 +104,7 @@ __all__ = [
     "Settled",
     "Several",
     "Softmax",
+    "Story",
     "Taylor",
     "Timing",
     "TpvpruneError",
@@ -124,6 +127,7 @@ __all__ = [
     "reconstruct",
     "recover",
     "reestimate_batchnorm",
+    "report_page",
     "save",
     "score",
     "sensitivity",

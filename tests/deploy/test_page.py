@@ -24,7 +24,7 @@ from tests.helpers import built, plan_without, random_gone
 from tests.test_cli import call
 from tpvprune import plots
 from tpvprune.deploy.examples import Changed, Example, thumbnail
-from tpvprune.deploy.page import markdown, page, write_page
+from tpvprune.deploy.page import markdown, report_page, write_page
 from tpvprune.deploy.story import Story, merged
 from tpvprune.recipe import load_recipe, validate_recipe
 from tpvprune.report import compare
@@ -190,7 +190,7 @@ def test_report_writes_the_page_and_prints_markdown(
 
 def test_without_matplotlib_the_page_says_how_to_get_the_figures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
-    text = page(Story.of(folder))
+    text = report_page(Story.of(folder))
     Reader(text)
     assert "<svg" not in text
     assert "python -m pip install &#39;tpvprune[report]&#39;" in text or "pip install 'tpvprune[report]'" in text
@@ -199,7 +199,7 @@ def test_without_matplotlib_the_page_says_how_to_get_the_figures(folder: Path, m
 def story(name: str = "conv_bn", **more: Any) -> Story:
     b = built(name)
     found = tp.prune(b.model, [b.inputs], tp.Budget(macs=0.7))
-    return Story(name, found.plan, json.loads(json.dumps(found.report.to_json())), **more)
+    return Story(name, found.plan, found.report.to_json(), found.scores, **more)
 
 
 def test_a_story_is_told_by_the_plan_and_the_scores() -> None:
@@ -227,8 +227,9 @@ def test_many_layers_are_drawn_by_their_parts() -> None:
 
 def test_a_model_without_classes_and_labels_has_a_page() -> None:
     told = story()
+    assert 'id="figure-scores"' in report_page(told)
     told.report["drift"].update(dict.fromkeys(told.report["drift"]))
-    text = page(told)
+    text = report_page(told)
     Reader(text)
     assert "there is no KL" in text
     assert "figure-drift" not in text

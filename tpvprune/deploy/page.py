@@ -17,7 +17,7 @@ from tpvprune.version import __version__
 PAGE = "report.html"
 
 
-def page(story: Story) -> str:
+def report_page(story: Story) -> str:
     """One HTML file with its style, figures and thumbnails in it: nothing is fetched, nothing runs.
 
     Figures need matplotlib (the `report` extra); without it the page says so in their place.
@@ -69,5 +69,5 @@ def write_page(folder: str | PathLike[str]) -> Path:
         PlanError: the report or the plan is missing, damaged or of another version.
     """
     path = Path(folder) / PAGE
-    write_text(path, page(Story.of(folder)))
+    write_text(path, report_page(Story.of(folder)))
     return path
