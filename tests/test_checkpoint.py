@@ -19,7 +19,8 @@ from tests.helpers import NAMES, assert_same_state, built, gap, outputs, plan_wi
 from tpvprune.plan import plan_of
 from tpvprune.zoo.models import create_model
 
-FILES = {"tpvprune.json", "plan.json", "model.safetensors"}
+NEEDED = {"tpvprune.json", "plan.json", "model.safetensors"}
+FILES = {*NEEDED, "README.md", "config.json"}
 
 
 def skeleton(name: str) -> nn.Module:
@@ -146,7 +147,7 @@ def test_tampered_files_are_refused(saved: Path, name: str, how: str) -> None:
         tp.load(saved, skeleton=skeleton("conv_bn"))
 
 
-@pytest.mark.parametrize("name", sorted(FILES))
+@pytest.mark.parametrize("name", sorted(NEEDED))
 def test_missing_files_are_named(saved: Path, name: str) -> None:
     (saved / name).unlink()
     with pytest.raises(tp.CheckpointError, match=name):

@@ -13,7 +13,8 @@ ROOT = Path(tpvprune.__file__).parent
 FILES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
 REFERENCE = Path(__file__).with_name("reference.py")
 STAGES = ("scoring", "planning", "surgery", "recovery")
-CLI = {"cli.py", "lookcli.py", "plancli.py", "options.py", "console.py"}  # the command line, and what its files share
+# The command line, and what its files share.
+CLI = {"cli.py", "deploycli.py", "lookcli.py", "plancli.py", "showing.py", "options.py", "console.py"}
 
 
 def imports(path: Path, package: str = "tpvprune") -> set[str]:
@@ -59,6 +60,7 @@ def users_of(package: str) -> set[str]:
         ("scores.py", {"errors", "files", "types"}),
         ("budget.py", {"errors", "files", "types"}),
         ("curves.py", {"errors", "files", "types"}),
+        ("card.py", {"files", "plan", "version"}),
     ],
 )
 def test_the_nouns_import_only_what_lies_below_them(file: str, allowed: set[str]) -> None:
@@ -68,7 +70,7 @@ def test_the_nouns_import_only_what_lies_below_them(file: str, allowed: set[str]
 @pytest.mark.parametrize("stage", STAGES)
 def test_stages_never_import_each_other(stage: str) -> None:
     above = {"pipeline", "report", "checkpoint", "recipe", "runfolder", "workflow", "zoo", "schedule", "targets", ""}
-    above |= {"curves", "groupwise", "plots"} | {name.removesuffix(".py") for name in CLI}
+    above |= {"curves", "deploy", "groupwise", "plots"} | {name.removesuffix(".py") for name in CLI}
     others = {*STAGES, *above} - {stage}
     for name, path in FILES.items():
         if name.startswith(f"{stage}/"):
@@ -93,7 +95,13 @@ def test_timm_is_imported_by_the_zoo_finetune_and_checkpoint_only() -> None:
 
 @pytest.mark.parametrize(
     ("package", "only"),
-    [("yaml", "recipe.py"), ("matplotlib", "plots.py"), ("accelerate", "recovery/finetune.py")],
+    [
+        ("yaml", "recipe.py"),
+        ("matplotlib", "plots.py"),
+        ("accelerate", "recovery/finetune.py"),
+        ("onnxruntime", "deploy/runtime.py"),
+        ("jinja2", "deploy/page.py"),
+    ],
 )
 def test_other_packages_have_few_importers(package: str, only: str) -> None:
     assert users_of(package) <= {only}

@@ -20,11 +20,13 @@ def blocks(language: str, text: str = README) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-@pytest.mark.parametrize("code", blocks("python"))
-def test_python_blocks_run(code, tmp_path, monkeypatch):
+def test_python_blocks_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    exec(compile(code, "README.md", "exec"), names)
+    for code in blocks("python"):
+        exec(compile(code, "README.md", "exec"), names)
+    assert names["told"].bytes == (tmp_path / "small.pt2").stat().st_size < names["told"].dense_bytes
+    assert f"{names['told'].bytes:,} bytes" in capsys.readouterr().out
     assert (tmp_path / "out/tpvprune.json").is_file()
     assert sum(p.numel() for p in names["again"].parameters()) < sum(p.numel() for p in names["model"].parameters())
 

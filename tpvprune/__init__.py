@@ -3,10 +3,15 @@
 from tpvprune.budget import Budget
 from tpvprune.checkpoint import load, save
 from tpvprune.curves import SensitivityCurve, SensitivityCurves, SensitivityPoint
+from tpvprune.deploy.bench import Bench, Timing, bench
+from tpvprune.deploy.export import Exported, export
+from tpvprune.deploy.page import report_page
+from tpvprune.deploy.story import Story
 from tpvprune.errors import (
     BudgetError,
     CheckpointError,
     DataError,
+    ExportError,
     InputError,
     InternalError,
     ModelError,
@@ -53,11 +58,14 @@ __all__ = [
     "TPV",
     "WHC",
     "BNScale",
+    "Bench",
     "Budget",
     "BudgetError",
     "CheckpointError",
     "Cosine",
     "DataError",
+    "ExportError",
+    "Exported",
     "Finetune",
     "Fisher",
     "Function",
@@ -96,7 +104,9 @@ __all__ = [
     "Settled",
     "Several",
     "Softmax",
+    "Story",
     "Taylor",
+    "Timing",
     "TpvpruneError",
     "Unprunable",
     "Variance",
@@ -104,6 +114,8 @@ __all__ = [
     "__version__",
     "allocate",
     "apply",
+    "bench",
+    "export",
     "finetune",
     "inspect",
     "latency_table",
@@ -115,6 +127,7 @@ __all__ = [
     "reconstruct",
     "recover",
     "reestimate_batchnorm",
+    "report_page",
     "save",
     "score",
     "sensitivity",

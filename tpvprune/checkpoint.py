@@ -1,7 +1,8 @@
 """Save and load a pruned model without pickled code.
 
 A folder holds `plan.json` (what was removed), `model.safetensors` (what is left) and `tpvprune.json` (how to
-build the dense original, versions, digests). Loading builds the original with random weights, removes
+build the dense original, versions, digests); for people and hubs also `README.md` (a model card) and `config.json` (as
+timm writes it), which loading does not read. Loading builds the original with random weights, removes
 the same units, and fills in the weights: all of it, or nothing.
 """
 
@@ -23,6 +24,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from tpvprune.batches import evaluation_mode
+from tpvprune.card import write_card, write_config
 from tpvprune.errors import CheckpointError, ModelError, PlanError
 from tpvprune.files import write_bytes, write_text
 from tpvprune.plan import Plan, attach, plan_of
@@ -42,7 +44,8 @@ def save(model: nn.Module, folder: str | PathLike[str]) -> None:
 
     Args:
         model: from `apply`, `recover` or `load`; carries its plan.
-        folder: created if missing; a model saved there before is replaced.
+        folder: created if missing; a model saved there before is replaced, and its card, unless somebody took its
+            mark out.
 
     Raises:
         CheckpointError: the model carries no plan, weights that its plan holds at zero are not, or the folder cannot
@@ -61,9 +64,10 @@ def save(model: nn.Module, folder: str | PathLike[str]) -> None:
             )
     weights = save_tensors(tensors)
     plan_text = json.dumps(plan.to_json())
+    source = _description(model, plan)
     about = {
         "format": FORMAT,
-        "model": _description(model, plan),
+        "model": source,
         "versions": {"tpvprune": __version__, "torch": torch.__version__, "timm": timm.__version__},
         "digest": {WEIGHTS: _digest(weights), PLAN: _digest(plan_text.encode())},
         "params": plan.params,
@@ -73,7 +77,9 @@ def save(model: nn.Module, folder: str | PathLike[str]) -> None:
     try:
         write_bytes(target / WEIGHTS, weights)
         write_bytes(target / PLAN, plan_text.encode())
-        write_text(target / ABOUT, json.dumps(about, indent=2))  # last: it vouches for the other two
+        write_card(target, plan, source)
+        write_config(target, model, source)
+        write_text(target / ABOUT, json.dumps(about, indent=2))  # last: it vouches for the weights and the plan
     except OSError as error:
         raise CheckpointError(f"cannot write to {folder}: {error.strerror or error}; choose another folder") from error
 

@@ -9,15 +9,15 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.logging import RichHandler
 
 from tpvprune.checkpoint import ABOUT, load
-from tpvprune.console import bars, err, log_line, number, out, print_json, print_table
+from tpvprune.console import bars, err, number, out, print_json, print_table
+from tpvprune.deploycli import add_deploy_verbs
 from tpvprune.errors import InputError, RecipeError, TpvpruneError
 from tpvprune.files import write_text
 from tpvprune.lookcli import add_verbs
@@ -36,14 +36,12 @@ from tpvprune.options import (
     Target,
 )
 from tpvprune.plancli import plans_app
-from tpvprune.recipe import Recipe, builtin_recipes, find_recipe, load_recipe
-from tpvprune.report import compare, stored_report
-from tpvprune.runfolder import PRODUCTS
+from tpvprune.recipe import builtin_recipes, find_recipe, load_recipe
+from tpvprune.report import compare
+from tpvprune.showing import finish
 from tpvprune.targets import flags, is_saved_model, resolve, resolve_model
 from tpvprune.timing import latencies
-from tpvprune.types import Graph
 from tpvprune.version import __version__
-from tpvprune.workflow import Run
 from tpvprune.zoo.data import open_pool
 
 app = typer.Typer(
@@ -89,7 +87,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe from images to report. Run again to go on where it stopped."""
-    _finish(resolve(target, overrides or [], out_dir), "report", as_json)
+    finish(resolve(target, overrides or [], out_dir), "report", as_json)
 
 
 @app.command()
@@ -116,7 +114,7 @@ def prune(
     if not any(bounds.values()):
         raise InputError("no budget; give --macs 0.5, --params 0.5, --bytes 20MB, --latency-ms '8 ms' or --drift 0.05")
     given = flags(checkpoint=checkpoint, data=data, labels=labels, **bounds)
-    _finish(resolve_model(model, [*given, *(overrides or [])], out_dir), "report", as_json)
+    finish(resolve_model(model, [*given, *(overrides or [])], out_dir), "report", as_json)
 
 
 def _stage(name: str, text: str) -> None:
@@ -138,17 +136,12 @@ def _stage(name: str, text: str) -> None:
     ) -> None:
         bounds = {"macs": macs, "params": params, "bytes": size, "latency_ms": latency_ms, "drift": drift}
         given = flags(checkpoint=checkpoint, data=data, labels=labels, **bounds)
-        stored = Path(target) / PRODUCTS["eval"]
-        if name == "report" and stored.is_file() and not (given or overrides or out_dir):
-            told = stored_report(stored)  # looking at a result needs neither its images nor its weights
-            print_json(told) if as_json else _print_report(told, Path(target))
-            return
         if name == "eval" and is_saved_model(target):
             if overrides or checkpoint or any(bounds.values()) or out_dir:
                 raise InputError("a saved model is measured with --data and --labels alone")
             _evaluate(Path(target), data, labels, as_json)
         else:
-            _finish(resolve(target, [*given, *(overrides or [])], out_dir), name, as_json)
+            finish(resolve(target, [*given, *(overrides or [])], out_dir), name, as_json)
 
     app.command(name, help=text)(command)
 
@@ -159,9 +152,7 @@ _stage("plan", "Choose what leaves under the budget (scores first if needed).")
 _stage("apply", "Cut the plan's units out and save the smaller model.")
 _stage("recover", "Bring accuracy back on unlabeled images.")
 _stage("eval", "Measure before, pruned and recovered on images the scorer did not see.")
-_stage("report", "Print the report of a run.")
-
-
+add_deploy_verbs(app)
 add_verbs(app)
 
 
@@ -222,22 +213,6 @@ def recipes_validate(
         raise RecipeError("\n".join(wrong))
 
 
-def _finish(runs: list[tuple[Recipe, Path]], stage: str, as_json: bool) -> None:
-    """Do the runs up to a stage and print what that stage found."""
-    found = []
-    for recipe, folder in runs:
-        if len(runs) > 1:
-            err.print(f"{recipe.name} -> {folder}", highlight=False)
-        with bars() as progress:
-            job = Run(recipe, folder, progress=progress, log=log_line)
-            told = job.until(stage)
-        found.append({"recipe": recipe.name, "out": str(folder), "stage": stage, **told})
-        if not as_json:
-            _print_stage(stage, told, folder)
-    if as_json:
-        print_json(found[0] if len(found) == 1 else found)
-
-
 def _evaluate(folder: Path, data: str | None, labels: str | None, as_json: bool) -> None:
     """Measure a saved model alone: what it costs, and accuracy where labels are given."""
     if data is None:
@@ -260,66 +235,6 @@ def _evaluate(folder: Path, data: str | None, labels: str | None, as_json: bool)
         print_json(told)
     else:
         print_table(["measure", "value"], [[name, number(value)] for name, value in told.items()])
-
-
-def _print_stage(stage: str, told: Mapping[str, Any], folder: Path) -> None:
-    printer: Callable[[Mapping[str, Any], Path], None] = {
-        "trace": _print_trace,
-        "eval": _print_metrics,
-        "report": _print_report,
-    }.get(stage, _print_plain)
-    printer(told, folder)
-
-
-def _print_plain(told: Mapping[str, Any], folder: Path) -> None:
-    rows = [
-        [key.replace("_", " "), number(value)] for key, value in told.items() if not isinstance(value, (dict, list))
-    ]
-    print_table(["result", "value"], [*rows, ["folder", str(folder)]])
-
-
-def _print_trace(told: Mapping[str, Any], folder: Path) -> None:
-    _print_plain(told, folder)
-    graph = Graph.load(folder / PRODUCTS["trace"])
-    rows = [[g.id, g.kind, str(g.units), ", ".join(m.layer for m in g.of_role("consume"))] for g in graph.groups]
-    print_table(["group", "unit", "units", "read by"], rows)
-    if told["stays_whole"]:
-        print_table(["stays whole", "because"], [[name, why] for name, why in told["stays_whole"].items()])
-
-
-def _print_metrics(told: Mapping[str, Any], folder: Path) -> None:
-    names = list(dict.fromkeys(key for metrics in told.values() for key in metrics))
-    rows = [[name, *(number(told[m].get(name)) for m in told)] for name in names]
-    print_table(["metric", *told], rows)
-
-
-def _print_report(told: Mapping[str, Any], folder: Path) -> None:
-    models = [name for name in ("before", "pruned", "recovered") if told.get(name)]
-    rows = [[key, *(number(told[m][key]) for m in models)] for key in ("params", "macs", "latency_ms")]
-    for key in dict.fromkeys(k for m in models for k in told[m]["metrics"]):
-        rows.append([key, *(number(told[m]["metrics"].get(key)) for m in models)])
-    print_table(["measure", *models], rows, title=f"{folder}")
-    asked, got, drift = told["asked"], told["got"], told["drift"]
-    seconds = sum(told["seconds"].values())
-    data = told["data"]
-    for name, bound in asked.items():
-        share = "" if got[name]["share"] is None else f" ({got[name]['share']:.1%})"
-        out.print(
-            f"asked {name} <= {number(bound['at_most'])} ({bound['as_written']}), "
-            f"got {number(got[name]['value'])}{share}"
-            + (f"; measured {number(got[name]['measured'])}" if "measured" in got[name] else ""),
-            highlight=False,
-            markup=False,
-        )
-    out.print(
-        f"KL to the dense model in nats: predicted {number(drift['predicted_kl'])}, "
-        f"pruned {number(drift['pruned_kl'])}, recovered {number(drift['recovered_kl'])}\n"
-        f"scored on {data['scored']} images, measured on {data['measured']} others, "
-        f"{data.get('skipped', 0)} skipped; {seconds:.0f} s\n"
-        f"load it: tpvprune.load({str(folder)!r})",
-        highlight=False,
-        markup=False,
-    )
 
 
 def main() -> None:

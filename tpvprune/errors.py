@@ -9,6 +9,7 @@
     │   ├── BudgetError           a budget that cannot be read or cannot be reached (names the floor)
     │   ├── PlanError             a plan, graph or scores that do not fit the model or each other
     │   └── NonFiniteError        NaN or infinity in a model's outputs (names the first module)
+    ├── ExportError               a file for another runtime does not give what the model gives
     └── InternalError             a promise of this package that did not hold; please report it
 
 Each message names the thing at fault and says what to do next.
@@ -53,3 +54,7 @@ class NonFiniteError(InputError):
 
 class InternalError(TpvpruneError):
     """A promise of this package did not hold."""
+
+
+class ExportError(TpvpruneError):
+    """A file that was written for another runtime does not give what the model gives."""

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Sequence
+from html import escape
 from importlib.util import find_spec
 from io import BytesIO
+from typing import Any
 
 from tpvprune.curves import SensitivityCurves
 from tpvprune.errors import InputError
 
 ROW, WIDTH = 0.22, 9.0  # inches
+PAGE_WIDTH = 4.9  # inches: a phone's width, so that a page need not shrink its figures' letters
+# Colours that stand for those of the page a figure is put into.
+INK, SOFT, KEPT, GONE, OTHER = "#010203", "#010204", "#010205", "#010206", "#010207"
+_OF_PAGE = {INK: "--ink", SOFT: "--soft", KEPT: "--kept", GONE: "--gone", OTHER: "--other"}
+
+
+def available() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
 
 
 def check() -> None:
@@ -17,7 +31,7 @@ def check() -> None:
     Raises:
         InputError: matplotlib is not installed.
     """
-    if find_spec("matplotlib") is None:
+    if not available():
         raise InputError("drawing needs matplotlib; python -m pip install 'tpvprune[report]', or leave --plot out")
 
 
@@ -66,3 +80,109 @@ def draw(curves: SensitivityCurves, at: float | None = None) -> bytes:
         buffer = BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
+
+
+def bars(rows: Sequence[tuple[str, int, int]], unit: str, name: str) -> str:
+    """One row each: how much there was, and how much of it is left.
+
+    Args:
+        rows: what it is called, before, now.
+        unit: of the numbers.
+        name: of the figure, in its page.
+    """
+    figure, axes = _blank(0.55 + ROW * len(rows))
+    places = range(len(rows))
+    axes.barh(places, [before for _, before, _ in rows], color=GONE, height=0.7)
+    axes.barh(places, [now for *_, now in rows], color=KEPT, height=0.7)
+    axes.set_yticks(places, [_short(label) for label, *_ in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.xaxis.set_major_formatter(_engineering())
+    axes.set_xlabel(unit)
+    return _inline(figure, name, f"{unit}, before and now, of {len(rows)} rows")
+
+
+def levels(rows: Sequence[tuple[str, float]], unit: str, name: str) -> str:
+    """One bar each, with its value; predictions in another colour than what was measured."""
+    figure, axes = _blank(0.6 + 0.32 * len(rows))
+    places = range(len(rows))
+    colours = [OTHER if label.startswith("predicted") else KEPT for label, _ in rows]
+    axes.barh(places, [value for _, value in rows], color=colours, height=0.6)
+    axes.set_yticks(places, [label for label, _ in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    top = max(value for _, value in rows)
+    axes.set_xlim(0, top * 1.2 if top > 0 else 1)
+    for place, (_, value) in enumerate(rows):
+        axes.annotate(f" {value:.3g}", (value, place), va="center", color=INK, fontsize=9)
+    axes.set_xlabel(unit)
+    return _inline(figure, name, "; ".join(f"{label} {value:.3g}" for label, value in rows))
+
+
+def histogram(kept: Sequence[float], gone: Sequence[float], unit: str, name: str, bins: int = 30) -> str:
+    """How many units have which score; a logarithm has no place for those of nothing, which are counted in words."""
+    logs = [[math.log10(value) for value in values if value > 0] for values in (kept, gone)]
+    nothing = len(kept) + len(gone) - sum(map(len, logs))
+    figure, axes = _blank(2.6)
+    if any(logs):
+        axes.hist(logs, bins=bins, stacked=True, color=[KEPT, GONE], label=["stay", "leave"])
+        axes.xaxis.set_major_formatter(lambda at, _: f"{10**at:.1g}")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, labelcolor=INK)
+    axes.set_ylabel("units")
+    axes.set_xlabel(unit + (f" ({nothing:,} of nothing are not drawn)" if nothing else ""))
+    return _inline(figure, name, f"distribution of scores: {len(kept):,} units stay, {len(gone):,} leave")
+
+
+def _blank(height: float) -> tuple[Any, Any]:
+    """A figure and its axes, in the colours of the page."""
+    check()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(PAGE_WIDTH, height), layout="constrained")
+    axes = figure.add_subplot()
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(SOFT)
+    axes.tick_params(colors=SOFT, labelcolor=INK, labelsize=9)
+    axes.xaxis.label.set_color(SOFT)
+    axes.yaxis.label.set_color(SOFT)
+    return figure, axes
+
+
+def _engineering() -> Any:
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter(sep="")
+
+
+def _short(name: str, most: int = 26) -> str:
+    """A layer's name, its middle left out where it is long."""
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most // 2) :]}"
+
+
+def _inline(figure: Any, name: str, told: str) -> str:
+    """The figure as an SVG element to put into a page: its colours, its letters, as wide as there is room."""
+    from matplotlib import rc_context
+
+    buffer = BytesIO()
+    with rc_context({"svg.hashsalt": f"tpvprune {name}", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue().decode()
+    svg = svg[svg.index("<svg") :]
+    for pattern in (r"<metadata>.*?</metadata>", r"<style[^>]*>.*?</style>", r"<!--.*?-->"):
+        svg = re.sub(pattern, "", svg, flags=re.DOTALL)
+    used = set(re.findall(r"""(?:url\(|href=")#([^)"]+)""", svg))
+    svg = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", svg)
+    svg = re.sub(r"""(url\(|href="| id=")(#?)([^)"]+)""", lambda f: f"{f[1]}{f[2]}{_prefixed(f, name)}", svg)
+    for colour, variable in _OF_PAGE.items():
+        svg = svg.replace(colour, f"var({variable})")
+    svg = re.sub(r"font: ([0-9.]+)px [^;\"]*", r"font-size: \1px", svg)
+    head = re.match(r"<svg[^>]*>", svg)
+    assert head is not None
+    box = re.search(r'viewBox="[^"]*"', head[0])
+    assert box is not None
+    return f'<svg {box[0]} role="img" aria-label="{escape(told)}">{svg[head.end() :].strip()}'
+
+
+def _prefixed(found: re.Match[str], name: str) -> str:
+    """Ids of one page may not meet; links to elsewhere stay what they are."""
+    local = found[2] == "#" or found[1] == ' id="'
+    return f"{name}-{found[3]}" if local else found[3]

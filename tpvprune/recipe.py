@@ -67,6 +67,7 @@ class EvalSection(_Strict):
     images: str | None = None
     labels: str | None = None
     samples: int | None = Field(default=None, ge=1)
+    examples: int = Field(default=12, ge=0)  # thumbnails of images whose answer changed, for the report
 
 
 ScoreSection: Any = _section_of(

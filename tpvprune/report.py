@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -33,6 +33,7 @@ from tpvprune.planning.widths import costs_of
 from tpvprune.timing import device_name, latencies
 from tpvprune.types import REPORT_FORMAT, Measure, Report, check_format, read_json
 
+Each = Callable[[Tensor, Tensor, Mapping[str, Tensor], "Tensor | None"], None]
 PACKAGES = ("tpvprune", "torch", "torch-pruning", "timm", "numpy")
 
 
@@ -43,6 +44,7 @@ def compare(
     batches: Iterable[Batch],
     *,
     output: Selector = None,
+    each: Each | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, dict[str, float]], int]:
     """Drift of several models from the dense one, and accuracy where the batches hold labels.
@@ -52,6 +54,8 @@ def compare(
         dense: the reference.
         batches: held-out inputs, with labels (-1: none) or without.
         output: which part of what the models return is compared.
+        each: called once a batch with the inputs, the dense model's output, all outputs by name, and the labels or
+            None.
         progress: called as `progress("eval", batches_done, batches_to_do)`.
 
     Returns:
@@ -74,10 +78,12 @@ def compare(
             images += len(inputs)
             known = labels is not None and labels.ndim == 1 and bool((labels >= 0).all())
             labelled += len(inputs) if known else 0
-            for name, model in models.items():
-                answer = reference if model is dense else finite_output(model, inputs, output)
+            answers = {n: reference if m is dense else finite_output(m, inputs, output) for n, m in models.items()}
+            for name, answer in answers.items():
                 for key, value in _distances(reference, answer, labels if known else None).items():
                     sums[name][key] = sums[name].get(key, 0.0) + value
+            if each:
+                each(inputs, reference, answers, labels)
             if progress:
                 progress("eval", number, total)
     if images == 0:
@@ -163,6 +169,7 @@ def build(
     latency: LatencyTable | None = None,
     latency_batch: int = 8,
     steps: Iterable[Mapping[str, Any]] = (),
+    each: Each | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Measure the three models on the same held-out batches and write the report.
@@ -181,6 +188,7 @@ def build(
         latency: what milliseconds were planned by.
         latency_batch: examples of the batch that is timed.
         steps: what was done, in order.
+        each: see `compare`.
         progress: see `compare`.
 
     Raises:
@@ -189,7 +197,7 @@ def build(
     """
     start = time.perf_counter()
     models = {"before": dense, "pruned": pruned} | ({"recovered": recovered} if recovered is not None else {})
-    metrics, images = compare(models, dense, batches, output=output, progress=progress)
+    metrics, images = compare(models, dense, batches, output=output, each=each, progress=progress)
     sample = inputs_of(next(iter(batches))).to(device_of(dense))[:latency_batch]
     if len(sample) < latency_batch:
         sample = sample.repeat(-(-latency_batch // len(sample)), *[1] * (sample.ndim - 1))[:latency_batch]

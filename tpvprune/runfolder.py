@@ -23,6 +23,7 @@ PRODUCTS = {
     "apply": f"pruned/{ABOUT}",
     "recover": ABOUT,
     "eval": "report.json",
+    "report": "report.html",
 }
 RECIPE, STATE = "recipe.yaml", "stages.json"
 STATE_FORMAT = 3  # raised when a stage's result is no longer what an older version made
@@ -64,6 +65,7 @@ def _matters(recipe: Recipe, stage: str) -> dict[str, Any]:
         return {
             "labels": [data.get("labels"), held["labels"]],
             "samples": held["samples"],
+            "examples": held["examples"],
             "latency": sections["latency"],
         }
     if stage != "plan":

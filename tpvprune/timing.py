@@ -31,7 +31,20 @@ def milliseconds(
     warmup: int = 2,
     clock: Clock = time.perf_counter,
 ) -> dict[str, float]:
-    """Median milliseconds of each of `runs`, taken in turns so that all meet the same disturbances.
+    """The medians of `all_milliseconds`."""
+    times = all_milliseconds(runs, device, rounds=rounds, warmup=warmup, clock=clock)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def all_milliseconds(
+    runs: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    rounds: int = 15,
+    warmup: int = 2,
+    clock: Clock = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Milliseconds of each of `runs`, taken in turns so that all meet the same disturbances; `rounds` of each.
 
     Args:
         runs: by name. One that takes less than half a millisecond is timed several times in a row.
@@ -54,7 +67,7 @@ def milliseconds(
                 times[name].append(taken)
             else:
                 repeats[name] = max(1, min(MOST_REPEATS, round(LEAST_MS / max(taken, 1e-6))))
-    return {name: statistics.median(taken) for name, taken in times.items()}
+    return times
 
 
 def milliseconds_inside(

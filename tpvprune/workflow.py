@@ -19,7 +19,11 @@ from torch import Tensor, nn
 
 from tpvprune import report as reporting
 from tpvprune.batches import Progress, finite_output
-from tpvprune.checkpoint import load, save
+from tpvprune.card import write_card
+from tpvprune.checkpoint import ABOUT, load, save
+from tpvprune.deploy.examples import Changed
+from tpvprune.deploy.page import write_page
+from tpvprune.deploy.story import EXAMPLES
 from tpvprune.errors import DataError, ModelError, RecipeError, TpvpruneError
 from tpvprune.files import write_text
 from tpvprune.plan import Plan
@@ -339,6 +343,7 @@ class Run:
         batches = self._loader(self.images.measured)
         predicted = predicted_kl(self.recipe.criterion(), self.dense, batches, plan, self.progress)
         recovered = bool(state["recover"]["told"]["steps"])
+        changed = self._changed("recovered" if recovered else "pruned")
         scored = state["score"]["told"]["images"]
         report = reporting.build(
             dense=self.dense,
@@ -358,12 +363,25 @@ class Run:
                 **{k: v for k, v in state["recover"]["told"].items() if k.endswith("_images")},
             },
             steps=[{"stage": stage, **state[stage]["told"]} for stage in STAGES if stage in state],
+            each=changed,
             progress=self.progress,
         )
-        write_text(self._path("eval"), json.dumps(report.to_json(), indent=1))
+        told = report.to_json()
+        write_text(self.folder / EXAMPLES, json.dumps(changed.to_json()))
+        write_card(self.folder, plan, read_json(self.folder / ABOUT, "description")["model"], told)
+        write_text(self._path("eval"), json.dumps(told, indent=1))  # last: it vouches for the two before
         return {"before": report.before.metrics, "pruned": report.pruned.metrics} | (
             {"recovered": report.recovered.metrics} if report.recovered else {}
         )
 
+    def _changed(self, model: str) -> Changed:
+        """Collects images whose answer changed; those of a folder were normalised, and are shown as they were."""
+        data, held = self.recipe.data, self.recipe.eval
+        assert data is not None
+        known = getattr(self.dense, "pretrained_cfg", None) or {}
+        scale = (known.get("mean", ()), known.get("std", ())) if Path(held.images or data.images).is_dir() else ((), ())
+        return Changed(model, held.examples, *scale)
+
     def _report(self) -> dict[str, Any]:
+        write_page(self.folder)
         return reporting.stored_report(self._path("eval"))

@@ -1,0 +1,236 @@
+"""A pruned model in a format that others run: ONNX, `torch.export`, or weights as timm reads them.
+
+A file is written only after it was read again and run: at other batch sizes than the one it was made with, it must
+give what the PyTorch model gives.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from tpvprune.batches import arguments_of
+from tpvprune.deploy import runtime
+from tpvprune.deploy.runtime import Arguments
+from tpvprune.errors import ExportError, InputError, ModelError, TpvpruneError
+from tpvprune.files import write_bytes
+from tpvprune.zoo.models import load_weights
+
+Format = Literal["onnx", "torch-export", "timm-state-dict"]
+SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2", "timm-state-dict": ".safetensors"}
+CHECKED = (1, 2, 5)  # batch sizes: the smallest, the one that is exported, another
+TOLERANCE = 1e-4
+"""Largest difference, as a share of the largest output. Measured on timm's CNNs and ViTs: at most 3e-6."""
+Runner = Callable[[Arguments], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` wrote, and how it was checked.
+
+    Attributes:
+        path: the file.
+        format: of the file.
+        bytes: its size.
+        params: parameters of the model in it.
+        difference: largest absolute difference of any output from the PyTorch model's.
+        largest: largest absolute output of the PyTorch model in the check.
+        tolerance: what `difference / largest` had to stay within.
+        batches: batch sizes that were run.
+        dense_bytes: size of the dense model's file, written the same way; None where no dense model was given.
+        dense_params: parameters of the dense model; None likewise.
+        seconds: wall-clock seconds for writing and checking the file.
+    """
+
+    path: str
+    format: Format
+    bytes: int
+    params: int
+    difference: float
+    largest: float
+    tolerance: float
+    batches: tuple[int, ...]
+    dense_bytes: int | None
+    dense_params: int | None
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready form."""
+        return asdict(self)
+
+
+def export(
+    model: nn.Module,
+    path: str | PathLike[str],
+    example: Any,
+    *,
+    format: Format | None = None,
+    tolerance: float = TOLERANCE,
+    dense: nn.Module | None = None,
+) -> Exported:
+    """Write a model for another runtime, with a free batch dimension, once what was written gives the same outputs.
+
+    Args:
+        model: pruned or not; it is left as it was, on its device.
+        path: the file; replaced if it is there.
+        example: one batch as the model takes it, with the batch first in every tensor: a tensor `(batch, ...)`, a
+            tuple of positional or a dict of keyword arguments. The check runs its rows too.
+        format: `onnx` (needs the `export` extra; run by onnxruntime in the check), `torch-export` (loaded by
+            `torch.export.load`), or `timm-state-dict` (safetensors under timm's names, in the pruned shapes; loaded
+            by timm into what `tpvprune.apply` cuts). By the suffix of `path` if left out: .onnx, .pt2, .safetensors.
+        tolerance: largest difference, as a share of the largest output.
+        dense: the original, whose file is written and measured too, and not kept.
+
+    Returns:
+        Sizes, and the largest difference found.
+
+    Raises:
+        InputError: no such format, a package is missing, or the file cannot be written.
+        ModelError: the exporter cannot take the model.
+        ExportError: what was written does not give the model's outputs; nothing is left at `path`.
+    """
+    target = Path(path)
+    kind = _format_of(target, format)
+    if kind == "onnx":
+        runtime.check_installed()
+    start = time.perf_counter()
+    twin = _on_cpu(model)
+    batches = [rows_of(arguments_of(example, torch.device("cpu")), count) for count in CHECKED]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"model{SUFFIXES[kind]}"
+        _write(kind, twin, batches[1], file)
+        difference, largest = _compare(twin, _runner(kind, twin, file), batches)
+        if not difference <= tolerance * largest:  # NaN is no agreement
+            raise ExportError(
+                f"the {kind} file's outputs differ from the model's by up to {difference:.3g} (its largest output is "
+                f"{largest:.3g}; at most {tolerance:g} of that is allowed); {target} was not written"
+            )
+        data = file.read_bytes()
+        seconds = time.perf_counter() - start
+        dense_bytes = None
+        if dense is not None:
+            beside = Path(folder) / f"dense{SUFFIXES[kind]}"
+            _write(kind, _on_cpu(dense), batches[1], beside)
+            dense_bytes = beside.stat().st_size
+    try:
+        write_bytes(target, data)
+    except OSError as error:
+        raise InputError(f"cannot write {target}: {error.strerror or error}; choose another place") from error
+    return Exported(
+        path=str(target),
+        format=kind,
+        bytes=len(data),
+        params=_count(model),
+        difference=difference,
+        largest=largest,
+        tolerance=tolerance,
+        batches=CHECKED,
+        dense_bytes=dense_bytes,
+        dense_params=None if dense is None else _count(dense),
+        seconds=round(seconds, 2),
+    )
+
+
+def rows_of(arguments: Arguments, count: int) -> Arguments:
+    """The same arguments with `count` rows: the ones there are, then copies moved along, so that no two are alike."""
+
+    def resized(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            return value
+        if not len(value):
+            raise ModelError("the example input holds no row; give a batch of at least one")
+        rows = [value[i % len(value)] for i in range(count)]
+        shifts = [i // len(value) for i in range(count)]
+        return torch.stack([row.roll(shift, -1) if row.ndim else row for row, shift in zip(rows, shifts, strict=True)])
+
+    positional, by_name = arguments
+    return tuple(map(resized, positional)), {name: resized(value) for name, value in by_name.items()}
+
+
+def _format_of(path: Path, named: Format | None) -> Format:
+    by_suffix = {suffix: kind for kind, suffix in SUFFIXES.items()}
+    kind = named or by_suffix.get(path.suffix)
+    if kind not in SUFFIXES:
+        raise InputError(
+            f"{named or path.suffix or path.name!r} is no format; give format= one of {', '.join(SUFFIXES)}, or a file "
+            f"that ends in {', '.join(by_suffix)}"
+        )
+    return kind
+
+
+def _on_cpu(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).cpu().eval()
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@torch.no_grad()
+def _write(kind: Format, model: nn.Module, arguments: Arguments, file: Path) -> None:
+    try:
+        if kind == "onnx":
+            runtime.write_onnx(model, arguments, file)
+        elif kind == "torch-export":
+            positional, by_name = arguments
+            with runtime.quietly():
+                program = torch.export.export(model, positional, by_name, dynamic_shapes=runtime.free_batch(arguments))
+                torch.export.save(program, file)
+        else:
+            tensors = {name: t.detach().contiguous().clone() for name, t in model.state_dict().items()}
+            file.write_bytes(save_tensors(tensors, metadata={"format": "pt"}))
+    except TpvpruneError:
+        raise
+    except Exception as error:  # exporters raise whatever they meet
+        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(
+            f"{type(model).__name__} cannot be written as {kind} with a free batch: {type(error).__name__}: {said}; "
+            "try another format, or an example of another shape"
+        ) from error
+
+
+def _runner(kind: Format, model: nn.Module, file: Path) -> Runner:
+    """What runs the file, without anything of the model but its architecture."""
+    if kind == "onnx":
+        return runtime.session(file)
+    if kind == "torch-export":
+        with runtime.quietly():
+            loaded: nn.Module = torch.export.load(file).module()
+    else:
+        loaded = copy.deepcopy(model)
+        with torch.no_grad():
+            for tensor in loaded.state_dict().values():
+                tensor.fill_(1)  # so that a tensor which the file lacks is seen
+        load_weights(loaded, file)
+    return lambda arguments: _tensors(loaded(*arguments[0], **arguments[1]))
+
+
+@torch.no_grad()
+def _compare(model: nn.Module, run: Runner, batches: Sequence[Arguments]) -> tuple[float, float]:
+    """Largest absolute difference, and largest absolute output."""
+    gaps, sizes = [], []
+    for arguments in batches:
+        wanted, got = _tensors(model(*arguments[0], **arguments[1])), run(arguments)
+        if [t.shape for t in wanted] != [t.shape for t in got]:
+            raise ExportError(
+                f"the file gives outputs of shapes {[tuple(t.shape) for t in got]}, the model "
+                f"{[tuple(t.shape) for t in wanted]}; nothing was written"
+            )
+        gaps += [(mine.double() - theirs.double()).abs().flatten() for mine, theirs in zip(wanted, got, strict=True)]
+        sizes += [mine.double().abs().flatten() for mine in wanted]
+    return float(torch.cat(gaps).max()), float(torch.cat(sizes).max())  # NaN stays NaN
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]

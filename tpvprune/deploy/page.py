@@ -1,0 +1,73 @@
+"""The report as one self-contained HTML page, and as Markdown. The only importer of jinja2."""
+
+from __future__ import annotations
+
+from importlib import resources
+from os import PathLike
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from tpvprune import plots
+from tpvprune.card import bounds, model_card, numbers, verdict
+from tpvprune.deploy.story import Story, merged
+from tpvprune.files import write_text
+from tpvprune.version import __version__
+
+PAGE = "report.html"
+
+
+def report_page(story: Story) -> str:
+    """One HTML file with its style, figures and thumbnails in it: nothing is fetched, nothing runs.
+
+    Figures need matplotlib (the `report` extra); without it the page says so in their place.
+
+    Args:
+        story: what to tell.
+    """
+    source = resources.files("tpvprune.deploy").joinpath("report.html.j2").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(source)
+    final = next(name for name in ("recovered", "pruned") if story.report.get(name))
+    return template.render(
+        story=story,
+        report=story.report,
+        plan=story.plan,
+        title=f"{story.name}, pruned",
+        verdict=verdict(story.plan, story.report),
+        numbers=numbers(story.report),
+        bounds=bounds(story.report),
+        figures=figures(story) if plots.available() else None,
+        shapes=story.shapes(),
+        final=final,
+        version=__version__,
+    )
+
+
+def figures(story: Story) -> dict[str, str]:
+    """SVG by name, each in the colours of the page around it."""
+    widths, macs = story.widths(), merged(story.macs())
+    found = {
+        "widths": plots.bars(merged(widths), "units", "widths") if widths else "",
+        "macs": plots.bars(macs, "multiply-adds per example", "macs") if macs else "",
+        "drift": plots.levels(story.drift(), "KL from the dense model in nats", "drift") if story.drift() else "",
+    }
+    scored = story.scored()
+    found["scores"] = plots.histogram(*scored, "score of a unit", "scores") if scored else ""
+    return {name: svg for name, svg in found.items() if svg}
+
+
+def markdown(story: Story) -> str:
+    """The report as a model card."""
+    return model_card(story.plan, story.source or {"class": story.name}, story.report)
+
+
+def write_page(folder: str | PathLike[str]) -> Path:
+    """Write `report.html` from what a run left in its folder.
+
+    Raises:
+        PlanError: the report or the plan is missing, damaged or of another version.
+    """
+    path = Path(folder) / PAGE
+    write_text(path, report_page(Story.of(folder)))
+    return path
