@@ -300,7 +300,7 @@ class Run:
         small = load(self.folder / "pruned").to(self.device)
         closed, distil, section = self.recipe.closed_form(), self.recipe.distillation(), self.recipe.recover
         told: dict[str, Any] = {"steps": []}
-        if closed is not None or section.batchnorm:
+        if closed is not None or section.fold or section.batchnorm:
             samples = section.reconstruct.samples if section.reconstruct is not None else self.recipe.score.samples
             pool = self.images.scored.sample(samples, self.recipe.seed)
             small = recover(
@@ -308,10 +308,13 @@ class Run:
                 self._loader(pool),
                 teacher=self.dense,
                 reconstruct_with=closed,
+                fold=section.fold,
                 batchnorm=section.batchnorm,
                 finetune_with=None,
                 progress=self.progress,
+                log=lambda cost: told.__setitem__("closed_form", cost),
             )
+            told["steps"] += ["fold"] if section.fold else []
             told["steps"] += ["reconstruct"] if closed is not None else []
             told["steps"] += ["batchnorm"] if section.batchnorm else []
             told["reconstruct_images"] = len(pool)
