@@ -246,6 +246,11 @@ class Run:
     def _scored(self) -> Pool:
         return self.images.scored.sample(self.recipe.score.samples, self.recipe.seed)
 
+    def _refitted(self) -> Pool:
+        section = self.recipe.recover.reconstruct
+        samples = self.recipe.score.samples if section is None else section.samples
+        return self.images.scored.sample(samples, self.recipe.seed)
+
     def _score(self) -> dict[str, Any]:
         pool = self._scored()
         # What a stopped scoring has done is kept under the key of its settings, and goes with the stage's end.
@@ -278,6 +283,8 @@ class Run:
             latency=self._latency,
             progress=self.progress,
             save=partial,
+            refit_with=recipe.closed_form(),
+            refit_batches=self._loader(self._refitted()) if recipe.plan.refit else None,
         )
         plan.save(self._path("plan"))
         for left in self.folder.glob("plan-*.partial.json"):
@@ -301,8 +308,7 @@ class Run:
         closed, distil, section = self.recipe.closed_form(), self.recipe.distillation(), self.recipe.recover
         told: dict[str, Any] = {"steps": []}
         if closed is not None or section.fold or section.batchnorm:
-            samples = section.reconstruct.samples if section.reconstruct is not None else self.recipe.score.samples
-            pool = self.images.scored.sample(samples, self.recipe.seed)
+            pool = self._refitted()
             small = recover(
                 small,
                 self._loader(pool),
