@@ -7,6 +7,7 @@ for the same recipe sections, weights and earlier stages. Changing a key redoes 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -328,20 +329,37 @@ class Run:
             tuning: Any = section.finetune
             told["epochs"] = []
             pool = self.images.scored.sample(tuning.samples, self.recipe.seed)
+            learnt, held = pool, None
+            if tuning.patience is not None:  # a tenth is kept back to see when to end
+                learnt, held = pool.part(lambda place: place % 10 < 9), pool.part(lambda place: place % 10 == 9)
             torch.manual_seed(self.recipe.seed)
+            key = stage_keys(self.recipe, "recover")["recover"][:12]
+            partial = self.folder / f"finetune-{key}.partial"
             small = recover(
                 small,
-                self._loader(pool, batch_size=tuning.batch_size, train=True, augment=tuning.augment),
+                self._loader(learnt, batch_size=tuning.batch_size, train=True, augment=tuning.augment),
                 teacher=self.dense,
                 reconstruct_with=None,
                 finetune_with=distil,
+                held_out=None if held is None else self._loader(held),
+                save=partial,
                 progress=self.progress,
-                log=told["epochs"].append,
+                log=lambda found: self._tell_epoch(told["epochs"], found),
             )
+            for left in self.folder.glob("finetune-*.partial"):
+                shutil.rmtree(left)
             told["steps"].append("finetune")
-            told["finetune_images"] = len(pool)
+            told["finetune_images"] = len(learnt)
         save(small, self.folder)
         return told
+
+    def _tell_epoch(self, epochs: list[dict[str, float]], found: dict[str, float]) -> None:
+        epochs.append(found)
+        held = f", held-out {found['held_out']:.4g}" if "held_out" in found else ""
+        self.log(
+            f"epoch {found['epoch']}: loss {found['loss']:.4g}{held}, {found['samples_per_second']:.0f} images/s, "
+            f"at most {found['seconds_left']:.0f} s left"
+        )
 
     def _eval(self) -> dict[str, Any]:
         plan, state = self.plan, self._state()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from os import PathLike
 
 from torch import nn
 
 from tpvprune.batches import Batch, Progress, Selector, repeatable
 from tpvprune.recovery.batchnorm import reestimate_batchnorm
 from tpvprune.recovery.denseinputs import fold_means
-from tpvprune.recovery.finetune import Finetune, Log, finetune
+from tpvprune.recovery.finetune import Log, finetune
 from tpvprune.recovery.reconstruct import Reconstruct, reconstruct
+from tpvprune.recovery.settings import Finetune
 
 CLOSED_FORM = Reconstruct()
 DISTILLATION = Finetune()
@@ -26,6 +28,8 @@ def recover(
     batchnorm: bool = False,
     finetune_with: Finetune | None = DISTILLATION,
     finetune_batches: Iterable[Batch] | None = None,
+    held_out: Iterable[Batch] | None = None,
+    save: str | PathLike[str] | None = None,
     output: Selector = None,
     progress: Progress | None = None,
     log: Log | None = None,
@@ -42,6 +46,8 @@ def recover(
         batchnorm: whether to re-estimate batch-norm statistics before fine-tuning.
         finetune_with: settings of the distillation; None leaves it out.
         finetune_batches: other (more, or augmented) batches for the distillation.
+        held_out: other unlabeled batches that the distillation's `patience` is counted on.
+        save: a folder for the distillation's state; one found there is gone on with. See `finetune`.
         output: which part of what the models return the distillation compares; see `finetune`.
         progress: called as `progress(stage, done, total)`.
         log: receives what the closed form cost, and the distillation's loss per epoch.
@@ -59,5 +65,15 @@ def recover(
         model = reestimate_batchnorm(model, batches, progress=progress)
     if finetune_with is not None:
         source = batches if finetune_batches is None else finetune_batches
-        model = finetune(model, source, teacher, finetune_with, output=output, progress=progress, log=log)
+        model = finetune(
+            model,
+            source,
+            teacher,
+            finetune_with,
+            output=output,
+            held_out=held_out,
+            save=save,
+            progress=progress,
+            log=log,
+        )
     return model

@@ -100,6 +100,10 @@ class Pool(Dataset[Any]):
         """(even positions, odd positions): for scoring and recovery, for measuring."""
         return self._with(self.positions[::2]), self._with(self.positions[1::2])
 
+    def part(self, mine: Callable[[int], bool]) -> Pool:
+        """The images at the places, counted from 0, that `mine` says yes to."""
+        return self._with([position for place, position in enumerate(self.positions) if mine(place)])
+
     def sample(self, count: int | None, seed: int = 0) -> Pool:
         """At most `count` images, drawn without replacement, in their old order."""
         if count is None or count >= len(self):
@@ -125,6 +129,11 @@ class Loader:
         self._inner = DataLoader(
             pool, batch_size, shuffle, num_workers=workers, collate_fn=_collate, generator=generator
         )
+
+    @property
+    def generator(self) -> torch.Generator:
+        """What shuffles; where it stands decides what the next pass gives."""
+        return self._inner.generator
 
     def __len__(self) -> int:
         return len(self._inner)
