@@ -38,14 +38,15 @@ from tpvprune.surgery.removal import apply
 from tpvprune.types import Graph, read_json
 from tpvprune.zoo.data import Loader, Pool, input_size, open_pool, overlap
 from tpvprune.zoo.models import create_model
+from tpvprune.zoo.streams import Stream, StreamLoader
 
 Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class _Images:
-    scored: Pool
-    measured: Pool
+    scored: Pool | Stream
+    measured: Pool | Stream
 
 
 class Run:
@@ -211,8 +212,8 @@ class Run:
         return _Images(scored, measured.sample(held.samples, self.recipe.seed))
 
     def _loader(
-        self, pool: Pool, *, batch_size: int | None = None, train: bool = False, augment: bool = False
-    ) -> Loader:
+        self, pool: Pool | Stream, *, batch_size: int | None = None, train: bool = False, augment: bool = False
+    ) -> Loader | StreamLoader:
         data = self.recipe.data
         assert data is not None
         return pool.loader(
@@ -244,10 +245,10 @@ class Run:
             "stays_whole": dict(graph.skipped),
         }
 
-    def _scored(self) -> Pool:
+    def _scored(self) -> Pool | Stream:
         return self.images.scored.sample(self.recipe.score.samples, self.recipe.seed)
 
-    def _refitted(self) -> Pool:
+    def _refitted(self) -> Pool | Stream:
         section = self.recipe.recover.reconstruct
         samples = self.recipe.score.samples if section is None else section.samples
         return self.images.scored.sample(samples, self.recipe.seed)

@@ -68,8 +68,8 @@ def finetune(
     back is the model of the epoch that was closest to the teacher on them, otherwise the last one.
 
     Under several processes (`accelerate launch`, `torchrun`) all are given the same batches, in the same order, and
-    each takes its share of every batch: the loss is that of one process. Batch norms in training see their own
-    share alone; freeze them where that matters.
+    each takes its share of every batch: the loss is that of one process. Batches that
+    say `shared` are taken whole. Batch norms in training see their own share alone; freeze them where that matters.
 
     Args:
         model: the pruned model; it is left as it was.
@@ -231,7 +231,7 @@ class _Training:
         if self.settings.mixup or self.settings.cutmix:
             inputs, labels = self._mixed(inputs, labels)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        if world == 1:
+        if world == 1 or getattr(self.batches, "shared", False):
             return inputs, labels, 1.0
         mine = inputs[rank::world]
         if not len(mine):  # every process has to take part in every step
