@@ -7,8 +7,10 @@ its tensors noticing.
 
 from __future__ import annotations
 
+import ctypes
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -90,6 +92,7 @@ class Spilled:
             self._places.append((storage, storage.nbytes()))
             self.bytes += storage.nbytes()
             storage.resize_(0)
+        _trim()
 
     def back(self) -> None:
         """Fill the storages as they were; the file is gone afterwards."""
@@ -105,6 +108,12 @@ class Spilled:
         """Close the file; what was in it is lost."""
         self._places = []
         self._file.close()
+
+
+def _trim() -> None:
+    """Hand freed memory back to the system, which glibc would keep for the thread that it was made in."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
