@@ -42,7 +42,7 @@ WAYS: dict[str, tuple[tp.TPV, tp.Planning, tp.Reconstruct | str | None, tp.Finet
     "compensated, not recovered": (COMPENSATED, tp.Planning(per="macs"), None, None),
     "compensated, means folded": (COMPENSATED, tp.Planning(per="macs"), "fold", None),
     "compensated, dense inputs": (COMPENSATED, tp.Planning(per="macs"), tp.Reconstruct(inputs="dense", **FAST), None),
-    "compensated, no sums": (COMPENSATED, tp.Planning(per="macs"), tp.Reconstruct(**FAST), None),
+    "compensated, no sums": (COMPENSATED, tp.Planning(per="macs"), tp.Reconstruct(sums=False, **FAST), None),
     "compensated, ridge auto": (
         COMPENSATED,
         tp.Planning(per="macs"),

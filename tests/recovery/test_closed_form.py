@@ -117,7 +117,9 @@ def test_on_dense_inputs_a_convolution_reads_the_channels_that_are_left(kind: di
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "shared"])
-@pytest.mark.parametrize("settings", [{"inputs": "dense"}, {"sums": True}, {"every": True}, {"ridge": "auto"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"inputs": "dense"}, {"sums": False}, {"every": True}, {"ridge": "auto"}], ids=str
+)
 def test_outputs_come_closer_on_every_case(name: str, settings: dict[str, Any]) -> None:
     b = built(name)
     x = torch.randn(48, *b.inputs.shape[1:], generator=torch.Generator().manual_seed(1)).double()
@@ -167,7 +169,7 @@ def test_a_sum_is_what_a_layer_in_front_of_it_aims_at(way: str, norm: bool) -> N
     with torch.no_grad():
         small.stem.weight += 0.1 * torch.randn(8, 3, 1, 1, generator=torch.Generator().manual_seed(3)).double()
     found = tp.reconstruct(small, batches, model, tp.Reconstruct(ridge=ridge, sums=True))
-    plain = tp.reconstruct(small, batches, model, tp.Reconstruct(ridge=ridge))
+    plain = tp.reconstruct(small, batches, model, tp.Reconstruct(ridge=ridge, sums=False))
     with torch.no_grad():
         gain = model.norm.weight / (model.norm.running_var + model.norm.eps).sqrt() if norm else torch.ones(8)
         seen = [small.inner(small.stream(b)) for b in batches]

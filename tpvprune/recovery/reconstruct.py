@@ -55,7 +55,7 @@ class Reconstruct:
 
     ridge: float | Literal["auto"] = 1e-2
     inputs: Literal["pruned", "dense"] = "pruned"
-    sums: bool = False
+    sums: bool = True
     every: bool = False
     positions: int = 1024
     memory: float = 1024.0
