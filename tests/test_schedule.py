@@ -165,3 +165,67 @@ def test_settings_that_mean_nothing_are_refused(kwargs: dict[str, Any], match: s
 def test_a_generator_cannot_be_read_once_a_step(mlp) -> None:
     with pytest.raises(tp.DataError, match="every step reads them"):
         tp.plan_for(mlp.model, (x for x in batches("mlp")), mlp.graph, tp.Budget(macs=0.7), planning=tp.Planning(2))
+
+
+def refitted_by_hand(name: str, criterion: Any, budget: tp.Budget, shares: list[float], data: Any) -> tp.Plan:
+    """The loop over the verbs, what is left refitted from the dense weights after every step."""
+    b = built(name)
+    small, plan = b.model, None
+    for share in shares:
+        now = tp.trace(small, batches(name)[0][:1])
+        again = criterion if plan is None else dataclasses.replace(criterion, reference=b.model)
+        scores = tp.score(small, batches(name), now, again)
+        limit = dataclasses.replace(budget, macs=int(share * b.graph.macs() + 1e-6))
+        plan = plan_of(tp.apply(small, tp.allocate(scores, now, limit, after=plan)))
+        assert plan is not None
+        small = tp.reconstruct(tp.apply(b.model, plan), data, b.model, tp.Reconstruct(ridge=0.05))
+    assert plan is not None
+    return plan
+
+
+@pytest.mark.parametrize("name", ["conv_bn", "residual", "vit"])
+@pytest.mark.parametrize("other", [False, True])
+def test_what_is_left_is_refitted_between_steps_if_asked(name: str, other: bool) -> None:
+    b, budget = built(name), tp.Budget(macs=0.5, round_to=1, min_keep=0.01)
+    data = [example(16, *b.inputs.shape[1:], seed=9)] if other else batches(name)
+    plan = tp.plan_for(
+        b.model, batches(name), b.graph, budget, criterion=tp.TPV(seed=4), planning=tp.Planning(steps=3, refit=True),
+        refit_with=tp.Reconstruct(ridge=0.05), refit_batches=data if other else None,
+    )  # fmt: skip
+    wanted = refitted_by_hand(name, tp.TPV(seed=4), budget, [1 - 0.5 / 3, 1 - 1 / 3, 0.5], data)
+    assert plan.diff(wanted) == {}
+    assert plan.macs <= 0.5 * b.graph.macs()
+
+
+def test_refits_change_what_leaves() -> None:
+    # Otherwise the test above could not tell a refit from none.
+    found = set()
+    for refit in (False, True):
+        plan = tp.plan_for(
+            built("residual").model, batches("residual"), built("residual").graph,
+            tp.Budget(macs=0.5, round_to=1, min_keep=0.01), criterion=tp.TPV(compensated=True),
+            planning=tp.Planning(steps=4, refit=refit),
+        )  # fmt: skip
+        found.add(str(plan.to_json()["keep"]))
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_stopped_schedule_with_refits_goes_on_to_the_same_plan(stop: int, tmp_path: Path) -> None:
+    b, data, save = built("residual"), batches("residual"), tmp_path / "plan.json"
+    budget, planning = tp.Budget(macs=0.6, round_to=1), tp.Planning(steps=3, refit=True)
+    whole = tp.plan_for(b.model, data, b.graph, budget, planning=planning)
+
+    def tell(stage: str, done: int, total: int | None) -> None:
+        if (stage, done) == ("plan", stop):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tp.plan_for(b.model, data, b.graph, budget, planning=planning, save=save, progress=tell)
+    again = tp.plan_for(b.model, data, b.graph, budget, planning=planning, save=save)
+    assert again.to_json() == whole.to_json()
+
+
+def test_a_refit_without_steps_is_refused() -> None:
+    with pytest.raises(tp.BudgetError, match="refit=True is for plans in steps"):
+        tp.Planning(refit=True)

@@ -30,6 +30,7 @@ from tpvprune.planning.latency import LatencyTable, latency_table
 from tpvprune.planning.sparsity import sparsify
 from tpvprune.planning.weights import weight_graph
 from tpvprune.recovery.batchnorm import reestimate_batchnorm
+from tpvprune.recovery.denseinputs import fold_means
 from tpvprune.recovery.finetune import Finetune, finetune
 from tpvprune.recovery.masks import Masks
 from tpvprune.recovery.reconstruct import Reconstruct, reconstruct
@@ -117,6 +118,7 @@ __all__ = [
     "bench",
     "export",
     "finetune",
+    "fold_means",
     "inspect",
     "latency_table",
     "load",

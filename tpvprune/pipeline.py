@@ -96,7 +96,15 @@ def prune(
     scores = score(model, batches, graph, criterion, progress=progress)
     clock = timed("score", clock)
     plan = plan_for(
-        model, batches, graph, budget, criterion=criterion, planning=planning, scores=scores, progress=progress
+        model,
+        batches,
+        graph,
+        budget,
+        criterion=criterion,
+        planning=planning,
+        scores=scores,
+        progress=progress,
+        refit_with=reconstruct_with,
     )
     clock = timed("plan", clock)
     cut = apply(model, plan)

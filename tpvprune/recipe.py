@@ -117,6 +117,7 @@ class RecoverSection(_Strict):
     """What follows the cut; null leaves a step out."""
 
     reconstruct: Optional[ReconstructSection] = Field(default_factory=ReconstructSection)  # noqa: UP045
+    fold: bool = False
     batchnorm: bool = False
     finetune: Optional[FinetuneSection] = Field(default_factory=FinetuneSection)  # noqa: UP045
 

@@ -34,7 +34,7 @@ from tpvprune.timing import device_name, latencies
 from tpvprune.types import REPORT_FORMAT, Measure, Report, check_format, read_json
 
 Each = Callable[[Tensor, Tensor, Mapping[str, Tensor], "Tensor | None"], None]
-PACKAGES = ("tpvprune", "torch", "torch-pruning", "timm", "numpy")
+PACKAGES = ("tpvprune", "torch", "timm", "numpy")
 
 
 @torch.no_grad()

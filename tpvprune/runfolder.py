@@ -72,7 +72,8 @@ def _matters(recipe: Recipe, stage: str) -> dict[str, Any]:
         return {}
     timed = sections["budget"]["latency_ms"] is not None or sections["plan"]["per"] == "latency_ms"
     plan = {name: value for name, value in sections["plan"].items() if name != "depth"}  # is in the trace's key
-    return {"budget": sections["budget"], "plan": plan, "latency": sections["latency"] if timed else None}
+    refit = {"refit_with": sections["recover"]["reconstruct"]} if plan["refit"] else {}
+    return {"budget": sections["budget"], "plan": plan, "latency": sections["latency"] if timed else None, **refit}
 
 
 def one_line(told: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from tpvprune.planning.allocate import ALLOCATORS, Allocator, allocate
 from tpvprune.planning.graph import trace
 from tpvprune.planning.latency import LatencyTable
 from tpvprune.planning.widths import check_reachable, costs_of, widths_of
+from tpvprune.recovery.reconstruct import Reconstruct, reconstruct
 from tpvprune.report import compare
 from tpvprune.scores import Scores
 from tpvprune.scoring.criteria import TPV, Criterion, score
@@ -40,6 +41,8 @@ class Planning:
         allocator: see `allocate`.
         per: see `allocate`.
         shrinkage: see `allocate`.
+        refit: whether what is left is refitted in closed form, from the dense weights, before it is scored again. What
+            comes out is a plan all the same; the model it leaves is refitted by whoever recovers it.
     """
 
     steps: int = 1
@@ -47,6 +50,7 @@ class Planning:
     allocator: Allocator = "auto"
     per: Quantity | None = None
     shrinkage: float | None = None
+    refit: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or self.steps < 1:
@@ -58,6 +62,8 @@ class Planning:
                 f"allocator={self.allocator!r} must be one of {', '.join(ALLOCATORS)}, and per={self.per!r} one of "
                 f"{', '.join(QUANTITIES)}"
             )
+        if self.refit and self.steps == 1:
+            raise BudgetError("refit=True is for plans in steps: give steps=4, or leave the refit to recovery")
         if self.shrinkage is not None and not 0 <= self.shrinkage <= 1:
             raise BudgetError(f"shrinkage={self.shrinkage} must lie between 0 and 1")
 
@@ -80,6 +86,8 @@ def plan_for(
     latency: LatencyTable | None = None,
     progress: Progress | None = None,
     save: str | PathLike[str] | None = None,
+    refit_with: Reconstruct | None = None,
+    refit_batches: Iterable[Batch] | None = None,
 ) -> Plan:
     """Score and allocate, in as many steps as asked; one plan of the dense model.
 
@@ -98,13 +106,15 @@ def plan_for(
         latency: see `allocate`.
         progress: called as `progress("plan", steps_done, steps)`, and by scoring.
         save: where the plan so far is kept; a plan found there is gone on with.
+        refit_with: settings of the refits between steps, where `planning` asks for them.
+        refit_batches: unlabeled batches for those; `batches` by default.
 
     Raises:
         InputError: see `score` and `allocate`; what is kept in `save` stays valid.
     """
     planning, criterion = planning or Planning(), criterion or TPV()
     choice: dict[str, Any] = {field.name: getattr(planning, field.name) for field in fields(planning)}
-    del choice["steps"], choice["spacing"]
+    del choice["steps"], choice["spacing"], choice["refit"]
     choice["latency"] = latency
     finals = check_reachable(graph, budget, latency=latency)
     if planning.steps == 1:
@@ -118,7 +128,8 @@ def plan_for(
         name: planning.bounds(costs_of(name, graph, latency=latency).total, bound) for name, bound in finals.items()
     }
     plan = Plan.load(save) if save is not None and Path(save).is_file() else Plan({}, graph, {"steps": []})
-    small = apply(model, plan) if plan.removed else model
+    source = batches if refit_batches is None else refit_batches
+    small = _left(model, plan, planning, source, refit_with, progress) if plan.removed else model
     for step in range(len(plan.made_by["steps"]), planning.steps):
         if progress:
             progress("plan", step, planning.steps)
@@ -153,11 +164,29 @@ def plan_for(
             about.pop("predicted_kl", None)  # of this step alone
         small = apply(small, part)
         plan = _told(plan_of(small) or plan, about)
+        if planning.refit and step + 1 < planning.steps:
+            small = _left(model, plan, planning, source, refit_with, progress)
         if save is not None:
             plan.save(save)
     if progress:
         progress("plan", planning.steps, planning.steps)
     return plan
+
+
+def _left(
+    model: nn.Module,
+    plan: Plan,
+    planning: Planning,
+    batches: Iterable[Batch],
+    settings: Reconstruct | None,
+    progress: Progress | None,
+) -> nn.Module:
+    """What a plan leaves, refitted if asked for.
+
+    From the dense weights each time: refits of refits move away from them, and end up worse.
+    """
+    small = apply(model, plan)
+    return reconstruct(small, batches, model, settings, progress=progress) if planning.refit else small
 
 
 def _again(small: nn.Module, inputs: Any, plan: Plan, progress: Progress | None) -> Graph:

@@ -7,6 +7,7 @@ for the same recipe sections, weights and earlier stages. Changing a key redoes 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,14 +42,15 @@ from tpvprune.surgery.removal import apply
 from tpvprune.types import Graph, read_json
 from tpvprune.zoo.data import Loader, Pool, input_size, open_pool, overlap
 from tpvprune.zoo.models import create_model
+from tpvprune.zoo.streams import Stream, StreamLoader
 
 Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class _Images:
-    scored: Pool
-    measured: Pool
+    scored: Pool | Stream
+    measured: Pool | Stream
 
 
 class Run:
@@ -214,8 +216,8 @@ class Run:
         return _Images(scored, measured.sample(held.samples, self.recipe.seed))
 
     def _loader(
-        self, pool: Pool, *, batch_size: int | None = None, train: bool = False, augment: bool = False
-    ) -> Loader:
+        self, pool: Pool | Stream, *, batch_size: int | None = None, train: bool = False, augment: bool = False
+    ) -> Loader | StreamLoader:
         data = self.recipe.data
         assert data is not None
         return pool.loader(
@@ -247,8 +249,13 @@ class Run:
             "stays_whole": dict(graph.skipped),
         }
 
-    def _scored(self) -> Pool:
+    def _scored(self) -> Pool | Stream:
         return self.images.scored.sample(self.recipe.score.samples, self.recipe.seed)
+
+    def _refitted(self) -> Pool | Stream:
+        section = self.recipe.recover.reconstruct
+        samples = self.recipe.score.samples if section is None else section.samples
+        return self.images.scored.sample(samples, self.recipe.seed)
 
     def _score(self) -> dict[str, Any]:
         pool = self._scored()
@@ -282,6 +289,8 @@ class Run:
             latency=self._latency,
             progress=self.progress,
             save=partial,
+            refit_with=recipe.closed_form(),
+            refit_batches=self._loader(self._refitted()) if recipe.plan.refit else None,
         )
         plan.save(self._path("plan"))
         for left in self.folder.glob("plan-*.partial.json"):
@@ -304,18 +313,20 @@ class Run:
         small = load(self.folder / "pruned").to(self.device)
         closed, distil, section = self.recipe.closed_form(), self.recipe.distillation(), self.recipe.recover
         told: dict[str, Any] = {"steps": []}
-        if closed is not None or section.batchnorm:
-            samples = section.reconstruct.samples if section.reconstruct is not None else self.recipe.score.samples
-            pool = self.images.scored.sample(samples, self.recipe.seed)
+        if closed is not None or section.fold or section.batchnorm:
+            pool = self._refitted()
             small = recover(
                 small,
                 self._loader(pool),
                 teacher=self.dense,
                 reconstruct_with=closed,
+                fold=section.fold,
                 batchnorm=section.batchnorm,
                 finetune_with=None,
                 progress=self.progress,
+                log=lambda cost: told.__setitem__("closed_form", cost),
             )
+            told["steps"] += ["fold"] if section.fold else []
             told["steps"] += ["reconstruct"] if closed is not None else []
             told["steps"] += ["batchnorm"] if section.batchnorm else []
             told["reconstruct_images"] = len(pool)
@@ -323,20 +334,37 @@ class Run:
             tuning: Any = section.finetune
             told["epochs"] = []
             pool = self.images.scored.sample(tuning.samples, self.recipe.seed)
+            learnt, held = pool, None
+            if tuning.patience is not None:  # a tenth is kept back to see when to end
+                learnt, held = pool.part(lambda place: place % 10 < 9), pool.part(lambda place: place % 10 == 9)
             torch.manual_seed(self.recipe.seed)
+            key = stage_keys(self.recipe, "recover")["recover"][:12]
+            partial = self.folder / f"finetune-{key}.partial"
             small = recover(
                 small,
-                self._loader(pool, batch_size=tuning.batch_size, train=True, augment=tuning.augment),
+                self._loader(learnt, batch_size=tuning.batch_size, train=True, augment=tuning.augment),
                 teacher=self.dense,
                 reconstruct_with=None,
                 finetune_with=distil,
+                held_out=None if held is None else self._loader(held),
+                save=partial,
                 progress=self.progress,
-                log=told["epochs"].append,
+                log=lambda found: self._tell_epoch(told["epochs"], found),
             )
+            for left in self.folder.glob("finetune-*.partial"):
+                shutil.rmtree(left)
             told["steps"].append("finetune")
-            told["finetune_images"] = len(pool)
+            told["finetune_images"] = len(learnt)
         save(small, self.folder)
         return told
+
+    def _tell_epoch(self, epochs: list[dict[str, float]], found: dict[str, float]) -> None:
+        epochs.append(found)
+        held = f", held-out {found['held_out']:.4g}" if "held_out" in found else ""
+        self.log(
+            f"epoch {found['epoch']}: loss {found['loss']:.4g}{held}, {found['samples_per_second']:.0f} images/s, "
+            f"at most {found['seconds_left']:.0f} s left"
+        )
 
     def _eval(self) -> dict[str, Any]:
         plan, state = self.plan, self._state()

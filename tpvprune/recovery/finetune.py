@@ -1,23 +1,28 @@
 """Distillation: train the pruned model to answer like the dense one, without labels.
 
-The loss is the KL divergence between softened outputs (Hinton 2015, arXiv 1503.02531); where labels
-exist and are asked for, cross-entropy is mixed in. Optimiser and schedule are timm's, device placement,
-precision and accumulation Accelerate's.
+The loss is the KL divergence between softened outputs (Hinton 2015, arXiv 1503.02531), with features beside it if
+asked (Romero 2015, arXiv 1412.6550); where labels exist and are asked for, cross-entropy is mixed in. Optimiser,
+schedule, moving average and mixup are timm's, device placement, precision, accumulation and processes Accelerate's.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Literal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, nullcontext
+from os import PathLike
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from timm.data import Mixup
 from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,64 +33,20 @@ from tpvprune.batches import (
     device_of,
     evaluation_mode,
     inputs_of,
-    is_classifier,
     labels_of,
     length_of,
     repeatable,
     single_tensor,
 )
-from tpvprune.errors import DataError, InputError, NonFiniteError
+from tpvprune.errors import CheckpointError, DataError, InputError, NonFiniteError
+from tpvprune.plan import plan_of
+from tpvprune.recovery.distance import Features, output_distance
 from tpvprune.recovery.masks import Masks
+from tpvprune.recovery.settings import Finetune
+from tpvprune.recovery.state import load_state, random_state, save_state, set_random_state
 
 Log = Callable[[dict[str, float]], None]
-
-
-@dataclass(frozen=True)
-class Finetune:
-    """Settings of the distillation.
-
-    Attributes:
-        epochs: passes over the batches.
-        lr: peak learning rate.
-        optimizer: a timm optimiser name.
-        weight_decay: decoupled where the optimiser decouples it.
-        temperature: softening of both outputs.
-        label_weight: share of cross-entropy on labels in the loss; 0 looks at no label.
-        warmup: share of the steps with a rising learning rate; a cosine falls to zero after it.
-        clip: largest gradient norm.
-        norms: "train" updates batch-norm statistics on the way, "freeze" keeps them.
-        precision: Accelerate's mixed precision.
-        accumulate: batches per optimiser step.
-    """
-
-    epochs: int = 5
-    lr: float = 1e-3
-    optimizer: str = "adamw"
-    weight_decay: float = 1e-4
-    temperature: float = 2.0
-    label_weight: float = 0.0
-    warmup: float = 0.1
-    clip: float = 1.0
-    norms: Literal["train", "freeze"] = "train"
-    precision: Literal["no", "fp16", "bf16"] = "no"
-    accumulate: int = 1
-
-    def __post_init__(self) -> None:
-        checks = {
-            "epochs": self.epochs >= 1,
-            "lr": self.lr > 0,
-            "weight_decay": self.weight_decay >= 0,
-            "temperature": self.temperature > 0,
-            "label_weight": 0 <= self.label_weight <= 1,
-            "warmup": 0 <= self.warmup < 1,
-            "clip": self.clip > 0,
-            "accumulate": self.accumulate >= 1,
-            "norms": self.norms in ("train", "freeze"),
-            "precision": self.precision in ("no", "fp16", "bf16"),
-        }
-        for name, good in checks.items():
-            if not good:
-                raise InputError(f"finetune: {name}={getattr(self, name)!r} is out of range")
+LAST, BEST = "last.safetensors", "best.safetensors"
 
 
 def finetune(
@@ -95,12 +56,20 @@ def finetune(
     settings: Finetune | None = None,
     *,
     output: Selector = None,
+    held_out: Iterable[Batch] | None = None,
+    save: str | PathLike[str] | None = None,
+    save_every: int = 100,
     progress: Progress | None = None,
     log: Log | None = None,
 ) -> nn.Module:
     """A copy of a model, distilled from the teacher on unlabeled batches.
 
-    Weights that the model's plan holds at zero stay exactly zero, after every step.
+    Weights that the model's plan holds at zero stay exactly zero, after every step. With `held_out` batches what comes
+    back is the model of the epoch that was closest to the teacher on them, otherwise the last one.
+
+    Under several processes (`accelerate launch`, `torchrun`) all are given the same batches, in the same order, and
+    each takes its share of every batch: the loss is that of one process. Batches that
+    say `shared` are taken whole. Batch norms in training see their own share alone; freeze them where that matters.
 
     Args:
         model: the pruned model; it is left as it was.
@@ -108,79 +77,289 @@ def finetune(
         teacher: the dense model.
         settings: see `Finetune`.
         output: which part of what the models return is distilled: a key, attribute or index, or a function.
+        held_out: other unlabeled batches, which `patience` is counted on.
+        save: a folder for the state after every `save_every` steps and every epoch (`last.safetensors`), and the
+            best epoch's model (`best.safetensors`). A run found there is gone on with, to the same result.
+        save_every: steps of the optimiser between two states.
         progress: called as `progress("finetune", steps_done, steps_to_do)`.
-        log: receives `{"epoch", "loss", "lr"}` after every epoch.
+        log: receives `{"epoch", "loss", "lr", "samples_per_second", "seconds_left"}` after every epoch, and
+            "held_out" with held-out batches: the distance to the teacher there.
 
     Raises:
         DataError: the batches are empty or can be read once only, or labels are asked for and missing.
+        InputError: a name in the settings is unknown, or there is nothing to count `patience` on.
+        CheckpointError: the folder holds the run of other settings.
         NonFiniteError: the loss became NaN or infinite.
     """
     settings = settings or Finetune()
     repeatable(batches, "fine-tuning reads them once per epoch")
-    student = copy.deepcopy(model)
-    for parameter in student.parameters():
-        parameter.requires_grad_(True)
-    device = device_of(student)
-    accelerator = _accelerator(settings.precision, device)
-    try:
-        optimizer = create_optimizer_v2(
-            student, opt=settings.optimizer, lr=settings.lr, weight_decay=settings.weight_decay
-        )
-    except (ValueError, AssertionError, KeyError) as error:
-        raise InputError(f"finetune: timm has no optimiser {settings.optimizer!r}; see timm.optim") from error
-    per_epoch = length_of(batches) or sum(1 for _ in batches)
-    if per_epoch == 0:
-        raise DataError("finetune: there is no batch; give at least one")
-    steps = settings.epochs * math.ceil(per_epoch / settings.accumulate)
-    warm = round(settings.warmup * steps)
-    schedule = CosineLRScheduler(
-        optimizer,
-        t_initial=max(2, steps),  # timm takes a single step for a mistake
-        warmup_t=warm,
-        warmup_lr_init=settings.lr * 0.01,
-        t_in_epochs=False,
-    )
-    wrapped, stepper = accelerator.prepare(student, optimizer)
-    masks = Masks(student)
-    update = done = 0
+    if held_out is not None:
+        repeatable(held_out, "every epoch is measured on them")
+    if settings.patience is not None and held_out is None:
+        raise InputError(f"finetune: patience={settings.patience} is counted on held-out batches; give held_out")
     with evaluation_mode(teacher):
-        for epoch in range(settings.epochs):
-            _train_mode(student, settings.norms)
-            total = torch.zeros((), device=device)
-            for number, batch in enumerate(batches):
-                window = min(settings.accumulate, per_epoch - number // settings.accumulate * settings.accumulate)
-                inputs = inputs_of(batch).to(device)
-                with torch.no_grad():
-                    wanted = single_tensor(teacher(inputs), teacher, output)
-                loss = _loss(single_tensor(wrapped(inputs), student, output), wanted, batch, settings)
-                accelerator.backward(loss / window)
-                if (number + 1) % settings.accumulate == 0 or number + 1 == per_epoch:
-                    masks.gradients()
-                    accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip)
-                    stepper.step()
-                    masks.weights()
-                    stepper.zero_grad()
-                    update += 1
-                    schedule.step_update(update)
-                total += loss.detach()
-                done += 1
-                if progress:
-                    progress("finetune", done, settings.epochs * per_epoch)
-            mean = float(total) / per_epoch
-            if not math.isfinite(mean):
-                raise NonFiniteError(f"finetune: the loss is {mean} in epoch {epoch + 1}; lower lr={settings.lr:g}")
-            if log:
-                log({"epoch": epoch + 1, "loss": mean, "lr": optimizer.param_groups[0]["lr"]})
-    student = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-    for name in ("forward", "_original_forward"):  # what the precision wrapper left on the instance
-        if name not in model.__dict__:
-            student.__dict__.pop(name, None)
-    student.zero_grad(set_to_none=True)
-    for mine, original in zip(student.parameters(), model.parameters(), strict=True):
-        mine.requires_grad_(original.requires_grad)
-    for module, old in zip(student.modules(), model.modules(), strict=True):
-        module.training = old.training
-    return student
+        training = _Training(model, batches, teacher, settings, output)
+        return training.run(held_out, None if save is None else Path(save), save_every, progress, log)
+
+
+class _Training:
+    """One run: what changes in it, and the loop."""
+
+    def __init__(
+        self, model: nn.Module, batches: Iterable[Batch], teacher: nn.Module, settings: Finetune, output: Selector
+    ) -> None:
+        self.model, self.batches, self.teacher, self.settings, self.output = model, batches, teacher, settings, output
+        self.student = copy.deepcopy(model)
+        for parameter in self.student.parameters():
+            parameter.requires_grad_(True)
+        self.device = device_of(self.student)
+        self.accelerator = _accelerator(settings.precision, self.device)
+        self.optimizer = self._optimizer()
+        self.per_epoch = length_of(batches) or sum(1 for _ in batches)
+        if self.per_epoch == 0:
+            raise DataError("finetune: there is no batch; give at least one")
+        self.steps = settings.epochs * math.ceil(self.per_epoch / settings.accumulate)
+        self.schedule = _schedule(self.optimizer, settings, self.steps)
+        self.ema = None if settings.ema is None else ModelEmaV3(self.student, decay=settings.ema, use_warmup=True)
+        self.mixup: Mixup | None = None
+        self.features = Features(self.student, teacher, settings.features) if settings.feature_weight else None
+        self.wrapped, self.stepper = self.accelerator.prepare(self.student, self.optimizer)
+        self.masks = Masks(self.student)
+        self.epoch = self.batch = self.update = self.waited = 0
+        self.total, self.best = 0.0, math.inf
+        self.best_state: dict[str, Tensor] | None = None
+        self.began: dict[str, Any] = {}
+
+    def run(
+        self,
+        held_out: Iterable[Batch] | None,
+        folder: Path | None,
+        save_every: int,
+        progress: Progress | None,
+        log: Log | None,
+    ) -> nn.Module:
+        settings, whole = self.settings, self.settings.epochs * self.per_epoch
+        if folder is not None and (folder / LAST).is_file():
+            self._restore(load_state(folder / LAST))
+        start, fresh, seen = time.perf_counter(), self.epoch * self.per_epoch + self.batch, 0
+        with ExitStack() as stack:
+            watched = None if self.features is None else stack.enter_context(self.features.watched())
+            while self.epoch < settings.epochs and not self._enough():
+                _train_mode(self.student, settings.norms)
+                for batch in self._rest_of_epoch():
+                    last = self.batch + 1 == self.per_epoch
+                    self._learn(batch, watched, last)
+                    seen += len(inputs_of(batch))
+                    self.batch += 1
+                    done = self.epoch * self.per_epoch + self.batch
+                    if progress:
+                        progress("finetune", done, whole)
+                    stepped = self.batch % settings.accumulate == 0
+                    if folder is not None and stepped and not last and self.update % save_every == 0:
+                        self._save(folder)
+                loss = self._mean_loss()
+                told = {"epoch": self.epoch + 1, "loss": loss, "lr": self.optimizer.param_groups[0]["lr"]}
+                self.epoch, self.batch, self.total = self.epoch + 1, 0, 0.0
+                if held_out is not None:
+                    told["held_out"] = self._measure(held_out, folder)
+                seconds, done = time.perf_counter() - start, self.epoch * self.per_epoch
+                told["samples_per_second"] = round(seen / seconds, 1)
+                told["seconds_left"] = round(seconds / max(1, done - fresh) * (whole - done), 1)
+                if folder is not None:
+                    self._save(folder)
+                if log:
+                    log(told)
+        return self._result()
+
+    def _enough(self) -> bool:
+        return self.settings.patience is not None and self.waited >= self.settings.patience
+
+    def _rest_of_epoch(self) -> Iterator[Batch]:
+        """The batches of the epoch that were not learnt from yet, drawn as they would have been without a stop."""
+        generator = getattr(self.batches, "generator", None)
+        here = None
+        if self.batch:
+            here = random_state()
+            set_random_state(self.began["random"])
+            if generator is not None:
+                generator.set_state(self.began["generator"])
+        else:
+            self.began = {"random": random_state()}
+            if generator is not None:
+                self.began["generator"] = generator.get_state()
+        skip = self.batch
+        for number, batch in enumerate(self.batches):
+            if number + 1 == skip and here is not None:
+                set_random_state(here)
+            if number >= skip:
+                yield batch
+
+    def _learn(self, batch: Batch, watched: Any, last: bool) -> None:
+        settings, accelerator = self.settings, self.accelerator
+        window = min(settings.accumulate, self.per_epoch - self.batch // settings.accumulate * settings.accumulate)
+        closing = last or (self.batch + 1) % settings.accumulate == 0
+        inputs, labels, share = self._share(batch)
+        with torch.no_grad():
+            wanted = single_tensor(self.teacher(inputs), self.teacher, self.output)
+        with nullcontext() if closing else accelerator.no_sync(self.wrapped):
+            output = single_tensor(self.wrapped(inputs), self.student, self.output)
+            loss = self._loss(output, wanted, labels) * share
+            if watched is not None and self.features is not None:
+                loss = loss + settings.feature_weight * share * self.features.distance(watched)
+            accelerator.backward(loss / window)
+        if closing:
+            self.masks.gradients()
+            accelerator.clip_grad_norm_(self.wrapped.parameters(), settings.clip)
+            self.stepper.step()
+            self.masks.weights()
+            self.stepper.zero_grad()
+            self.update += 1
+            if self.schedule is not None:
+                self.schedule.step_update(self.update)
+            if self.ema is not None:
+                self.ema.update(self.student, step=self.update)
+        self.total += float(loss.detach())
+
+    def _share(self, batch: Batch) -> tuple[Tensor, Tensor | None, float]:
+        """This process's inputs and labels of a batch, and what its mean loss counts in the mean over processes."""
+        inputs, labels = inputs_of(batch).to(self.device), None
+        if self.settings.label_weight:
+            labels = labels_of(batch)
+            if labels is None or bool((labels < 0).any()):
+                raise DataError("finetune: label_weight is above zero and the batches hold no labels; set it to 0")
+            labels = labels.to(self.device)
+        if self.settings.mixup or self.settings.cutmix:
+            inputs, labels = self._mixed(inputs, labels)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        if world == 1 or getattr(self.batches, "shared", False):
+            return inputs, labels, 1.0
+        mine = inputs[rank::world]
+        if not len(mine):  # every process has to take part in every step
+            return inputs[:1], None if labels is None else labels[:1], 0.0
+        return mine, None if labels is None else labels[rank::world], len(mine) * world / len(inputs)
+
+    def _mixed(self, inputs: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Pairs of images mixed, and shares of their labels; a last odd image is left out."""
+        settings = self.settings
+        if self.mixup is None:
+            with torch.no_grad():
+                classes = single_tensor(self.teacher(inputs[:1]), self.teacher, self.output).shape[1]
+            self.mixup = Mixup(settings.mixup, settings.cutmix, label_smoothing=0.0, num_classes=classes)
+        even = len(inputs) // 2 * 2
+        if not even:
+            return inputs, None if labels is None else F.one_hot(labels, self.mixup.num_classes).float()
+        given = torch.zeros(even, dtype=torch.int64, device=self.device) if labels is None else labels[:even]
+        mixed, target = self.mixup(inputs[:even].clone(), given)
+        return mixed, None if labels is None else target
+
+    def _loss(self, output: Tensor, wanted: Tensor, labels: Tensor | None) -> Tensor:
+        weight = self.settings.label_weight
+        distance = output_distance(output, wanted, self.settings.temperature)
+        if labels is None:
+            return distance
+        return (1 - weight) * distance + weight * F.cross_entropy(output.float(), labels)
+
+    def _mean_loss(self) -> float:
+        total = torch.tensor(self.total / self.per_epoch, device=self.device)
+        mean = float(self.accelerator.reduce(total, "mean"))
+        if not math.isfinite(mean):
+            raise NonFiniteError(
+                f"finetune: the loss is {mean} in epoch {self.epoch + 1}; lower lr={self.settings.lr:g}"
+            )
+        return mean
+
+    def _answering(self) -> nn.Module:
+        return self.student if self.ema is None else self.ema.module
+
+    @torch.no_grad()
+    def _measure(self, held_out: Iterable[Batch], folder: Path | None) -> float:
+        """Distance to the teacher on held-out batches; remembers the model if none was closer."""
+        model, total, samples = self._answering(), 0.0, 0
+        with evaluation_mode(model):
+            for batch in held_out:
+                inputs = inputs_of(batch).to(self.device)
+                mine, wanted = (single_tensor(m(inputs), m, self.output) for m in (model, self.teacher))
+                total += float(output_distance(mine, wanted)) * len(inputs)
+                samples += len(inputs)
+        if samples == 0:
+            raise DataError("finetune: there is no held-out batch; give at least one")
+        found = total / samples
+        self.waited += 1
+        if found < self.best:
+            self.best, self.waited = found, 0
+            self.best_state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+            if folder is not None and self.accelerator.is_main_process:
+                save_state(folder / BEST, {"model": self.best_state, "epoch": self.epoch, "held_out": found})
+        return found
+
+    def _about(self) -> dict[str, Any]:
+        plan = plan_of(self.model)
+        kept = None if plan is None else {name: int(mask.sum()) for name, mask in plan.keep.items()}
+        return {"settings": repr(self.settings), "batches": self.per_epoch, "kept": kept}
+
+    def _save(self, folder: Path) -> None:
+        scaler = self.accelerator.scaler
+        state = {
+            "about": self._about(),
+            "model": self.student.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "place": [self.epoch, self.batch, self.update, self.waited, self.total, self.best],
+            "best": self.best_state,
+            "began": self.began,
+            "random": random_state(),
+            "generator": g.get_state() if (g := getattr(self.batches, "generator", None)) is not None else None,
+        }
+        if self.accelerator.is_main_process:
+            save_state(folder / LAST, state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if state["about"] != self._about():
+            raise CheckpointError(
+                "finetune: the folder holds a run of other settings, batches or another plan; give another folder, or "
+                "delete it"
+            )
+        self.student.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.batch, self.update, self.waited, self.total, self.best = state["place"]
+        self.best_state, self.began = state["best"], state["began"]
+        set_random_state(state["random"])
+        if state["generator"] is not None:
+            self.batches.generator.set_state(state["generator"])  # type: ignore[attr-defined]  # it had one
+        if self.schedule is not None:
+            self.schedule.step_update(self.update)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        chosen = self.settings
+        try:
+            found: torch.optim.Optimizer = create_optimizer_v2(
+                self.student, opt=chosen.optimizer, lr=chosen.lr, weight_decay=chosen.weight_decay
+            )
+        except (ValueError, AssertionError, KeyError) as error:
+            raise InputError(f"finetune: timm has no optimiser {chosen.optimizer!r}; see timm.optim") from error
+        return found
+
+    def _result(self) -> nn.Module:
+        student = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        for name in ("forward", "_original_forward"):  # what the precision wrapper left on the instance
+            if name not in self.model.__dict__:
+                student.__dict__.pop(name, None)
+        if self.best_state is not None:
+            student.load_state_dict(self.best_state)
+        elif self.ema is not None:
+            student.load_state_dict(self.ema.module.state_dict())
+        student.zero_grad(set_to_none=True)
+        for mine, original in zip(student.parameters(), self.model.parameters(), strict=True):
+            mine.requires_grad_(original.requires_grad)
+        for module, old in zip(student.modules(), self.model.modules(), strict=True):
+            module.training = old.training
+        found: nn.Module = student
+        return found
 
 
 def _accelerator(precision: str, device: torch.device) -> Accelerator:
@@ -196,26 +375,27 @@ def _accelerator(precision: str, device: torch.device) -> Accelerator:
         raise InputError(f"finetune: precision={precision!r} cannot be used on {device.type}: {error}") from error
 
 
+def _schedule(optimizer: torch.optim.Optimizer, settings: Finetune, steps: int) -> Any:
+    """Timm's schedule over optimiser steps, None for a constant rate."""
+    if settings.schedule == "constant":
+        return None
+    found, _ = create_scheduler_v2(
+        optimizer,
+        settings.schedule,
+        num_epochs=max(2, steps),  # timm takes a single step for a mistake
+        decay_epochs=max(1, steps // 3),
+        decay_milestones=[max(1, steps // 2), max(1, steps * 3 // 4)],
+        warmup_epochs=round(settings.warmup * steps),
+        warmup_lr=settings.lr * 0.01,
+        step_on_epochs=False,
+        updates_per_epoch=1,
+    )
+    return found
+
+
 def _train_mode(model: nn.Module, norms: str) -> None:
     model.train()
     if norms == "freeze":
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
-
-
-def _loss(output: Tensor, wanted: Tensor, batch: Batch, settings: Finetune) -> Tensor:
-    """Mean KL from the teacher at the temperature, times its square (squared distance where outputs are no logits)."""
-    if is_classifier(output):
-        softened = F.log_softmax(output.float() / settings.temperature, dim=1)
-        target = F.log_softmax(wanted.float() / settings.temperature, dim=1)
-        distance = F.kl_div(softened, target, reduction="batchmean", log_target=True) * settings.temperature**2
-    else:
-        distance = F.mse_loss(output.float(), wanted.float())
-    if settings.label_weight == 0:
-        return distance
-    labels = labels_of(batch)
-    if labels is None or bool((labels < 0).any()):
-        raise DataError("finetune: label_weight is above zero and the batches hold no labels; set it to 0")
-    supervised = F.cross_entropy(output.float(), labels.to(output.device))
-    return (1 - settings.label_weight) * distance + settings.label_weight * supervised

@@ -4,18 +4,20 @@ Refitting layer after layer needs the inputs each layer sees once the layers bef
 Running the network from the start for every layer would cost the square of its depth. Instead each
 batch's forward pass is suspended where the next layer begins, all of them wait there until that layer
 has its new weights, and go on: one forward pass in total. A suspended pass is a thread; only one runs
-at any moment.
+at any moment, and what it holds can be moved to a file while it waits.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from tpvprune.recovery.spill import Spilled, Watch
 
 
 class _Stopped(BaseException):
@@ -30,13 +32,24 @@ class Strand:
         inputs: one batch.
         layers: names of the layers to stop at, each at its first call only.
         at: stop before the layer, holding its input, or after it, holding its output.
+        keep: numbers of torch function calls whose results are kept in `kept` until they are taken from there.
     """
 
-    def __init__(self, model: nn.Module, inputs: Tensor, layers: Sequence[str], at: Literal["input", "output"]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        layers: Sequence[str],
+        at: Literal["input", "output"],
+        keep: Collection[int] = (),
+    ) -> None:
         self.layer: str | None = None
         self.value: Tensor | None = None
         self._model, self._inputs, self._at = model, inputs, at
         self._wanted = set(layers)
+        self._watch = Watch(keep)
+        self._spilled: Spilled | None = None
+        self.kept = self._watch.kept
         self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
         self._error: BaseException | None = None
         self._stopping = False
@@ -57,11 +70,24 @@ class Strand:
         if not self._thread.ident:
             self._thread.start()
         self.layer = self.value = None
+        if self._spilled is not None:
+            self._spilled.back()
+            self._spilled = None
         self._go.release()
         self._paused.acquire()
         if self._error is not None:
             raise self._error
         return self.layer
+
+    def held(self) -> int:
+        """Bytes of memory that the suspended pass holds."""
+        return 0 if self._spilled is not None else sum(storage.nbytes() for storage in self._watch.storages())
+
+    def spill(self) -> int:
+        """Move what the suspended pass holds to a file until it goes on; how many bytes that were."""
+        if self._spilled is None:
+            self._spilled = Spilled(self._watch.storages())
+        return self._spilled.bytes
 
     def stop(self) -> None:
         """Give up the rest of the pass and remove the hooks."""
@@ -71,11 +97,16 @@ class Strand:
             self._stopping = True
             self._go.release()
             self._thread.join()
+        if self._spilled is not None:
+            self._spilled.forget()
+            self._spilled = None
+        self.value = None
+        self.kept.clear()
 
     def _run(self) -> None:
         self._go.acquire()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._watch:
                 if not self._stopping:
                     self._model(self._inputs)
         except _Stopped:
@@ -113,10 +144,14 @@ class Strand:
 
 @contextmanager
 def strands(
-    model: nn.Module, batches: Sequence[Tensor], layers: Sequence[str], at: Literal["input", "output"]
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    layers: Sequence[str],
+    at: Literal["input", "output"],
+    keep: Collection[int] = (),
 ) -> Iterator[list[Strand]]:
     """One strand a batch; all are stopped and all hooks removed at the end."""
-    made = [Strand(model, inputs, layers, at) for inputs in batches]
+    made = [Strand(model, inputs, layers, at, keep) for inputs in batches]
     try:
         yield made
     finally:

@@ -12,24 +12,27 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from tpvprune.batches import Batch, Progress, evaluation_mode, model_inputs
 from tpvprune.errors import InputError, PlanError
-from tpvprune.patches import patches
-from tpvprune.plan import Plan, plan_of
-from tpvprune.recovery.lockstep import strands
-from tpvprune.recovery.masks import solve_free
+from tpvprune.plan import Plan
+from tpvprune.recovery.denseinputs import refit_on_dense_inputs
+from tpvprune.recovery.fits import REFITTED, Fit, consumers, fitting_plan
+from tpvprune.recovery.lockstep import Strand, strands
+from tpvprune.recovery.order import Course, course
 
 logger = logging.getLogger(__name__)
 MOST_STRANDS = 16
-REFITTED = (nn.Linear, nn.Conv1d, nn.Conv2d)
+MIB = 1 << 20
+Told = Callable[[dict[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,36 @@ class Reconstruct:
     """Settings of the closed form.
 
     Attributes:
-        ridge: pull toward the kept weights, as a share of the mean input variance of the layer.
+        ridge: pull toward the kept weights, as a share of the mean input variance of the layer; "auto" takes for each
+            layer the one of 1e-4 to 1, in powers of ten, that does best on the half of the samples it was not fitted
+            to.
+        inputs: "pruned" fits each layer to the inputs that the refitted layers before it give, "dense" to those of
+            the dense model, all layers from one pass: cheaper, and blind to errors that pile up.
+        sums: where a layer's output is added to a stream, as in a residual block, come close to the dense model's sum,
+            so that what the stream lacks already is made up for. Of no effect on dense inputs.
+        every: refit all layers behind the first that reads pruned units, not only those that read some.
+        positions: of a sample's positions (pixels, tokens) of a layer, at most so many are fitted to: neighbours say
+            much the same, and the products over all of them are what a refit takes its time for.
+        memory: MiB of activations that are kept in memory between layers; what goes beyond lies in temporary files.
     """
 
-    ridge: float = 1e-2
+    ridge: float | Literal["auto"] = 1e-2
+    inputs: Literal["pruned", "dense"] = "pruned"
+    sums: bool = True
+    every: bool = False
+    positions: int = 1024
+    memory: float = 1024.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.ridge) and self.ridge >= 0):
-            raise InputError(f"ridge={self.ridge} must be zero or more")
+        number = isinstance(self.ridge, (int, float)) and math.isfinite(self.ridge) and self.ridge >= 0
+        if self.ridge != "auto" and not number:
+            raise InputError(f"ridge={self.ridge} must be zero or more, or 'auto'")
+        if self.inputs not in ("pruned", "dense"):
+            raise InputError(f"inputs={self.inputs!r} must be 'pruned' or 'dense'")
+        if not (isinstance(self.positions, int) and self.positions >= 1):
+            raise InputError(f"positions={self.positions!r} must be a whole number from 1")
+        if not self.memory >= 0:
+            raise InputError(f"memory={self.memory} must be a number of MiB, zero or more")
 
 
 def reconstruct(
@@ -54,52 +79,103 @@ def reconstruct(
     settings: Reconstruct | None = None,
     *,
     progress: Progress | None = None,
+    log: Told | None = None,
 ) -> nn.Module:
     """A copy of a pruned model with its consumer layers refitted to the dense one's outputs.
 
     Behind a skipped block every layer is refitted: what it reads has changed, whatever units it has left.
 
-    Costs one forward pass of each network over the batches, plus Gram matrices and solves. The
-    activations of all batches at the current layer are held in memory. Masked weights stay zero: each output is
+    Costs one forward pass of the dense network over the batches, one of the pruned one and one more of its refitted
+    layers, plus Gram matrices and solves. Between layers the passes over all batches are suspended; what they hold is
+    kept in memory up to a bound, and in temporary files beyond it. Masked weights stay zero: each output is
     refitted over the weights that are left to it.
 
     Args:
         model: from `apply`; carries its plan.
         batches: unlabeled; labels are not looked at.
         teacher: the dense model the plan was made for.
-        settings: how strongly to shrink.
+        settings: how strongly to shrink, and toward what.
         progress: called as `progress("reconstruct", layers_done, layers_to_do)`.
+        log: receives `{"layers", "samples", "memory_mib", "file_mib", "seconds"}` at the end; MiB are the most
+            activations that were held at any time.
 
     Raises:
         PlanError: the model carries no plan, or the teacher is another model.
     """
-    settings = settings or Reconstruct()
-    plan = plan_of(model)
-    if plan is None:
-        raise PlanError("reconstruct needs a model that apply() made: this one carries no plan")
-    dense = {name: tuple(p.shape) for name, p in teacher.named_parameters()}
-    wrong = next((n for n in plan.graph.parameters if dense.get(n) != plan.graph.shapes[n]), None)
-    if wrong is not None:
-        raise PlanError(f"the teacher is not the dense original: {wrong!r} is {dense.get(wrong)} there")
+    settings, start = settings or Reconstruct(), time.perf_counter()
+    plan = fitting_plan(model, teacher, "reconstruct")
     inputs = _merged(list(model_inputs(model, batches, "reconstruct", None)))
-    small, masks = copy.deepcopy(model), plan.weight_masks()
-    with evaluation_mode(small, teacher):
-        layers, followers = _order(small, inputs[0], _consumers(small, plan), _skipped(plan))
-        with (
-            strands(small, inputs, layers, "input") as students,
-            strands(teacher, inputs, layers, "output") as masters,
-        ):
-            for done in range(len(layers)):
-                names = {s.advance() for s in students} | {m.advance() for m in masters}
-                if len(names) != 1 or None in names:
-                    raise PlanError(f"batches take different paths through the model, at {sorted(map(str, names))}")
-                name = next(str(n) for n in names)
-                rows = plan.kept_entries(f"{name}.weight", 0).to(inputs[0].device)
-                pairs = [(s.value, m.value) for s, m in zip(students, masters, strict=True)]
-                _refit(small, name, followers.get(name), pairs, rows, settings.ridge, masks.get(f"{name}.weight"))
-                if progress:
-                    progress("reconstruct", done + 1, len(layers))
+    small = copy.deepcopy(model)
+    with evaluation_mode(small, teacher), torch.no_grad():
+        names, behind = consumers(small, plan), _skipped(plan)
+        if settings.every:
+            behind += names
+        way = course(small, inputs[0], names, REFITTED, behind)
+        told: dict[str, float] = {"layers": len(way.layers), "samples": sum(map(len, inputs))}
+        if settings.inputs == "dense":
+            told |= refit_on_dense_inputs(
+                small, teacher, inputs, way, plan, settings.ridge, settings.positions, progress
+            )
+        else:
+            told |= _in_turn(small, teacher, inputs, way, plan, settings, progress)
+    told["seconds"] = round(time.perf_counter() - start, 2)
+    logger.info("reconstruct: %s", ", ".join(f"{name} {value:g}" for name, value in told.items()))
+    if log:
+        log(told)
     return small
+
+
+def _in_turn(
+    small: nn.Module,
+    teacher: nn.Module,
+    inputs: list[Tensor],
+    way: Course,
+    plan: Plan,
+    settings: Reconstruct,
+    progress: Progress | None,
+) -> dict[str, float]:
+    """Refit layer after layer, all passes waiting at each."""
+    goal = course(teacher, inputs[0], way.layers, ()) if settings.sums else Course()
+    summed = {name for name in way.sums if name in goal.sums and name in way.layers}
+    firsts = [sum(map(len, inputs[:i])) for i in range(len(inputs))]
+    limit = settings.memory * MIB
+    memory = file = 0.0
+    with ExitStack() as stack:
+        known, wanted = ({c.sums[name].other for name in summed} for c in (way, goal))
+        students = stack.enter_context(strands(small, inputs, way.layers, "input", known))
+        masters = stack.enter_context(strands(teacher, inputs, way.layers, "output", wanted))
+        for done, _ in enumerate(way.layers):
+            fit: Fit | None = None
+            held = spilled = 0.0
+            for student, master, first, batch in zip(students, masters, firsts, inputs, strict=True):
+                names = {student.advance(), master.advance()}
+                name = student.layer
+                if name is None or len(names) != 1 or (fit is not None and fit.name != name):
+                    raise PlanError(f"batches take different paths through the model, at {sorted(map(str, names))}")
+                fit = fit or Fit(small, name, way, plan, settings.ridge == "auto", settings.positions)
+                assert student.value is not None
+                assert master.value is not None
+                lacks = _lacks(fit, student, master, way, goal) if name in summed else None
+                fit.add(student.value, master.value, len(batch), first, lacks)
+                own = student.held() + master.held()
+                memory = max(memory, held + own)
+                if held + own > limit:
+                    spilled += student.spill() + master.spill()
+                else:
+                    held += own
+            file = max(file, spilled)
+            assert fit is not None
+            fit.finish(settings.ridge)
+            if progress:
+                progress("reconstruct", done + 1, len(way.layers))
+    return {"memory_mib": round(memory / MIB, 2), "file_mib": round(file / MIB, 2)}
+
+
+def _lacks(fit: Fit, student: Strand, master: Strand, way: Course, goal: Course) -> Tensor | None:
+    """What a layer's output is to make up for: what it is added to, in the dense model and in the pruned one."""
+    wanted, there = (s.kept.pop(c.sums[fit.name].other) for s, c in ((master, goal), (student, way)))
+    wanted = wanted.index_select(fit.channels % wanted.ndim, fit.rows)
+    return fit.before_norm(wanted - there)
 
 
 def _merged(inputs: list[Tensor]) -> list[Tensor]:
@@ -110,151 +186,6 @@ def _merged(inputs: list[Tensor]) -> list[Tensor]:
     return [torch.cat(inputs[i : i + size]) for i in range(0, len(inputs), size)]
 
 
-def _consumers(model: nn.Module, plan: Plan) -> list[str]:
-    """Layers that lack inputs or weights, but no bias, and whose refit is linear least squares."""
-    pruned = [plan.graph[name] for name, keep in plan.keep.items() if not bool(keep.all())]
-    gone = plan.graph.vanished(plan.keep)
-    names = dict.fromkeys(m.layer for group in pruned for m in group.of_role("consume") if m.param not in gone)
-    masked = [name for name, mask in plan.weights.items() if not bool(mask.all())]
-    names |= dict.fromkeys(name.removesuffix(".weight") for name in masked if name.endswith(".weight"))
-    held = {name.removesuffix(".bias") for name in masked if name.endswith(".bias")}  # as in a block held at zero
-    return [n for n in names if n not in held and isinstance(model.get_submodule(n), REFITTED)]
-
-
 def _skipped(plan: Plan) -> list[str]:
     """Blocks in whose place an identity stands."""
     return [name for name, keep in plan.keep.items() if plan.graph[name].kind == "block" and not bool(keep.any())]
-
-
-@torch.no_grad()
-def _order(model: nn.Module, inputs: Tensor, layers: list[str], skipped: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The layers, and all behind skipped blocks, in execution order, and for each the batch norm that reads it."""
-    behind = False
-    calls: dict[str, int] = {}
-    made: dict[int, tuple[str, Tensor, int]] = {}
-    followers: dict[str, str] = {}
-    handles = []
-
-    def after(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            nonlocal behind
-            behind |= name in skipped
-            if name not in layers and (name in skipped or not behind):
-                return
-            calls[name] = calls.get(name, 0) + 1
-            made[id(output)] = (name, output, output._version)
-
-        return hook
-
-    def before(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            source = made.get(id(args[0])) if args else None
-            if source is not None and source[2] == args[0]._version:  # no in-place activation came between
-                followers[source[0]] = name
-
-        return hook
-
-    for name, module in model.named_modules():
-        if name in layers or name in skipped or (skipped and isinstance(module, REFITTED)):
-            handles.append(module.register_forward_hook(after(name)))
-        elif isinstance(module, _BatchNorm) and module.running_mean is not None:
-            handles.append(module.register_forward_pre_hook(before(name)))
-    try:
-        model(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, count in calls.items():
-        if count > 1:
-            logger.info("%s runs %d times in one pass and keeps its weights", name, count)
-    return [name for name, count in calls.items() if count == 1], followers
-
-
-class _Normal:
-    """Normal equations of one layer, summed in float64 over batches.
-
-    `x` is `(groups, rows, inputs)`, the residual `d` `(groups, rows, outputs)`.
-    """
-
-    def __init__(self) -> None:
-        self.rows = 0
-        self.xx = self.xd = self.x = self.d = torch.zeros(())
-        self.dd = 0.0
-
-    def add(self, x: Tensor, d: Tensor) -> None:
-        x, d = (t if t.dtype == torch.float64 else t.float() for t in (x, d))  # half precision would overflow
-        self.rows += x.shape[1]
-        self.xx = self.xx + (x.mT @ x).double()
-        self.xd = self.xd + (x.mT @ d).double()
-        self.x, self.d = self.x + x.sum(1).double(), self.d + d.sum(1).double()
-        self.dd += float(d.double().square().sum())
-
-    def solve(self, ridge: float, biased: bool, free: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Change of the weights `(groups, outputs, inputs)` and of the bias `(groups, outputs)`.
-
-        Args:
-            ridge: share of the mean input variance.
-            biased: whether there is a bias to move.
-            free: which weights may change, shaped as they are; None for all.
-        """
-        xx, xd = self.xx / self.rows, self.xd / self.rows
-        x, d = self.x / self.rows, self.d / self.rows
-        if biased:
-            xx, xd = xx - x.unsqueeze(2) * x.unsqueeze(1), xd - x.unsqueeze(2) * d.unsqueeze(1)
-        width = xx.shape[-1]
-        scale = xx.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)
-        eye = torch.eye(width, dtype=xx.dtype, device=xx.device)
-        # The floor keeps the factorisation safe where inputs are dead or fewer than the weights.
-        damped = xx + (max(ridge, 1e-8) * scale).reshape(-1, 1, 1) * eye
-        if free is None:
-            change = torch.cholesky_solve(xd, torch.linalg.cholesky(damped))
-        else:
-            change = solve_free(damped, xd, free.to(xd.device).mT)
-        bias = d - (x.unsqueeze(1) @ change).squeeze(1) if biased else torch.zeros_like(d)
-        return change.mT, bias
-
-
-@torch.no_grad()
-def _refit(
-    model: nn.Module,
-    name: str,
-    follower: str | None,
-    pairs: list[tuple[Tensor | None, Tensor | None]],
-    rows: Tensor,
-    ridge: float,
-    mask: Tensor | None,
-) -> None:
-    """Refit one layer in place from (its input in the pruned network, the dense layer's output)."""
-    layer: Any = model.get_submodule(name)
-    norm = model.get_submodule(follower) if follower is not None else None
-    normal, groups = _Normal(), int(getattr(layer, "groups", 1))
-    for value, target in pairs:
-        assert value is not None
-        assert target is not None
-        residual = _rows_of_output(layer, target, rows) - _rows_of_output(layer, layer.forward(value), None)
-        columns = patches(layer, value)
-        rows_read = columns.permute(1, 0, 3, 2).reshape(groups, -1, columns.shape[2])
-        if rows_read.shape[1] != residual.shape[0]:
-            logger.info("%s pads in a way of its own and keeps its weights", name)
-            return
-        normal.add(rows_read, residual.reshape(residual.shape[0], groups, -1).transpose(0, 1))
-    biased = layer.bias is not None or norm is not None
-    whole = mask is None or bool(mask.all())
-    free = None if mask is None or whole else mask.reshape(groups, -1, normal.x.shape[1])
-    change, shift = normal.solve(ridge, biased, free)
-    weight: Tensor = layer.weight
-    weight += change.reshape(weight.shape).to(weight.dtype)
-    if layer.bias is not None:
-        layer.bias += shift.flatten().to(layer.bias.dtype)
-    elif norm is not None:
-        norm.running_mean -= shift.flatten().to(weight.dtype)  # type: ignore[operator]
-
-
-def _rows_of_output(layer: nn.Module, output: Tensor, keep: Tensor | None) -> Tensor:
-    """`(rows, outputs)`: one row a position and sample, with only the outputs in `keep`."""
-    if isinstance(layer, nn.Linear):
-        flat = output.reshape(-1, output.shape[-1])
-        return flat if keep is None else flat[:, keep]
-    if keep is not None:
-        output = output[:, keep]
-    return output.flatten(2).transpose(1, 2).reshape(-1, output.shape[1])

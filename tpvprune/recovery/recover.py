@@ -1,15 +1,18 @@
-"""The recovery verb: closed form, then (if asked) batch-norm statistics, then distillation."""
+"""The recovery verb: means or closed form, then (if asked) batch-norm statistics, then distillation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from os import PathLike
 
 from torch import nn
 
 from tpvprune.batches import Batch, Progress, Selector, repeatable
 from tpvprune.recovery.batchnorm import reestimate_batchnorm
-from tpvprune.recovery.finetune import Finetune, Log, finetune
+from tpvprune.recovery.denseinputs import fold_means
+from tpvprune.recovery.finetune import Log, finetune
 from tpvprune.recovery.reconstruct import Reconstruct, reconstruct
+from tpvprune.recovery.settings import Finetune
 
 CLOSED_FORM = Reconstruct()
 DISTILLATION = Finetune()
@@ -21,9 +24,12 @@ def recover(
     *,
     teacher: nn.Module,
     reconstruct_with: Reconstruct | None = CLOSED_FORM,
+    fold: bool = False,
     batchnorm: bool = False,
     finetune_with: Finetune | None = DISTILLATION,
     finetune_batches: Iterable[Batch] | None = None,
+    held_out: Iterable[Batch] | None = None,
+    save: str | PathLike[str] | None = None,
     output: Selector = None,
     progress: Progress | None = None,
     log: Log | None = None,
@@ -35,23 +41,39 @@ def recover(
         batches: unlabeled; a list or a DataLoader.
         teacher: the dense model.
         reconstruct_with: settings of the closed form; None leaves it out.
+        fold: whether to add the means of what has left to biases first: the cheapest recovery, of no use before a
+            closed form.
         batchnorm: whether to re-estimate batch-norm statistics before fine-tuning.
         finetune_with: settings of the distillation; None leaves it out.
         finetune_batches: other (more, or augmented) batches for the distillation.
+        held_out: other unlabeled batches that the distillation's `patience` is counted on.
+        save: a folder for the distillation's state; one found there is gone on with. See `finetune`.
         output: which part of what the models return the distillation compares; see `finetune`.
         progress: called as `progress(stage, done, total)`.
-        log: receives the distillation's loss per epoch.
+        log: receives what the closed form cost, and the distillation's loss per epoch.
 
     Raises:
         PlanError: the model carries no plan, or the teacher is another model.
         DataError: the batches are empty, or can be read once only and must be read more often.
     """
     repeatable(batches, "recovery reads them several times")
+    if fold:
+        model = fold_means(model, batches, teacher, progress=progress)
     if reconstruct_with is not None:
-        model = reconstruct(model, batches, teacher, reconstruct_with, progress=progress)
+        model = reconstruct(model, batches, teacher, reconstruct_with, progress=progress, log=log)
     if batchnorm:
         model = reestimate_batchnorm(model, batches, progress=progress)
     if finetune_with is not None:
         source = batches if finetune_batches is None else finetune_batches
-        model = finetune(model, source, teacher, finetune_with, output=output, progress=progress, log=log)
+        model = finetune(
+            model,
+            source,
+            teacher,
+            finetune_with,
+            output=output,
+            held_out=held_out,
+            save=save,
+            progress=progress,
+            log=log,
+        )
     return model

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from tpvprune.errors import DataError
+from tpvprune.zoo.streams import Stream, Targets, dataset_of, from_factory, streamed
 
 logger = logging.getLogger(__name__)
 BAD_SHARE = 0.1
@@ -100,6 +101,10 @@ class Pool(Dataset[Any]):
         """(even positions, odd positions): for scoring and recovery, for measuring."""
         return self._with(self.positions[::2]), self._with(self.positions[1::2])
 
+    def part(self, mine: Callable[[int], bool]) -> Pool:
+        """The images at the places, counted from 0, that `mine` says yes to."""
+        return self._with([position for place, position in enumerate(self.positions) if mine(place)])
+
     def sample(self, count: int | None, seed: int = 0) -> Pool:
         """At most `count` images, drawn without replacement, in their old order."""
         if count is None or count >= len(self):
@@ -125,6 +130,11 @@ class Loader:
         self._inner = DataLoader(
             pool, batch_size, shuffle, num_workers=workers, collate_fn=_collate, generator=generator
         )
+
+    @property
+    def generator(self) -> torch.Generator:
+        """What shuffles; where it stands decides what the next pass gives."""
+        return self._inner.generator
 
     def __len__(self) -> int:
         return len(self._inner)
@@ -176,15 +186,17 @@ def input_size(model: nn.Module, size: int | None = None) -> tuple[int, int, int
 
 def open_pool(
     source: str | Path, model: nn.Module, *, size: int | None = None, labels: str | Path | None = None
-) -> Pool:
+) -> Pool | Stream:
     """Open images by name.
 
     Args:
-        source: a folder of images in any tree, an `.npz` / `.npy` array file, or `digits`.
+        source: a folder of images in any tree, an `.npz` / `.npy` array file, `digits`, or a tar file or name of
+            timm's dataset factory (see `zoo.streams`).
         model: says which preprocessing fits (timm's data configuration).
         size: height and width in pixels, in place of the model's own.
         labels: None, "folders" (a class per parent folder, alphabetical), or a class-map file with a folder
-            name per line in label order. Arrays and digits carry their own.
+            name per line in label order. Arrays and digits carry their own; tar files and named sets give their own
+            if anything is asked for.
 
     Raises:
         DataError: nothing there, no image, more than 10 % unreadable, or labels that do not fit.
@@ -192,6 +204,8 @@ def open_pool(
     shape = input_size(model, size)
     if str(source) == "digits":
         return _digits(shape)
+    if from_factory(source):
+        return _factory(source, model, shape, labels)
     path = Path(source).expanduser()
     if path.is_file() and path.suffix in (".npz", ".npy"):
         return _arrays(path, shape[0])
@@ -264,6 +278,19 @@ def _folder(folder: Path, model: nn.Module, shape: tuple[int, int, int], labels:
         )
     if bad:
         logger.warning("%s: skipped %d of %d files that are no images", folder, len(bad), len(files))
+    transform = _transform(model, shape)
+
+    def read(position: int, augment: bool) -> Tensor:
+        with Image.open(good[position]) as image:
+            return transform(image.convert("L" if shape[0] == 1 else "RGB"), augment)
+
+    names = [str(file.relative_to(folder)) for file in good]
+    skipped = {str(file.relative_to(folder)): "no image" for file in bad}
+    return Pool(str(folder), read, names, _labels(good, folder, model, labels), skipped)
+
+
+def _transform(model: nn.Module, shape: tuple[int, int, int]) -> Callable[[Any, bool], Tensor]:
+    """From an image to what the model reads, varied or plain."""
     config = resolve_data_config({"input_size": shape}, model=model)
     keep = {key: config[key] for key in ("input_size", "mean", "std", "interpolation")}
     if shape[0] == 1:
@@ -271,14 +298,27 @@ def _folder(folder: Path, model: nn.Module, shape: tuple[int, int, int], labels:
     plain = create_transform(**keep, crop_pct=config["crop_pct"])
     varied = _augmentation(shape, keep)
 
-    def read(position: int, augment: bool) -> Tensor:
-        with Image.open(good[position]) as image:
-            out: Tensor = (varied if augment else plain)(image.convert("L" if shape[0] == 1 else "RGB"))
+    def apply(image: Any, augment: bool) -> Tensor:
+        out: Tensor = (varied if augment else plain)(image)
         return out
 
-    names = [str(file.relative_to(folder)) for file in good]
-    skipped = {str(file.relative_to(folder)): "no image" for file in bad}
-    return Pool(str(folder), read, names, _labels(good, folder, model, labels), skipped)
+    return apply
+
+
+def _factory(
+    source: str | Path, model: nn.Module, shape: tuple[int, int, int], labels: str | Path | None
+) -> Pool | Stream:
+    """A source of timm's dataset factory; labels, if any are asked for, are its own."""
+    dataset = dataset_of(source, "L" if shape[0] == 1 else "RGB")
+    transform = _transform(model, shape)
+    if streamed(source):
+        return Stream(str(source), dataset, transform, labels is not None)
+
+    def read(position: int, augment: bool) -> Tensor:
+        return transform(dataset[position][0], augment)
+
+    names = list(map(str, range(len(dataset))))
+    return Pool(str(source), read, names, None if labels is None else Targets(dataset))
 
 
 def _augmentation(shape: tuple[int, int, int], keep: dict[str, Any]) -> Callable[[Any], Tensor]:

@@ -1,0 +1,266 @@
+"""Distillation beside its defaults: features, averages, mixtures, early ends, stops in the middle."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import tpvprune as tp
+from tests.helpers import assert_same_state, gap, outputs, plan_without
+from tests.recovery.test_finetune import cut, kl
+from tpvprune.errors import CheckpointError
+from tpvprune.recovery import finetune as module
+from tpvprune.recovery.state import load_state, random_state, save_state, set_random_state
+
+
+def loader(batches: list[Tensor], seed: int = 1) -> DataLoader:
+    data = TensorDataset(torch.cat(batches))
+    return DataLoader(data, 8, shuffle=True, generator=torch.Generator().manual_seed(seed))
+
+
+class Noisy(nn.Module):
+    """A network whose training draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.drop, self.b = nn.Linear(6, 12), nn.Dropout(0.3), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.drop(torch.relu(self.a(x))))
+
+
+def noisy() -> tuple[nn.Module, nn.Module, list[Tensor]]:
+    torch.manual_seed(0)
+    model = Noisy().eval()
+    batches = [torch.randn(16, 6) for _ in range(3)]
+    return model, tp.apply(model, plan_without(tp.trace(model, batches[0]), {"a": [0, 3, 5, 7]})), batches
+
+
+SETTINGS = {
+    "plain": {},
+    "ema": {"ema": 0.9},
+    "mixup": {"mixup": 0.4, "cutmix": 0.0},
+    "accumulated": {"accumulate": 2},
+    "momentum": {"optimizer": "momentum", "schedule": "step"},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("stop", [4, 6, 7, 11])
+def test_a_stopped_run_goes_on_to_the_same_result(
+    name: str, stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, small, batches = noisy()
+    settings = tp.Finetune(epochs=3, lr=1e-2, **SETTINGS[name])
+
+    def once(save: Path | None, stop: int = 0) -> tuple[nn.Module, list[float]]:
+        torch.manual_seed(7)
+        losses: list[float] = []
+
+        def tell(stage: str, done: int, total: int | None) -> None:
+            if done == stop:
+                raise KeyboardInterrupt
+
+        try:
+            found = tp.finetune(
+                small, loader(batches), model, settings, save=save, save_every=1, progress=tell,
+                log=lambda told: losses.append(told["loss"]),
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            return small, losses
+        return found, losses
+
+    monkeypatch.setattr("numpy.random.beta", lambda a, b: 0.3)  # numpy's stream is not seeded here
+    whole, losses = once(None)
+    _, first = once(tmp_path, stop)
+    assert (tmp_path / "last.safetensors").is_file()
+    torch.manual_seed(99)  # whatever was drawn since must not matter
+    learnt = []
+    real = module._Training._learn
+    monkeypatch.setattr(module._Training, "_learn", lambda self, *a: (learnt.append(1), real(self, *a))[1])
+    again, rest = once(tmp_path)
+    assert_same_state(again.state_dict(), whole.state_dict())
+    assert losses == first + rest
+    assert 18 - stop <= len(learnt) <= 18 - stop + settings.accumulate
+    assert gap(whole.a.weight, small.a.weight) > 1e-3
+
+
+def test_a_finished_run_is_not_run_again_and_another_is_refused(tmp_path: Path) -> None:
+    model, small, batches = noisy()
+    settings = tp.Finetune(epochs=1)
+    found = tp.finetune(small, batches, model, settings, save=tmp_path)
+    told: list[Any] = []
+    again = tp.finetune(small, batches, model, settings, save=tmp_path, progress=lambda *a: told.append(a))
+    assert_same_state(found.state_dict(), again.state_dict())
+    assert told == []
+    with pytest.raises(CheckpointError, match="another folder"):
+        tp.finetune(small, batches, model, tp.Finetune(epochs=2), save=tmp_path)
+    (tmp_path / "last.safetensors").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="holds no state of a training run"):
+        tp.finetune(small, batches, model, settings, save=tmp_path)
+
+
+def test_a_moving_average_is_the_average_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, small, batches = cut("mlp")
+    seen: list[dict[str, Tensor]] = []
+    real = module.Masks.weights
+
+    def after_step(self: Any) -> None:
+        real(self)
+        seen.append({n: p.detach().clone() for n, p in student[0].named_parameters()})
+
+    student: list[nn.Module] = []
+    init = module._Training.__init__
+    monkeypatch.setattr(
+        module._Training, "__init__", lambda self, *a: (init(self, *a), student.append(self.student))[0]
+    )
+    monkeypatch.setattr(module.Masks, "weights", after_step)
+    found = tp.finetune(small, batches, model, tp.Finetune(epochs=3, lr=1e-2, ema=0.8))
+    average = seen[0]  # timm starts from the weights of the first step
+    for step, weights in enumerate(seen[1:], 1):
+        decay = min(0.8, 1 - (1 + step) ** (-2 / 3))
+        average = {n: decay * average[n] + (1 - decay) * weights[n] for n in average}
+    for name, value in found.named_parameters():
+        torch.testing.assert_close(value.detach(), average[name], rtol=0, atol=1e-5)
+    plain = tp.finetune(small, batches, model, tp.Finetune(epochs=3, lr=1e-2))
+    assert gap(next(plain.parameters()), next(found.parameters())) > 1e-4
+
+
+def test_features_come_closer_if_they_are_asked_to() -> None:
+    model, small, batches = cut("conv_bn")
+    from tpvprune.plan import plan_of
+
+    rows = plan_of(small).kept_entries("conv2.weight", 0)
+    assert len(rows) < model.conv2.out_channels
+    held: dict[str, Tensor] = {}
+
+    def distance(net: nn.Module) -> float:
+        handles = [
+            m.conv2.register_forward_hook(lambda a, b, out, k=k: held.__setitem__(k, out))
+            for k, m in (("mine", net), ("wanted", model))
+        ]
+        x = torch.cat(batches)
+        outputs(net, x), outputs(model, x)
+        for handle in handles:
+            handle.remove()
+        return float((held["mine"] - held["wanted"][:, rows]).square().mean())
+
+    same = {"epochs": 10, "lr": 1e-2, "norms": "freeze"}
+    plain = tp.finetune(small, batches, model, tp.Finetune(**same))
+    asked = tp.finetune(small, batches, model, tp.Finetune(**same, features=("conv2",), feature_weight=10.0))
+    assert distance(asked) < 0.5 * distance(plain)
+    assert not any(m._forward_hooks for m in [*asked.modules(), *model.modules()])
+    with pytest.raises(tp.InputError, match="'conv9' is no module"):
+        tp.finetune(small, batches, model, tp.Finetune(features=("conv9",), feature_weight=1.0))
+    with pytest.raises(tp.InputError, match="features"):
+        tp.Finetune(feature_weight=1.0)
+
+
+def test_training_ends_when_held_out_images_say_so_and_gives_back_the_best(tmp_path: Path) -> None:
+    model, small, batches = cut("mlp")
+    held = [torch.randn(32, *batches[0].shape[1:], generator=torch.Generator().manual_seed(8))]
+    settings = tp.Finetune(epochs=40, lr=0.3, clip=1e3, schedule="constant", warmup=0.0, patience=2)
+    told: list[dict[str, float]] = []
+    found = tp.finetune(small, batches, model, settings, held_out=held, log=told.append, save=tmp_path)
+    measured = [entry["held_out"] for entry in told]
+    best = measured.index(min(measured))
+    assert len(told) == best + 3 < 40
+    assert kl(found, model, held) == pytest.approx(min(measured), rel=1e-4)
+    assert min(measured) < measured[-1]
+    assert load_state(tmp_path / "best.safetensors")["held_out"] == min(measured)
+    with pytest.raises(tp.InputError, match="give held_out"):
+        tp.finetune(small, batches, model, settings)
+
+
+def test_mixtures_are_answered_by_the_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, small, batches = cut("conv_bn")
+    before = [b.clone() for b in batches]
+    seen: list[Tensor] = []
+    model.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone()))
+    monkeypatch.setattr("numpy.random.beta", lambda a, b: 0.25)
+    tp.finetune(small, batches, model, tp.Finetune(epochs=1, mixup=1.0))
+    mixed = [s for s in seen if len(s) > 1]
+    for got, plain in zip(mixed, batches, strict=True):
+        torch.testing.assert_close(got, 0.25 * plain + 0.75 * plain.flip(0))
+    assert all(torch.equal(a, b) for a, b in zip(batches, before, strict=True))
+    odd = [b[:5] for b in batches]
+    seen.clear()
+    tp.finetune(small, odd, model, tp.Finetune(epochs=1, cutmix=1.0))
+    assert [len(s) for s in seen if len(s) > 1] == [4] * 4
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "tanh", "step", "multistep", "poly", "constant"])
+def test_schedules_are_timms(schedule: Any) -> None:
+    model, small, batches = cut("mlp")
+    told: list[dict[str, float]] = []
+    settings = tp.Finetune(epochs=6, lr=0.02, schedule=schedule, warmup=0.2)
+    tp.finetune(small, batches, model, settings, log=told.append)
+    rates = [entry["lr"] for entry in told]
+    assert rates[-1] == 0.02 if schedule == "constant" else rates[-1] < 0.005
+    assert all(entry["samples_per_second"] > 0 for entry in told)
+    assert told[-1]["seconds_left"] == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"ema": 1.0}, {"mixup": -1}, {"cutmix": -1}, {"patience": 0}, {"schedule": "square"}, {"feature_weight": -1}],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(tp.InputError, match=next(iter(change))):
+        tp.Finetune(**change)
+
+
+def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
+    state = {
+        "a": [1, 2.5, None, "x", True], "b": {3: torch.arange(4), "c": {"d": torch.zeros(2, dtype=torch.bfloat16)}},
+        "inf": float("inf"), "random": random_state(),
+    }  # fmt: skip
+    save_state(tmp_path / "s.safetensors", state)
+    found = load_state(tmp_path / "s.safetensors")
+    assert found["a"] == state["a"]
+    assert found["inf"] == float("inf")
+    assert torch.equal(found["b"][3], state["b"][3])
+    assert found["b"]["c"]["d"].dtype == torch.bfloat16
+    import random
+
+    import numpy as np
+
+    drawn = torch.rand(3), np.random.rand(3), random.random()
+    set_random_state(found["random"])
+    again = torch.rand(3), np.random.rand(3), random.random()
+    assert torch.equal(drawn[0], again[0])
+    assert (drawn[1] == again[1]).all()
+    assert drawn[2] == again[2]
+    with pytest.raises(TypeError, match="cannot be saved"):
+        save_state(tmp_path / "t.safetensors", {"a": object()})
+    assert not (tmp_path / "t.safetensors").exists()
+
+
+def test_a_write_that_fails_leaves_the_old_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "s.safetensors"
+    save_state(path, {"a": 1})
+
+    def fails(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", fails)
+    with pytest.raises(OSError, match="disk full"):
+        save_state(path, {"a": 2})
+    monkeypatch.undo()
+    assert load_state(path) == {"a": 1}
+    assert [f.name for f in tmp_path.iterdir()] == ["s.safetensors"]
+
+
+def test_models_given_are_untouched() -> None:
+    model, small, batches = cut()
+    states = [copy.deepcopy(m.state_dict()) for m in (model, small)]
+    tp.finetune(small, batches, model, tp.Finetune(epochs=1, ema=0.9, mixup=0.2, features=("fc",), feature_weight=1.0))
+    for m, state in zip((model, small), states, strict=True):
+        assert_same_state(m.state_dict(), state)

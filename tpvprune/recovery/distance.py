@@ -1,0 +1,100 @@
+"""How far a model's answers are from those that it is taught."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tpvprune.batches import is_classifier
+from tpvprune.errors import InputError
+from tpvprune.plan import plan_of
+
+LAST = (nn.Linear, nn.LayerNorm)  # whose channels lie along the last dimension
+
+
+def output_distance(output: Tensor, wanted: Tensor, temperature: float = 1.0) -> Tensor:
+    """Mean KL from the teacher at a temperature, times its square; squared distance where outputs are no logits.
+
+    Args:
+        output: `(batch, ...)`, of the student.
+        wanted: shaped as it is, of the teacher.
+        temperature: both logits are divided by it.
+    """
+    if not is_classifier(output):
+        return F.mse_loss(output.float(), wanted.float())
+    softened = F.log_softmax(output.float() / temperature, dim=1)
+    target = F.log_softmax(wanted.float() / temperature, dim=1)
+    return F.kl_div(softened, target, reduction="batchmean", log_target=True) * temperature**2
+
+
+class Features:
+    """Outputs of named modules in student and teacher, held side by side.
+
+    Args:
+        student: from `apply`; which of a layer's channels it has left is read from its plan.
+        teacher: the dense model.
+        names: of modules of both.
+
+    Raises:
+        InputError: a name is of no module.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, names: Sequence[str]) -> None:
+        self._names = tuple(names)
+        modules = [dict(model.named_modules()) for model in (student, teacher)]
+        for name in names:
+            if not name or any(name not in known for known in modules):
+                raise InputError(f"finetune: features={name!r} is no module of both models; see named_modules()")
+        self._modules = [[known[name] for name in names] for known in modules]
+        plan = plan_of(student)
+        shapes = {} if plan is None else plan.graph.shapes
+        self._rows = {
+            name: plan.kept_entries(f"{name}.weight", 0) for name in names if plan and f"{name}.weight" in shapes
+        }
+
+    @contextmanager
+    def watched(self) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """What the modules give, `(student's, teacher's)`, filled by each forward pass."""
+        found: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        handles = [
+            module.register_forward_hook(_keep(held, name))
+            for modules, held in zip(self._modules, found, strict=True)
+            for name, module in zip(self._names, modules, strict=True)
+        ]
+        try:
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def distance(self, found: tuple[dict[str, Tensor], dict[str, Tensor]]) -> Tensor:
+        """Squared distance as a share of the teacher's mean square, in the mean over modules.
+
+        Raises:
+            InputError: outputs have different shapes, and nothing says which channels are left.
+        """
+        parts = []
+        for name, module in zip(self._names, self._modules[0], strict=True):
+            mine, wanted = (held[name].float() for held in found)
+            if name in self._rows:
+                dim = -1 if isinstance(module, LAST) else 1
+                wanted = wanted.index_select(dim % wanted.ndim, self._rows[name].to(wanted.device))
+            if mine.shape != wanted.shape:
+                raise InputError(
+                    f"finetune: features={name!r} gives {tuple(mine.shape)} in the pruned model and "
+                    f"{tuple(wanted.shape)} in the dense one; name a layer or norm, whose channels are known"
+                )
+            parts.append((mine - wanted).square().mean() / wanted.square().mean().clamp(min=1e-12))
+        return torch.stack(parts).mean()
+
+
+def _keep(held: dict[str, Tensor], name: str) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        held[name] = output
+
+    return hook

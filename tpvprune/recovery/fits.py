@@ -1,0 +1,201 @@
+"""One layer of a pruned model and the regression that its kept weights and its bias come out of."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.batches import device_of
+from tpvprune.errors import PlanError
+from tpvprune.patches import patches
+from tpvprune.plan import Plan, plan_of
+from tpvprune.recovery.normal import Normal, chosen_ridge
+from tpvprune.recovery.order import Course
+
+logger = logging.getLogger(__name__)
+REFITTED = (nn.Linear, nn.Conv1d, nn.Conv2d)
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+COLUMNS = 1 << 23  # numbers of unfolded inputs that are looked at together
+LEAST_SCALE = 1e-3  # of a norm's largest: what is scaled down further makes up for nothing
+
+
+def fitting_plan(model: nn.Module, teacher: nn.Module, verb: str) -> Plan:
+    """The plan that a model carries.
+
+    Raises:
+        PlanError: it carries none, or the teacher is not the model that the plan is of.
+    """
+    plan = plan_of(model)
+    if plan is None:
+        raise PlanError(f"{verb} needs a model that apply() made: this one carries no plan")
+    dense = {name: tuple(p.shape) for name, p in teacher.named_parameters()}
+    wrong = next((n for n in plan.graph.parameters if dense.get(n) != plan.graph.shapes[n]), None)
+    if wrong is not None:
+        raise PlanError(f"the teacher is not the dense original: {wrong!r} is {dense.get(wrong)} there")
+    return plan
+
+
+def consumers(model: nn.Module, plan: Plan) -> list[str]:
+    """Layers that lack inputs or weights, but no bias, and whose refit is linear least squares."""
+    pruned = [plan.graph[name] for name, keep in plan.keep.items() if not bool(keep.all())]
+    gone = plan.graph.vanished(plan.keep)
+    names = dict.fromkeys(m.layer for group in pruned for m in group.of_role("consume") if m.param not in gone)
+    masked = [name for name, mask in plan.weights.items() if not bool(mask.all())]
+    names |= dict.fromkeys(name.removesuffix(".weight") for name in masked if name.endswith(".weight"))
+    held = {name.removesuffix(".bias") for name in masked if name.endswith(".bias")}  # as in a block held at zero
+    return [n for n in names if n not in held and isinstance(model.get_submodule(n), REFITTED)]
+
+
+def kept_inputs(plan: Plan, layer: nn.Module, name: str) -> Tensor:
+    """Entries of a dense layer's input channels that the pruned layer reads, `(channels,)`.
+
+    Args:
+        plan: what has left.
+        layer: of the dense model.
+        name: the layer's.
+    """
+    param = f"{name}.weight"
+    own = plan.kept_entries(param, 1)
+    groups = int(getattr(layer, "groups", 1))
+    if groups == 1:
+        return own
+    outputs, width = plan.graph.shapes[param][:2]
+    left = (plan.kept_entries(param, 0) // (outputs // groups)).unique()
+    return (left.unsqueeze(1) * width + own).flatten()
+
+
+class Fit:
+    """The regression of one layer, gathered part by part.
+
+    Args:
+        model: the pruned model; its layer changes in `finish` alone.
+        name: the layer's.
+        way: of the pruned model.
+        plan: what the model lacks.
+        halves: whether samples are dealt out to two halves, so that a ridge can be chosen.
+        positions: at most so many of a sample's positions are fitted to, the same ones of each.
+    """
+
+    def __init__(
+        self, model: nn.Module, name: str, way: Course, plan: Plan, halves: bool, positions: int = 1 << 62
+    ) -> None:
+        self.name = name
+        self.layer: Any = model.get_submodule(name)
+        self.norm: Any = model.get_submodule(way.norms[name]) if name in way.norms else None
+        self.rows = plan.kept_entries(f"{name}.weight", 0).to(device_of(model))
+        mask = plan.weight_masks().get(f"{name}.weight")
+        self._mask = None if mask is None or bool(mask.all()) else mask
+        self._groups = int(getattr(self.layer, "groups", 1))
+        self._halves = tuple(Normal() for _ in range(1 + halves))
+        self._odd, self._positions = False, positions
+
+    @property
+    def channels(self) -> int:
+        """Dimension of the layer's outputs that its channels lie along."""
+        return -1 if isinstance(self.layer, nn.Linear) else 1
+
+    @torch.no_grad()
+    def add(self, value: Tensor, target: Tensor, samples: int, first: int, lacks: Tensor | None = None) -> None:
+        """Take samples in.
+
+        Args:
+            value: what the pruned layer reads, `(batch, ...)`.
+            target: what the dense layer gives, `(batch, ...)`, all of its outputs.
+            samples: how many there are; each may have several places in the batch, one after the other.
+            first: number of the first sample among all.
+            lacks: what the layer's outputs are to give on top, shaped as they are.
+        """
+        target = target.index_select(self.channels % target.ndim, self.rows)
+        for half, chosen in self._parts(value, target, samples, first):
+            part = value[chosen]
+            residual = target[chosen] - self.layer.forward(part)
+            if lacks is not None:
+                residual = residual + lacks[chosen]
+            flat = self._flat(residual)
+            columns = patches(self.layer, part)
+            if columns.shape[0] * columns.shape[3] != len(flat):
+                self._odd = True
+                return
+            if columns.shape[3] > self._positions:
+                some = torch.randperm(columns.shape[3], generator=torch.Generator().manual_seed(0))
+                some = some[: self._positions].sort().values.to(columns.device)
+                flat = flat.unflatten(0, columns.shape[::3])[:, some].flatten(0, 1)
+                columns = columns[..., some]
+            read = columns.permute(1, 0, 3, 2).reshape(self._groups, -1, columns.shape[2])
+            half.add(read, flat.reshape(len(flat), self._groups, -1).transpose(0, 1))
+
+    @torch.no_grad()
+    def mean_lost(self, value: Tensor, target: Tensor) -> Tensor:
+        """Mean over samples and positions of what the layer does not give of a target, `(outputs,)` in float64.
+
+        Args:
+            value: what the pruned layer reads, `(batch, ...)`; only its mean over the batch matters.
+            target: what the dense layer gives, `(batch, ...)`, all of its outputs.
+        """
+        wanted = self._flat(target.index_select(self.channels % target.ndim, self.rows)).double().mean(0)
+        middle = value.double().mean(0, keepdim=True).to(value.dtype)
+        return wanted - self._flat(self.layer.forward(middle)).double().mean(0)
+
+    @torch.no_grad()
+    def finish(self, ridge: float | Literal["auto"]) -> float | None:
+        """Write the refitted weights and bias into the layer; the ridge that was taken."""
+        if self._odd:
+            logger.info("%s pads in a way of its own and keeps its weights", self.name)
+            return None
+        total = self._halves[0] if len(self._halves) == 1 else self._halves[0] + self._halves[1]
+        biased = self.layer.bias is not None or self.norm is not None
+        free = None if self._mask is None else self._mask.reshape(self._groups, -1, total.x.shape[1])
+        taken = chosen_ridge(self._halves, RIDGES, biased, free) if ridge == "auto" else float(ridge)
+        change, shift = total.solve(taken, biased, free)
+        weight: Tensor = self.layer.weight
+        weight += change.reshape(weight.shape).to(weight.dtype)
+        self.move(shift.flatten())
+        return taken
+
+    @torch.no_grad()
+    def move(self, shift: Tensor) -> bool:
+        """Add `shift`, `(outputs,)`, to what the layer gives; False where it has no bias and no norm to add it to."""
+        if self.layer.bias is not None:
+            self.layer.bias += shift.to(self.layer.bias.dtype)
+        elif self.norm is not None:
+            self.norm.running_mean -= shift.to(self.norm.running_mean.dtype)
+        return self.layer.bias is not None or self.norm is not None
+
+    def gained(self) -> Tensor | None:
+        """By what the norm behind the layer multiplies each of its outputs, `(outputs,)`; None without a norm."""
+        if self.norm is None:
+            return None
+        gain = (self.norm.running_var + self.norm.eps).rsqrt()
+        return gain if self.norm.weight is None else gain * self.norm.weight
+
+    def before_norm(self, difference: Tensor) -> Tensor:
+        """What the layer has to give for a difference `(batch, ...)` behind its norm; `difference` without a norm."""
+        gain = self.gained()
+        if gain is None:
+            return difference
+        size = gain.abs()
+        usable = size > LEAST_SCALE * size.max()
+        factor = torch.where(usable, 1 / gain.masked_fill(~usable, 1), 0)
+        return difference * factor.reshape(-1, *[1] * (difference.ndim - 2))
+
+    def _parts(self, value: Tensor, target: Tensor, samples: int, first: int) -> Iterator[tuple[Normal, Tensor]]:
+        """The places in a batch that belong together, and the half that they go to."""
+        place = torch.arange(len(value), device=value.device)
+        number = first + place * samples // len(value)
+        positions = target[0].numel() // target.shape[self.channels]
+        reads = positions * self.layer.weight[0].numel() * self._groups
+        for which, half in enumerate(self._halves):
+            mine = place if len(self._halves) == 1 else place[number % 2 == which]
+            for chosen in mine.split(max(1, COLUMNS // max(1, reads))):
+                if len(chosen):
+                    yield half, chosen
+
+    def _flat(self, output: Tensor) -> Tensor:
+        """`(rows, outputs)`: one row a position and sample."""
+        if self.channels == -1:
+            return output.reshape(-1, output.shape[-1])
+        return output.flatten(2).transpose(1, 2).reshape(-1, output.shape[1])

@@ -1,0 +1,155 @@
+"""In which order layers run, which batch norm reads each, and what their outputs are added to."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tpvprune.recovery.spill import Watch, tensors_in
+
+logger = logging.getLogger(__name__)
+SAMPLES = 2  # enough to see the way that a pass takes
+SUMS = ("add", "add_", "__add__", "__radd__", "__iadd__")
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Where a layer's output is added to something that is known before the layer runs.
+
+    Attributes:
+        other: number of the torch function call that made what it is added to.
+        norm: the batch norm between the layer and the sum, if there is one.
+    """
+
+    other: int
+    norm: str | None
+
+
+@dataclass
+class Course:
+    """The way of one forward pass.
+
+    Attributes:
+        layers: that run exactly once, in execution order.
+        norms: of each layer whose output a batch norm reads, the norm.
+        sums: of each layer whose output goes into a sum, see `Sum`.
+    """
+
+    layers: list[str] = field(default_factory=list)
+    norms: dict[str, str] = field(default_factory=dict)
+    sums: dict[str, Sum] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A tensor that is a layer's output, or a norm's of one; held, so that no other takes its id."""
+
+    layer: str
+    norm: str | None
+    tensor: Tensor
+    version: int
+
+
+@torch.no_grad()
+def course(
+    model: nn.Module, inputs: Tensor, layers: Collection[str], kinds: tuple[type, ...], behind: Collection[str] = ()
+) -> Course:
+    """Run a model once and see which way it takes.
+
+    Args:
+        model: in eval mode.
+        inputs: `(batch, ...)`; the first two samples are looked at.
+        layers: to look for.
+        kinds: of layers to look for wherever something in `behind` has run before.
+        behind: names of modules.
+    """
+    found = Course()
+    calls: dict[str, int] = {}
+    started: dict[str, int] = {}
+    made: dict[int, tuple[int, Tensor]] = {}
+    sources: dict[int, _Source] = {}
+    passed = False
+    handles = []
+
+    def seen(number: int, function: Any, args: Any, result: Any) -> None:
+        if getattr(function, "__name__", "") in SUMS and isinstance(result, Tensor):
+            _note(found, sources, made, started, [a for a in args if isinstance(a, Tensor)], result)
+        for tensor in tensors_in(result):
+            made[id(tensor)] = number, tensor
+
+    watch = Watch(seen=seen)
+
+    def before(name: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            started.setdefault(name, watch.calls)
+
+        return hook
+
+    def after(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            nonlocal passed
+            passed |= name in behind
+            if isinstance(output, Tensor) and (name in layers or (passed and name not in behind)):
+                calls[name] = calls.get(name, 0) + 1
+                sources[id(output)] = _Source(name, None, output, output._version)
+
+        return hook
+
+    def norm(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            source = _source(sources, args[0]) if args else None
+            if source is not None and isinstance(output, Tensor):
+                found.norms[source.layer] = name
+                sources[id(output)] = _Source(source.layer, name, output, output._version)
+
+        return hook
+
+    for name, module in model.named_modules():
+        if name in layers or name in behind or (behind and isinstance(module, kinds)):
+            handles += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after(name))]
+        elif isinstance(module, _BatchNorm) and module.running_mean is not None:
+            handles.append(module.register_forward_hook(norm(name)))
+    few = inputs[:SAMPLES]
+    try:
+        with watch:
+            model(few)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, count in calls.items():
+        if count > 1:
+            logger.info("%s runs %d times in one pass and keeps its weights", name, count)
+    found.layers = [name for name, count in calls.items() if count == 1]
+    return found
+
+
+def _source(sources: dict[int, _Source], tensor: Any) -> _Source | None:
+    source = sources.get(id(tensor))
+    return source if source is not None and source.version == tensor._version else None  # nothing wrote into it
+
+
+def _note(
+    found: Course,
+    sources: dict[int, _Source],
+    made: dict[int, tuple[int, Tensor]],
+    started: dict[str, int],
+    terms: list[Tensor],
+    total: Tensor,
+) -> None:
+    """Note a sum of two tensors of one shape, if one is a layer's output and the other was there before that layer."""
+    if len(terms) != 2 or terms[0].shape != terms[1].shape:
+        return
+    for term, other in (terms, terms[::-1]):
+        written = total is term  # in place: its version has just moved on
+        source = sources.get(id(term))
+        if source is None or source.version != term._version - int(written) or id(other) not in made:
+            continue
+        number = made[id(other)][0]
+        if number < started[source.layer]:
+            found.sums[source.layer] = Sum(number, source.norm)

@@ -1,0 +1,79 @@
+"""Settings of the distillation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tpvprune.errors import InputError
+
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "constant")
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Settings of the distillation.
+
+    Attributes:
+        epochs: passes over the batches.
+        lr: peak learning rate.
+        optimizer: a timm optimiser name.
+        weight_decay: decoupled where the optimiser decouples it.
+        temperature: softening of both outputs.
+        label_weight: share of cross-entropy on labels in the loss; 0 looks at no label.
+        features: names of modules whose outputs are compared too, the channels that are left of them.
+        feature_weight: of the features' distance, as a share of the dense model's mean square, beside the loss.
+        schedule: of the learning rate: timm's "cosine", "tanh", "step", "multistep" or "poly", or "constant".
+        warmup: share of the steps with a rising learning rate.
+        clip: largest gradient norm.
+        ema: decay of a moving average of the weights, which is then what comes out; None keeps none.
+        mixup: strength of mixing pairs of images, 0 for none; the teacher answers for the mixture.
+        cutmix: strength of pasting images into each other, likewise.
+        norms: "train" updates batch-norm statistics on the way, "freeze" keeps them.
+        precision: Accelerate's mixed precision.
+        accumulate: batches per optimiser step.
+        patience: epochs without coming closer to the dense model on held-out images, after which it ends.
+    """
+
+    epochs: int = 5
+    lr: float = 1e-3
+    optimizer: str = "adamw"
+    weight_decay: float = 1e-4
+    temperature: float = 2.0
+    label_weight: float = 0.0
+    features: tuple[str, ...] = ()
+    feature_weight: float = 0.0
+    schedule: Literal["cosine", "tanh", "step", "multistep", "poly", "constant"] = "cosine"
+    warmup: float = 0.1
+    clip: float = 1.0
+    ema: float | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    norms: Literal["train", "freeze"] = "train"
+    precision: Literal["no", "fp16", "bf16"] = "no"
+    accumulate: int = 1
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        checks = {
+            "epochs": self.epochs >= 1,
+            "lr": self.lr > 0,
+            "weight_decay": self.weight_decay >= 0,
+            "temperature": self.temperature > 0,
+            "label_weight": 0 <= self.label_weight <= 1,
+            "feature_weight": self.feature_weight >= 0,
+            "features": bool(self.features) or self.feature_weight == 0,
+            "schedule": self.schedule in SCHEDULES,
+            "warmup": 0 <= self.warmup < 1,
+            "clip": self.clip > 0,
+            "ema": self.ema is None or 0 < self.ema < 1,
+            "mixup": self.mixup >= 0,
+            "cutmix": self.cutmix >= 0,
+            "accumulate": self.accumulate >= 1,
+            "norms": self.norms in ("train", "freeze"),
+            "precision": self.precision in ("no", "fp16", "bf16"),
+            "patience": self.patience is None or self.patience >= 1,
+        }
+        for name, good in checks.items():
+            if not good:
+                raise InputError(f"finetune: {name}={getattr(self, name)!r} is out of range")

@@ -1,0 +1,194 @@
+"""Images out of timm's dataset factory: tar files, Hugging Face and torchvision sets by index, the rest as streams.
+
+images.tar                          a tar file of images
+hfds/NAME@SPLIT, torch/NAME@SPLIT   sets that are read by index
+wds/FOLDER@shard-{0..9}.tar|5000    webdataset shards and how many samples they hold
+hfids/NAME@SPLIT, tfds/NAME@SPLIT   streams
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import create_dataset
+from torch import Tensor
+
+from tpvprune.errors import DataError
+
+INDEXED, STREAMED = ("hfds", "torch"), ("wds", "hfids", "tfds")
+TARS = (".tar", ".tgz", ".tar.gz")
+BUFFER = 2048  # images that are held to be shuffled
+Transform = Callable[[Any, bool], Tensor]
+
+
+def from_factory(source: str | Path) -> bool:
+    """Whether a source is one of those above; a folder of that name is a folder."""
+    text = str(source)
+    if Path(text).expanduser().is_dir():
+        return False
+    return text.endswith(TARS) or text.partition("/")[0].lower() in (*INDEXED, *STREAMED)
+
+
+def streamed(source: str | Path) -> bool:
+    """Whether a source can be read in its own order only."""
+    return str(source).partition("/")[0].lower() in STREAMED
+
+
+def dataset_of(source: str | Path, mode: str) -> Any:
+    """Timm's dataset of a source.
+
+    Args:
+        source: see above.
+        mode: "RGB" or "L".
+
+    Raises:
+        DataError: it cannot be opened; a package may be missing.
+    """
+    text = str(source)
+    name, _, split = text.partition("@")
+    kind, _, rest = name.partition("/")
+    given: dict[str, Any] = {"split": split or "train", "input_img_mode": mode}
+    if kind.lower() == "wds":
+        given |= {"root": rest}
+    elif kind.lower() == "torch":
+        rest, _, root = rest.partition(":")
+        given = {"split": split or "train", "root": root or "."}
+        name = f"torch/{rest}"
+    elif kind.lower() not in (*INDEXED, *STREAMED):
+        name, given = "", {"root": str(Path(text).expanduser()), "search_split": False, "input_img_mode": mode}
+    try:
+        return create_dataset(name, **given)
+    except (ImportError, NameError, AssertionError, OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{text} cannot be opened ({type(error).__name__}: {error}); give an existing source, and install the "
+            "package it is read with (webdataset, datasets, tfds-nightly)"
+        ) from error
+
+
+class Targets(Sequence[int]):
+    """Labels of a dataset that is read by index, looked up when they are asked for."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, place: Any) -> Any:
+        reader = getattr(self._dataset, "reader", None)
+        return int((self._dataset if reader is None else reader)[place][1])
+
+
+class Stream:
+    """Images that come in their own order; offers what a `Pool` does, without knowing one from another beforehand.
+
+    Under several processes timm's reader gives each of them shards of its own, so that a loader is `shared` already.
+
+    Attributes:
+        name: where the images come from.
+        skipped: nothing: a stream leaves out what it cannot read by itself.
+    """
+
+    def __init__(self, name: str, dataset: Any, transform: Transform, labelled: bool) -> None:
+        self.name, self.labelled = name, labelled
+        self.skipped: dict[str, str] = {}
+        self._dataset, self._transform = dataset, transform
+        self._count = len(dataset)
+        self._filters: tuple[Callable[[int], bool], ...] = ()
+        self._most: int | None = None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def part(self, mine: Callable[[int], bool]) -> Stream:
+        """The images at the places, counted from 0, that `mine` says yes to."""
+        twin = copy.copy(self)
+        twin._filters = (*self._filters, mine)
+        twin._count = sum(map(mine, range(self._count)))
+        return twin
+
+    def split(self) -> tuple[Stream, Stream]:
+        """(even places, odd places): for scoring and recovery, for measuring."""
+        return self.part(lambda place: place % 2 == 0), self.part(lambda place: place % 2 == 1)
+
+    def sample(self, count: int | None, seed: int = 0) -> Stream:
+        """The first `count` images: a stream cannot be drawn from without reading it."""
+        if count is None or count >= self._count:
+            return self
+        twin = copy.copy(self)
+        twin._count = twin._most = count
+        return twin
+
+    def images(self) -> Iterator[tuple[Any, int]]:
+        """The images that are asked for, as they come, with labels or -1."""
+        counts = [0] * len(self._filters)
+        given = 0
+        for image, label in self._dataset:
+            if self._most is not None and given >= self._most:
+                return
+            for depth, mine in enumerate(self._filters):
+                counts[depth] += 1
+                if not mine(counts[depth] - 1):
+                    break
+            else:
+                given += 1
+                yield image, int(label) if self.labelled else -1
+
+    def loader(
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        augment: bool | str = False,
+        workers: int = 0,
+        seed: int = 0,
+    ) -> StreamLoader:
+        """Batches `(images (batch, channels, h, w), labels (batch,))`; shuffled within `BUFFER` images."""
+        return StreamLoader(self, self._transform, batch_size, shuffle, bool(augment), seed)
+
+
+class StreamLoader:
+    """Batches of a stream; can be read again and again."""
+
+    def __init__(
+        self, stream: Stream, transform: Transform, batch_size: int, shuffle: bool, augment: bool, seed: int
+    ) -> None:
+        self.pool = stream
+        self.generator = torch.Generator().manual_seed(seed)
+        self._transform, self._size, self._shuffle, self._augment = transform, batch_size, shuffle, augment
+
+    @property
+    def shared(self) -> bool:
+        """Whether each of several processes gets images of its own."""
+        return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+    def __len__(self) -> int:
+        return -(-len(self.pool) // self._size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        images: list[Tensor] = []
+        labels: list[int] = []
+        for image, label in self._ordered():
+            images.append(self._transform(image, self._augment))
+            labels.append(label)
+            if len(images) == self._size:
+                yield torch.stack(images), torch.tensor(labels)
+                images, labels = [], []
+        if images:
+            yield torch.stack(images), torch.tensor(labels)
+
+    def _ordered(self) -> Iterator[tuple[Any, int]]:
+        if not self._shuffle:
+            yield from self.pool.images()
+            return
+        held: list[tuple[Any, int]] = []
+        for item in self.pool.images():
+            held.append(item)
+            if len(held) > BUFFER:
+                yield held.pop(int(torch.randint(len(held), (), generator=self.generator)))
+        for place in torch.randperm(len(held), generator=self.generator).tolist():
+            yield held[place]
