@@ -94,8 +94,7 @@ def causes_of(
     for name, module in leaves.items():
         if name in before and any(now % BLOCK and not then % BLOCK for now, then in _widths(module, before[name])):
             odd.append(name)
-            weight = f"{name}.weight"
-            multiplied += usage.reuse.get(weight, 0) * pruned.get_parameter(weight).numel()
+            multiplied += usage.spent.get(name, 0)
     light = {}
     for batch, (positional, by_name) in batches.items():
         run = partial(pruned, *positional, **by_name)
