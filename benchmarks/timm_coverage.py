@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -104,7 +105,7 @@ def end(process: psutil.Process) -> None:
 def run(model: str, limits: dict[str, float], stop: threading.Event) -> Record:
     """The checks of one model, and what ended them if they did not end by themselves."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(HERE / "timm_coverage_check.py"), model, folder]
+        command = [sys.executable, str(HERE / "timm_coverage_check.py"), model, folder, str(limits["seconds"])]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         start, peak, wrong = time.monotonic(), 0, ""
         with (Path(folder) / "errors").open("w+") as errors:
@@ -227,6 +228,7 @@ def main() -> None:
     elif not given.again:
         chosen = [t for t in chosen if not results.of(t)]
     print(f"{len(chosen)} of {len(targets)} models to run", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: leaves no process behind
     try:
         limits = {"seconds": given.seconds, "gib": given.gib}
         run_all(chosen, results, limits, given.jobs, bool(given.failed or given.again))

@@ -1,6 +1,6 @@
 """The checks that `timm_coverage.py` runs on one model, in a process of its own.
 
-    python benchmarks/timm_coverage_check.py MODEL FOLDER
+    python benchmarks/timm_coverage_check.py MODEL FOLDER SECONDS
 
 What is known so far is written to FOLDER/record.json after every check, so that a process that is killed leaves it.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -335,6 +336,7 @@ def main(arguments: list[str]) -> None:
     if arguments[0] == "--load":
         print(load(Path(arguments[1])))
     else:
+        signal.alarm(int(float(arguments[2])) + 10)  # ends the process, should the one that watches it be gone
         Checks(arguments[0], Path(arguments[1])).all()
 
 
