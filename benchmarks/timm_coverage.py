@@ -154,7 +154,7 @@ def run_target(target: Target, limits: dict[str, float], stop: threading.Event) 
         "list": target.list,
         "module": target.module,
         "passed": all(record["checks"].get(check, {}).get("ok", False) for check in CHECKS),
-        "versions": VERSIONS | {"torch": torch.__version__},
+        "versions": VERSIONS | {"torch": torch.__version__.partition("+")[0]},
         "limits": limits,
         **record,
         **({"passed_over": passed_over} if passed_over else {}),
@@ -219,10 +219,10 @@ def main() -> None:
         print(f"wrote {REPORT.name}")
         return
     wanted = {*given.only, *given.again}
-    unknown = wanted.difference(*((target.module, *target.models) for target in targets))
+    unknown = wanted.difference(*((target.module, *target.models[:1]) for target in targets))
     if unknown:
         parser.error(f"not in the chosen lists: {', '.join(sorted(unknown))}")
-    chosen = [t for t in targets if not wanted or wanted.intersection((t.module, *t.models))]
+    chosen = [t for t in targets if not wanted or wanted.intersection((t.module, *t.models[:1]))]
     if given.failed:
         chosen = [t for t in chosen if not (results.of(t) or {"passed": True})["passed"]]
     elif not given.again:
