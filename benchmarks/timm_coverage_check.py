@@ -7,6 +7,7 @@ What is known so far is written to FOLDER/record.json after every check, so that
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import signal
@@ -140,8 +141,9 @@ def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
 def multiply_adds(model: nn.Module, inputs: Tensor) -> int:
     """Counted by torch on one run: a second opinion on what the plan says."""
     counter = FlopCounterMode(display=False)
+    still = copy.deepcopy(model).requires_grad_(False)  # the counter fails where a module is handed a parameter
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        model(inputs)
+        still(inputs)
     return int(counter.get_total_flops()) // 2 // inputs.shape[0]
 
 

@@ -181,8 +181,8 @@ def _reader(group: InspectedGroup) -> str:
         return "-"
     if len(group.reads) != 1:
         return f"{len(group.reads)} layers"
-    block, _, _ = group.id.rpartition(".")
     reader = group.reads[0]
+    block = group.id if reader.startswith(f"{group.id}.") else group.id.rpartition(".")[0]
     inside = block and reader.startswith(f"{block}.") and out.is_terminal
     return f"..{reader[len(block) :]}" if inside else reader
 

@@ -287,7 +287,7 @@ class Graph:
             "reuse": dict(self.reuse),
             "skipped": dict(self.skipped),
             "itemsize": dict(self.itemsize),
-            "counts": {name: list(what) for name, what in self.counts.items()},
+            **({"counts": {name: list(what) for name, what in self.counts.items()}} if self.counts else {}),
         }
 
     @classmethod

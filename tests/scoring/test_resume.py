@@ -46,10 +46,10 @@ def data(count: int = 5, seed: int = 0, name: str = "mlp") -> list[tuple[Tensor,
     ]
 
 
-def counted(name: str = "mlp", **kwargs: Any) -> tuple[Counted, tp.Graph]:
-    model = Counted(built(name).model, **kwargs)
+def counted(name: str = "mlp", fails_at: int | None = None) -> tuple[Counted, tp.Graph]:
+    model = Counted(built(name).model)
     graph = tp.trace(model, built(name).inputs)
-    model.calls = 0
+    model.calls, model.fails_at = 0, fails_at
     return model, graph
 
 

@@ -130,6 +130,8 @@ class _Traced:
         self.skipped: dict[str, str] = {}
         self.counts: dict[str, tuple[str, int]] = {}
         for name, macs in follower.macs.items():
+            if name not in self.shapes:  # a buffer
+                continue
             times, rest = divmod(macs, model.get_parameter(name).numel() * usage.batch)
             if not rest:
                 self.reuse[name] = times
