@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from tpvprune.elastic import opened
 from tpvprune.plan import Plan
 
 
@@ -84,10 +85,25 @@ def cut(model: nn.Module, plan: Plan) -> nn.Module:
         refresh(module)
     lost = graph.lost({name: ~mask for name, mask in plan.keep.items()})
     for name, (group, each) in graph.counts.items():
-        around, _, key = name.rpartition(".")
         if group in plan.keep and group not in lost:
-            setattr(small.get_submodule(around), key, int(plan.keep[group].sum()) * each)
+            _recount(small, name, int(plan.keep[group].sum()) * each)
+    for name, openings in graph.openings.items():
+        opened(small.get_submodule(name), openings)
     return small
+
+
+def _recount(model: nn.Module, name: str, number: int) -> None:
+    """Set a number among a module's attributes, or in a tuple or list there."""
+    around, _, key = name.rpartition(".")
+    module = model.get_submodule(around)
+    key, _, place = key.partition("[")
+    if not place:
+        setattr(module, key, number)
+        return
+    old = getattr(module, key)
+    new = list(old)
+    new[int(place.rstrip("]"))] = number
+    setattr(module, key, type(old)(new))
 
 
 def _groups_left(small: nn.Module, plan: Plan) -> Iterator[tuple[Any, int]]:

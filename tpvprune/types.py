@@ -80,6 +80,21 @@ class Member:
         return 1 if self.index is None else self.index.shape[1]
 
 
+@dataclass(frozen=True)
+class Opening:
+    """A size that a module's code writes out in a call of `reshape` or `view` and that a cut model leaves open.
+
+    Attributes:
+        method: name of the method, of the module's class, that the call stands in.
+        call: its text.
+        size: which of its sizes is -1 instead.
+    """
+
+    method: str
+    call: str
+    size: int
+
+
 @dataclass(frozen=True, eq=False)
 class Group:
     """Units that can only leave the network together with all their members.
@@ -138,7 +153,8 @@ class Graph:
         itemsize: bytes per entry of every tensor in `shapes` that is kept in memory; what no group touches besides
             parameters stands under `#rest`.
         counts: whole numbers among the attributes of modules that count entries of a group's units, by qualified
-            name: `(group, entries per unit)`. A cut sets them anew.
+            name: `(group, entries per unit)`; the place in a tuple or list follows in brackets. A cut sets them anew.
+        openings: of modules whose code writes out a width that a cut changes.
     """
 
     groups: tuple[Group, ...]
@@ -148,6 +164,7 @@ class Graph:
     skipped: Mapping[str, str]
     itemsize: Mapping[str, int] = field(default_factory=dict)
     counts: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    openings: Mapping[str, tuple[Opening, ...]] = field(default_factory=dict)
     _by_id: Mapping[str, Group] = field(init=False, repr=False)
     _within: Mapping[str, tuple[str, ...]] = field(init=False, repr=False)
 
@@ -288,6 +305,11 @@ class Graph:
             "skipped": dict(self.skipped),
             "itemsize": dict(self.itemsize),
             **({"counts": {name: list(what) for name, what in self.counts.items()}} if self.counts else {}),
+            **(
+                {"openings": {n: [asdict(o) for o in all_of] for n, all_of in self.openings.items()}}
+                if self.openings
+                else {}
+            ),
         }
 
     @classmethod
@@ -320,6 +342,7 @@ class Graph:
                 skipped=dict(data["skipped"]),
                 itemsize=dict(data.get("itemsize", {})),
                 counts={name: (group, int(each)) for name, (group, each) in data.get("counts", {}).items()},
+                openings={n: tuple(Opening(**o) for o in all_of) for n, all_of in data.get("openings", {}).items()},
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"the graph is incomplete ({error!r}); trace the model again") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -11,11 +13,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tpvprune.elastic import calls_at, method_of, value_of
 from tpvprune.planning.cost import tensors_of
 from tpvprune.planning.labels import PLAIN, Origin, State, Tangled, is_static
-from tpvprune.planning.units import STATIC, Units
-from tpvprune.types import Role
+from tpvprune.planning.units import FREE, STATIC, Units
+from tpvprune.types import Opening, Role
 
+Site = tuple[type[Any], str, int]
 FIXED = "its channels are added to the model's input or another tensor of fixed width"
 
 
@@ -29,6 +33,7 @@ class Policy:
         whole: attention modules that keep all of their heads, with the reason.
         still: modules that keep the lengths of all axes their code takes apart, with the reason.
         sealed: modules that keep the width of whatever comes in or goes out, with the reason.
+        openings: sizes that modules' code leaves open.
         kept: `(param, dim, entry)` of units that stay, with the reason.
     """
 
@@ -37,6 +42,7 @@ class Policy:
     whole: Mapping[str, str] = field(default_factory=dict)
     still: Mapping[str, str] = field(default_factory=dict)
     sealed: Mapping[str, str] = field(default_factory=dict)
+    openings: Mapping[str, tuple[Opening, ...]] = field(default_factory=dict)
     kept: Mapping[tuple[str, int, int], str] = field(default_factory=dict)
 
 
@@ -46,15 +52,21 @@ class Width:
 
     Attributes:
         module: qualified name.
+        author: likewise, of the module whose method it is; another one if that is called from the module's code.
         length: of the axis, or of each of the equal parts it is cut into.
         slots: along the axis.
         heads: whether it tells the heads of an attention apart.
+        shape: what a tensor is brought to there.
+        axis: of that shape.
     """
 
     module: str
+    author: str
     length: int
     slots: Tensor
     heads: bool = False
+    shape: tuple[int, ...] = ()
+    axis: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +118,7 @@ class Follower(TorchDispatchMode):
         order: parameters in the order in which they are first read.
         readers: of each parameter, the modules in which it is multiplied with.
         bundled: grouped convolutions whose groups are units, and the slots they write.
+        sites: along which axes of what a call of `reshape` or `view` gave slots lie, by class, method, line and text.
         policy: what may be cut.
     """
 
@@ -124,6 +137,7 @@ class Follower(TorchDispatchMode):
         self.order: dict[str, int] = {}
         self.readers: dict[str, set[str]] = {}
         self.bundled: list[tuple[str, Tensor]] = []
+        self.sites: dict[tuple[type[Any], str, int, str], set[int]] = {}
         self.policy, self._rule, self._told = policy, rule, told
         self._names = {id(m): name for name, m in model.named_modules()}
         self._stack: list[nn.Module] = [model]  # stays when the model itself is left
@@ -180,11 +194,12 @@ class Follower(TorchDispatchMode):
             self.order.setdefault(origin.name, len(self.order))
             held = "stat" if origin.name in self._buffers else role
             slots = self.units.of(origin.name, dim, origin.shape[dim], held)
-            slots = torch.where(entries >= 0, slots[entries.clamp(min=0)], STATIC)
+            slots = torch.where(entries >= 0, slots[entries.clamp(min=0)], FREE)
             if found is not None:
                 self.units.tie(found, slots, FIXED)
+                slots = torch.where(slots == FREE, found, slots)
             found = slots
-        return found
+        return None if found is None else found.clamp(min=STATIC)
 
     def settle(self, tensor: Tensor, axes: Mapping[int, Tensor | None]) -> None:
         """Remember the slots along the axes of an activation."""
@@ -205,6 +220,33 @@ class Follower(TorchDispatchMode):
     def module(self) -> nn.Module:
         """The module whose code runs."""
         return self._stack[-1]
+
+    def author(self) -> tuple[nn.Module, FrameType | None]:
+        """The module of the model whose method runs, a helper of the one that was called perhaps, and its frame."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code.co_varnames[:1] == ("self",):
+                owner = frame.f_locals["self"]
+                if isinstance(owner, nn.Module) and id(owner) in self._names:
+                    return owner, frame
+            frame = frame.f_back
+        return self.module, None
+
+    def width(self, length: int, slots: Tensor, **more: Any) -> None:
+        """Note that the code that runs depends on how many entries an axis has, see `Width`."""
+        self.widths.append(Width(self.here, self._names[id(self.author()[0])], length, slots, **more))
+
+    def site(self, shape: tuple[int, ...], axes: Iterable[int]) -> None:
+        """Note that the code that runs gives a shape, and along which of its axes slots lie."""
+        owner, frame = self.author()
+        method = None if frame is None else method_of(type(owner), frame.f_code)
+        if frame is None or method is None:
+            return
+        site = type(owner), method, frame.f_lineno
+        for call, sizes in calls_at(*site):
+            values = [value_of(size, frame) for size in sizes]
+            if len(sizes) == len(shape) and all(v in (None, -1, n) for v, n in zip(values, shape, strict=True)):
+                self.sites.setdefault((*site, call), set()).update(axes)
 
     def pin(self, tensors: Iterable[Tensor], why: str, axes: Iterable[int] | None = None) -> None:
         """Keep whole what lies along some or all axes of activations."""
@@ -245,3 +287,10 @@ def numbers(module: nn.Module) -> Iterable[tuple[str, int]]:
     for key, value in vars(module).items():
         if type(value) is int and not key.startswith("_") and value > 1:
             yield key, value
+
+
+def shapes(module: nn.Module) -> Iterable[tuple[str, tuple[int, ...]]]:
+    """The tuples and lists of whole numbers among a module's own attributes."""
+    for key, value in vars(module).items():
+        if type(value) in (tuple, list) and not key.startswith("_") and all(type(v) is int for v in value):
+            yield key, tuple(value)

@@ -21,10 +21,11 @@ from torch.nn.modules.conv import _ConvNd
 
 from tpvprune.batches import Progress, arguments_of, device_of, evaluation_mode
 from tpvprune.errors import ModelError
+from tpvprune.plan import plan_of
 from tpvprune.planning.blocks import block_group, residual_blocks
 from tpvprune.planning.cost import Usage
 from tpvprune.planning.follow import follow
-from tpvprune.planning.follower import Follower, Policy, numbers
+from tpvprune.planning.follower import Follower, Policy, numbers, shapes
 from tpvprune.planning.rehearsal import rehearsed
 from tpvprune.planning.units import STATIC
 from tpvprune.types import REST, WORK, Graph, Group, Kind, Member, fingerprint
@@ -34,6 +35,7 @@ LAYERS = (*ROOTS, _NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU)  # set anew b
 UNUSED = "it is not used in the forward pass"
 UNREAD = "no convolution or linear layer consumes its outputs"
 LOST = "its channels cannot be followed"
+NEW = "the dense model, of which this is a part, has no such units"
 SINGLE = "it has a single unit"
 
 
@@ -72,14 +74,20 @@ def trace(
         usage = Usage(twin.requires_grad_(False), args, kwargs)
         policy = Policy(bundles=bundles)
         told = progress and _Told(progress, len(usage.order))
+        traced = None
         while True:
-            traced = _Traced(twin, follow(twin, args, kwargs, policy, told), usage, policy)
+            if traced is None or policy != replace(traced.policy, openings=policy.openings):
+                traced = _Traced(twin, follow(twin, args, kwargs, policy, told), usage, policy)
+            traced.policy = policy
             stricter = traced.unbundled() or rehearsed(
                 twin, traced.graph(model_id(model)), traced.follower, args, kwargs, policy
             )
             if stricter is None:
                 break
             policy = stricter
+        carried = plan_of(model)
+        if carried is not None and carried.graph.groups:
+            traced.restrict(carried.graph)
         if depth:
             names, held = residual_blocks(twin, args, kwargs)
             traced.add_blocks(names, held)
@@ -155,7 +163,16 @@ class _Traced:
             shapes[REST], reuse[REST] = (), rest
         if other:
             shapes[REST], itemsize[REST] = (), other
-        return Graph(tuple(self.groups), shapes, reuse, name, dict(self.skipped), itemsize, dict(self.counts))
+        openings = {key: all_of for key, all_of in self.policy.openings.items() if key not in self.policy.sealed}
+        return Graph(tuple(self.groups), shapes, reuse, name, dict(self.skipped), itemsize, dict(self.counts), openings)
+
+    def restrict(self, dense: Graph) -> None:
+        """Leave alone what is no group of the dense model's graph: what comes of it could not be told in its terms."""
+        for group in self.groups:
+            if group.id not in dense:
+                written = {m.layer for m in group.of_role("produce", "affine")}
+                self.skipped |= dict.fromkeys(written - set(self.skipped), NEW)
+        self.groups = [group for group in self.groups if group.id in dense]
 
     def add_blocks(self, names: Iterable[str], held: Mapping[str, str]) -> None:
         """Residual blocks that can be skipped as groups of one unit."""
@@ -302,7 +319,8 @@ class _Traced:
         sizes = {group.id: group.units for group in self.groups}
         kinds = {group.id: group.kind for group in self.groups}
         for width in self.follower.widths:
-            if isinstance(self.model.get_submodule(width.module), LAYERS):
+            author = self.model.get_submodule(width.author)
+            if isinstance(author, LAYERS):
                 continue
             if width.module in self.policy.whole or width.module in self.policy.still:
                 continue
@@ -314,12 +332,16 @@ class _Traced:
             group = groups.pop()
             if len(counted) != sizes[group] or width.length % sizes[group]:
                 continue
-            for key, value in numbers(self.model.get_submodule(width.module)):
+            for key, value in numbers(author):
                 tells = ("head" in key and "dim" not in key) == (
                     kinds[group] == "head" and width.length == sizes[group]
                 )
                 if value == width.length and tells:
-                    name = f"{width.module}.{key}" if width.module else key
+                    name = f"{width.author}.{key}".removeprefix(".")
+                    self.counts.setdefault(name, (group, width.length // sizes[group]))
+            for key, shape in shapes(author):
+                if shape == width.shape:
+                    name = f"{width.author}.{key}[{width.axis}]".removeprefix(".")
                     self.counts.setdefault(name, (group, width.length // sizes[group]))
 
     def _explain(self) -> None:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from tpvprune.planning.cost import tensors_of
-from tpvprune.planning.follower import FIXED, Call, Follower, Width, numbers
+from tpvprune.planning.follower import FIXED, Call, Follower, numbers, shapes
 from tpvprune.planning.labels import Origin, gathered, spread, varying
 from tpvprune.planning.units import FREE, STATIC, modulo
 
+VIEWS = ("view", "_unsafe_view", "reshape", "_reshape_copy", "view_copy", "_reshape_alias")
 LARGE = 50_000_000  # entries of a parameter whose places are not written out
 
 
@@ -55,7 +56,7 @@ def move(f: Follower, call: Call) -> None:
 
 def _run(f: Follower, call: Call, labels: list[Tensor]) -> list[Tensor]:
     """The same operation on slots."""
-    if call.name in ("view", "_unsafe_view", "reshape", "_reshape_copy", "view_copy", "_reshape_alias"):
+    if call.name in VIEWS:
         return [labels[0].reshape(call.out[0].shape)]
     args, kwargs = call.args, dict(call.kwargs)
     if call.name in ("cat", "stack"):
@@ -81,14 +82,15 @@ def _settled(f: Follower, call: Call, moved: Tensor) -> tuple[int, Tensor] | Non
         f.units.pin(slots, f.policy.still[f.here])
     if call.name == "constant_pad_nd":
         slots = slots.clamp(min=STATIC)
-    if call.name in ("view", "_unsafe_view", "reshape", "_reshape_alias"):
+    if call.name in VIEWS:
+        f.site(tuple(moved.shape), axes)
         heads = len(axes) > 1 and _counts_heads(f, moved.shape[axis])
-        f.widths.append(Width(f.here, moved.shape[axis], slots, heads))
+        f.width(moved.shape[axis], slots, heads=heads, shape=tuple(moved.shape), axis=axis)
     return axis, slots
 
 
 def _counts_heads(f: Follower, length: int) -> bool:
-    return any("head" in key and "dim" not in key and value == length for key, value in numbers(f.module))
+    return any("head" in key and "dim" not in key and value == length for key, value in numbers(f.author()[0]))
 
 
 def _chosen(f: Follower, moved: Tensor, axes: list[int]) -> int:
@@ -118,7 +120,7 @@ def _cuts(f: Follower, call: Call, found: Sequence[Mapping[int, Tensor | None]])
             why = f"{f.here!r} takes a part of its channels"
             f.units.pin(slots, f.policy.still.get(f.here, why))
             continue
-        f.widths.append(Width(f.here, part, slots[:part]))
+        f.width(part, slots[:part])
         for one, other in modulo(slots, part):
             f.units.tie(one, other, FIXED)
 
@@ -162,6 +164,12 @@ def _move_parameters(f: Follower, call: Call) -> None:
             results[number].append(replace(origin, dims=(None,) * moved.ndim, cells=moved))
     for tensor, origins in zip(call.out, results, strict=True):
         f.know(tensor, origins)
+    if call.name in VIEWS:
+        told = any(shape == out.shape for _, shape in shapes(f.author()[0]))
+        for axis in range(out.ndim if told else 0):
+            slots = f.along(out, axis, "affine")
+            if slots is not None:
+                f.width(out.shape[axis], slots, shape=tuple(out.shape), axis=axis)
 
 
 def _moved_axes(call: Call, count: int) -> list[int | None] | None:

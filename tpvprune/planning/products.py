@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tpvprune.planning.follower import FIXED, Call, Follower, Product, Width
+from tpvprune.planning.follower import FIXED, Call, Follower, Product
 from tpvprune.planning.labels import Origin
 from tpvprune.planning.units import STATIC, modulo
 
@@ -88,7 +88,7 @@ def convolution(f: Follower, call: Call) -> None:
             f.units.pin(written if part is None else part, f"{f.here!r} is a grouped transposed convolution")
     elif depthwise:
         f.ties(written, slots if slots is None else slots.repeat_interleave(out.shape[1] // groups))
-        f.widths.append(Width(f.here, groups, written[:: out.shape[1] // groups]))  # a number its code may hold
+        f.width(groups, written[:: out.shape[1] // groups])  # a number its code may hold
     elif bundled and slots is not None:
         _bundle(f, slots, written, groups)
     else:

@@ -9,16 +9,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from traceback import walk_tb
 from typing import Any
 
 import torch
 from torch import nn
 
+from tpvprune.elastic import base_of, calls_at, method_of
 from tpvprune.layers import cut
 from tpvprune.plan import Plan
 from tpvprune.planning.cost import tensors_of
-from tpvprune.planning.follower import Follower, Policy
-from tpvprune.types import Graph, Group
+from tpvprune.planning.follower import Follower, Policy, Site
+from tpvprune.types import Graph, Group, Opening
 
 LEEWAY = 0.05  # of what the masks change: a wrong index changes about as much as they do
 NOISE = 1e-4  # of the largest output, for what rounding adds
@@ -27,10 +29,17 @@ DIFFERS = "without them the network does not give what it gives with them masked
 
 @dataclass(frozen=True)
 class _Failure:
-    """Where a rehearsal went wrong: the module whose code failed, None if the outputs were wrong; and how."""
+    """Where a rehearsal went wrong.
+
+    Attributes:
+        module: whose code failed; None if the outputs were wrong.
+        why: in words.
+        site: class, method and line of that code, if it is a module's own.
+    """
 
     module: str | None
     why: str
+    site: Site | None = None
 
 
 @torch.no_grad()
@@ -61,7 +70,7 @@ def rehearsed(
         if failure is None:
             return None
     if failure.module is not None:
-        stricter = _stricter(model, follower, policy, failure)
+        stricter = _opened(model, graph, follower, policy, failure) or _stricter(model, follower, policy, failure)
         if stricter is not None:
             return stricter
     guilty = {g.id: alone.why for g in groups if (alone := stage.fails([g])) is not None}
@@ -97,7 +106,8 @@ class _Stage:
             module = running[-1] if running else ""
             kind = type(self.model.get_submodule(module)).__name__
             line = str(error).strip().split("\n")[0]
-            return _Failure(module, f"the code of {module!r} ({kind}) cannot do without them: {line}")
+            why = f"the code of {module!r} ({kind}) cannot do without them: {line}"
+            return _Failure(module, why, _site(self.model, error))
         if [t.shape for t in got] != [t.shape for t in self.dense]:
             return _Failure(None, "without them the outputs have another shape")
         if not all(g.exact_mask for g in groups):
@@ -117,6 +127,37 @@ class _Stage:
     def _left(running: list[str], name: str) -> None:
         while running and running.pop() != name:
             pass
+
+
+def _site(model: nn.Module, error: BaseException) -> Site | None:
+    """The innermost line of a module's own methods that an error went through, and the class of that module."""
+    found = None
+    for frame, line in walk_tb(error.__traceback__):
+        kind: type[Any] = type(frame.f_locals.get("self"))
+        method = method_of(kind, frame.f_code) if issubclass(kind, nn.Module) else None
+        if method is not None and not kind.__module__.startswith("torch.nn."):
+            found = base_of(kind), method, line
+    same = [type(m) for m in model.modules() if found is not None and base_of(type(m)) is found[0]]
+    return (same[0], *found[1:]) if found is not None and same else None
+
+
+def _opened(model: nn.Module, graph: Graph, follower: Follower, policy: Policy, failure: _Failure) -> Policy | None:
+    """The policy with a size left open that the code that failed writes out; None if there is no such size."""
+    if failure.site is None:
+        return None
+    kind, method, line = failure.site
+    alike = [name for name, m in model.named_modules() if type(m) is kind]
+    counts = [name.rpartition(".") for name in graph.counts]
+    set_anew = {f"self.{key}" for around, _, key in counts if around in alike}
+    done = policy.openings.get(alike[0], ())
+    for call, sizes in calls_at(kind, method, line):
+        if "-1" in sizes or any((o.method, o.call) == (method, call) for o in done):
+            continue
+        for axis in sorted(follower.sites.get((*failure.site, call), ()), reverse=True):
+            if not sizes[axis].isdigit() and sizes[axis] not in set_anew:
+                more = dict.fromkeys(alike, (*done, Opening(method, call, axis)))
+                return replace(policy, openings={**policy.openings, **more})
+    return None
 
 
 def _stricter(model: nn.Module, follower: Follower, policy: Policy, failure: _Failure) -> Policy | None:

@@ -1,0 +1,197 @@
+"""Code that writes its output's width where it could leave it open, rewritten so that it does.
+
+Attention often ends in `x.reshape(B, N, C)`, with `C` the width of its *input*. On the dense network
+`reshape(B, N, -1)` is the same; on a pruned one it is right where the first is wrong, because what comes in and what
+goes out shrink apart. A rewritten module is of a subclass of its class, made from the source of the installed library
+and from nothing else: plans hold the text of the call to look for, never code.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterable
+from types import CodeType, FrameType, FunctionType
+from typing import Any
+
+from torch import nn
+
+from tpvprune.errors import ModelError
+from tpvprune.types import Opening
+
+SHAPING = frozenset(("reshape", "view"))
+PLAIN = (
+    ast.Expression, ast.Name, ast.Attribute, ast.Constant, ast.BinOp, ast.UnaryOp, ast.Subscript, ast.operator,
+    ast.unaryop, ast.expr_context,
+)  # fmt: skip
+
+
+_CALLS: dict[tuple[type[Any], str, int], tuple[tuple[str, tuple[str, ...]], ...]] = {}
+_MADE: dict[tuple[type[Any], tuple[Opening, ...]], type[Any]] = {}
+
+
+class Unreadable(Exception):
+    """Internal: a method that cannot be written anew."""
+
+
+def method_of(kind: type[Any], code: CodeType) -> str | None:
+    """Name of the method of a class that a code object belongs to; None if it is none, or one that is overridden."""
+    found = inspect.getattr_static(kind, code.co_name, None)
+    return code.co_name if isinstance(found, FunctionType) and found.__code__ is code else None
+
+
+def base_of(kind: type[Any]) -> type[Any]:
+    """The class that a rewritten class was made of; a class itself if it was not."""
+    return getattr(kind, "_rewritten", (kind, ()))[0]
+
+
+def calls_at(kind: type[Any], method: str, line: int) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """The calls of `reshape` and `view` in the statement at a line of a file: their text, and that of their sizes.
+
+    Args:
+        kind: class of a module.
+        method: name of a method of it.
+        line: in the file that holds it, from 1.
+    """
+    key = base_of(kind), method, line
+    if key not in _CALLS:
+        _CALLS[key] = tuple(_calls_at(*key))
+    return _CALLS[key]
+
+
+def _calls_at(base: type[Any], method: str, line: int) -> Iterable[tuple[str, tuple[str, ...]]]:
+    try:
+        function, _ = _source(base, method)
+    except Unreadable:
+        return ()
+    around = [
+        node for node in ast.walk(function)
+        if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or 0)
+    ]  # fmt: skip
+    statement = max(around, key=lambda node: node.lineno, default=None)
+    calls = [] if statement is None else _calls(statement)
+    return tuple((ast.unparse(call), tuple(ast.unparse(size) for size in _sizes(call))) for call in calls)
+
+
+def value_of(size: str, frame: FrameType) -> int | None:
+    """What a size written in code is while that code runs; None if more than reading names would be needed."""
+    try:
+        tree = ast.parse(size, mode="eval")
+        if not all(isinstance(node, PLAIN) for node in ast.walk(tree)):
+            return None
+        value = eval(compile(tree, "<size>", "eval"), frame.f_globals, frame.f_locals)
+    except Exception:  # a name that is not there yet, whatever an attribute raises
+        return None
+    return value if isinstance(value, int) else None
+
+
+def opened(module: nn.Module, openings: Iterable[Opening]) -> None:
+    """Let a module leave sizes open.
+
+    Args:
+        module: changed in place: its class becomes a subclass of it.
+        openings: which sizes of which calls.
+
+    Raises:
+        ModelError: its class has no such call.
+    """
+    before: tuple[Any, tuple[Opening, ...]] = getattr(type(module), "_rewritten", (type(module), ()))
+    base, done = before
+    module.__class__ = _rewritten(base, tuple(dict.fromkeys((*done, *openings))))
+
+
+def _rewritten(base: type[Any], openings: tuple[Opening, ...]) -> type[Any]:
+    key = base, openings
+    if key not in _MADE:
+        methods: dict[str, Any] = {
+            method: _written(base, method, [o for o in openings if o.method == method])
+            for method in dict.fromkeys(opening.method for opening in openings)
+        }
+        marks = {"_rewritten": key, "__reduce_ex__": _reduce, "__module__": base.__module__}
+        _MADE[key] = type(base.__name__, (base,), {**methods, **marks})
+        _MADE[key].__qualname__ = base.__qualname__
+    return _MADE[key]
+
+
+def _reduce(module: nn.Module, protocol: Any) -> Any:
+    """How a rewritten module is pickled and copied: by its class and what is open in it."""
+    return _blank, type(module)._rewritten, module.__dict__  # type: ignore[attr-defined]
+
+
+def _blank(base: type[Any], openings: tuple[Opening, ...]) -> nn.Module:
+    made: nn.Module = object.__new__(_rewritten(base, openings))
+    return made
+
+
+def _written(base: type[Any], method: str, openings: Iterable[Opening]) -> FunctionType:
+    """A method with sizes left open."""
+    try:
+        function, original = _source(base, method)
+    except Unreadable as error:
+        raise ModelError(f"the source of {base.__name__}.{method} cannot be read ({error})") from None
+    for opening in openings:
+        found = [call for call in _calls(function) if ast.unparse(call) == opening.call]
+        if not found:
+            raise ModelError(
+                f"{base.__name__}.{method} has no call {opening.call!r} any more; trace the model again, or install "
+                f"the version of {base.__module__.partition('.')[0]!r} that it was traced with"
+            )
+        for call in found:
+            _sizes(call)[opening.size] = ast.UnaryOp(ast.USub(), ast.Constant(1))
+    owner = next(owner for owner in base.__mro__ if method in vars(owner))
+    # A method that calls super() looks for its class in the scope around it.
+    around = ast.parse("def around(__class__):\n    return None").body[0]
+    assert isinstance(around, ast.FunctionDef)
+    around.body = [function, ast.parse(f"return {function.name}").body[0]]
+    tree = ast.fix_missing_locations(ast.Module([around], []))
+    made: dict[str, Any] = {}
+    exec(compile(tree, original.__code__.co_filename, "exec"), original.__globals__, made)
+    written: FunctionType = made["around"](owner)
+    written.__defaults__, written.__kwdefaults__ = original.__defaults__, original.__kwdefaults__
+    written.__qualname__, written.__doc__ = original.__qualname__, original.__doc__
+    written.__module__ = original.__module__
+    return written
+
+
+def _source(base: type[Any], method: str) -> tuple[ast.FunctionDef, FunctionType]:
+    """The syntax tree of a method, at the lines of its file, without annotations and defaults; and the method."""
+    original = next((vars(owner)[method] for owner in base.__mro__ if method in vars(owner)), None)
+    if not isinstance(original, FunctionType):
+        raise Unreadable("it is no plain function")
+    if set(original.__code__.co_freevars) - {"__class__"}:
+        raise Unreadable("it reads variables of a function around it")
+    try:
+        lines, first = inspect.getsourcelines(original)
+        function = ast.parse(textwrap.dedent("".join(lines))).body[0]
+    except (OSError, TypeError, SyntaxError) as error:
+        raise Unreadable(str(error)) from None
+    if not isinstance(function, ast.FunctionDef) or function.decorator_list:
+        raise Unreadable("it is decorated")
+    ast.increment_lineno(function, first - 1)
+    arguments = function.args
+    for argument in ast.walk(arguments):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
+    arguments.defaults, arguments.kw_defaults = [], [None] * len(arguments.kwonlyargs)
+    function.returns = None
+    return function, original
+
+
+def _calls(node: ast.AST) -> list[ast.Call]:
+    return [
+        call for call in ast.walk(node)
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in SHAPING
+        and not call.keywords and call.args
+    ]  # fmt: skip
+
+
+def _sizes(call: ast.Call) -> list[ast.expr]:
+    """The sizes of a call, a list that can be changed."""
+    first = call.args[0]
+    if isinstance(first, ast.Tuple | ast.List):
+        return first.elts
+    torch_call = isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name)
+    if torch_call and call.func.value.id == "torch" and len(call.args) == 2:  # type: ignore[attr-defined]
+        return call.args[1].elts if isinstance(call.args[1], ast.Tuple | ast.List) else []
+    return call.args
