@@ -406,6 +406,57 @@ def layernorm_stream() -> Case:
     )
 
 
+class HandAttention(nn.Module):
+    """Uses the weight of its projection by hand, with a bias joined from parts, and takes the width of what it gives
+    from what it is given.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 3
+        self.qkv, self.proj = nn.Linear(6, 18, bias=False), nn.Linear(6, 6)
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(6)), nn.Parameter(torch.zeros(6))
+        self.register_buffer("k_bias", torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
+        qkv = F.linear(input=x, weight=self.qkv.weight, bias=bias).reshape(B, N, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        x = ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).reshape(B, N, C)
+        return self.proj(x)
+
+
+class ByHand(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.attn = nn.Conv2d(3, 6, 3), HandAttention()
+        self.mix, self.fc = nn.Conv2d(6, 5, 3, padding=1, bias=False), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = F.relu(x + self.attn(x.flatten(2).mT).mT.reshape(x.shape))
+        return self.fc(F.conv2d(x, self.mix.weight, padding=1).mean((2, 3)))
+
+
+@case
+def by_hand() -> Case:
+    writes = layer("stem", "produce") | layer("attn.proj", "produce")
+    reads = {("attn.qkv.weight", 1, "consume"), ("mix.weight", 1, "consume")}
+    parts = {(f"attn.{name}", 0, "produce") for name in ("qkv.weight", "q_bias", "v_bias")}
+    heads = parts | {("attn.k_bias", 0, "stat"), ("attn#attention", 0, "work"), ("attn.proj.weight", 1, "consume")}
+    index = {("attn", name, role): runs(3, 2) for name, _, role in heads}
+    # Rows of the fused projection: queries, keys and values of all three heads of two channels each.
+    fused = [q + k + v for q, k, v in zip(runs(3, 2), runs(3, 2, 6), runs(3, 2, 12), strict=True)]
+    index["attn", "attn.qkv.weight", "produce"] = fused
+    groups = (
+        group("stem", 6, writes, reads),
+        group("attn", 3, heads, kind="head"),
+        group("mix", 5, {("mix.weight", 0, "produce")}, layer("fc", "consume")),
+    )
+    return Case(randomise(ByHand()), example(3, 3, 5, 5), groups, {"fc": OUTPUT}, index)
+
+
 @case
 def groupnorm() -> Case:
     net = nn.Sequential(

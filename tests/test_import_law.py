@@ -56,6 +56,7 @@ def users_of(package: str) -> set[str]:
         ("plan.py", {"errors", "files", "types"}),
         ("batches.py", {"errors"}),
         ("elastic.py", {"errors", "types"}),
+        ("reads.py", set()),
         ("layers.py", {"elastic", "plan"}),
         ("timing.py", {"batches"}),
         ("scores.py", {"errors", "files", "types"}),

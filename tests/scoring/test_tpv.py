@@ -16,6 +16,7 @@ from tests.helpers import NAMES, assert_scores_close, built, plan_without, rando
 HEADS = ("logits", "softmax")
 # Parameters that no layer holds whose output would be linear in them; `over="all"` says that it leaves them out.
 OUTSIDE = {"vit": {"cls_token", "pos_embed"}, "positions": {"pos"}, "layerscale": {"block.gamma"}}
+OUTSIDE["by_hand"] = {"attn.q_bias", "attn.v_bias"}
 
 
 def without(graph: tp.Graph, params: set[str]) -> tp.Graph:

@@ -265,7 +265,7 @@ class _Traced:
     def _group(self, writer: tuple[str, int], roots: list[int], names: Counter[str]) -> Group:
         first = self.classes[roots[0]]
         kind: Kind = "head" if first.module is not None else "bundle" if first.bundled else "channel"
-        name = first.module if first.module is not None else writer[0].rpartition(".")[0] or writer[0]
+        name = first.module if first.module else writer[0].rpartition(".")[0] or writer[0]
         names[name] += 1
         if names[name] > 1:
             name = f"{name}/{names[name]}"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tpvprune.batches import Batch, Progress, evaluation_mode, model_inputs
 from tpvprune.plan import Plan
+from tpvprune.reads import ThroughLayers
 from tpvprune.recovery.fits import Fit, consumers, fitting_plan, kept_inputs
 from tpvprune.recovery.order import Course, course
 
@@ -122,7 +123,8 @@ def _dense_pass(
     with ExitStack() as hooks:
         for name, fit in fits.items():
             hooks.enter_context(teacher.get_submodule(name).register_forward_hook(hook(fit)))
-        teacher(inputs)
+        with ThroughLayers(teacher):
+            teacher(inputs)
 
 
 def _portions(small: nn.Module, names: Sequence[str], halves: int) -> list[list[str]]:

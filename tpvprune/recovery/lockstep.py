@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tpvprune.reads import ThroughLayers
 from tpvprune.recovery.spill import Spilled, Watch
 
 
@@ -106,7 +107,7 @@ class Strand:
     def _run(self) -> None:
         self._go.acquire()
         try:
-            with torch.no_grad(), self._watch:
+            with torch.no_grad(), self._watch, ThroughLayers(self._model):
                 if not self._stopping:
                     self._model(self._inputs)
         except _Stopped:

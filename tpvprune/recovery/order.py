@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tpvprune.reads import ThroughLayers
 from tpvprune.recovery.spill import Watch, tensors_in
 
 logger = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ def course(
             handles.append(module.register_forward_hook(norm(name)))
     few = inputs[:SAMPLES]
     try:
-        with watch:
+        with watch, ThroughLayers(model):
             model(few)
     finally:
         for handle in handles:

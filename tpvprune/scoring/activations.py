@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tpvprune.batches import Outputs, Selector, evaluation_mode, finite_outputs
 from tpvprune.errors import ModelError, PlanError
+from tpvprune.reads import ThroughLayers
 from tpvprune.types import Graph, Group
 
 
@@ -176,7 +177,7 @@ class Tapped:
         flags = [(p, p.requires_grad) for p in self.model.parameters()]
         handles: list[Any] = []
         try:
-            with evaluation_mode(self.model):
+            with evaluation_mode(self.model), ThroughLayers(self.model):
                 for parameter, _ in flags:
                     parameter.requires_grad_(False)
                 for name, module in self.inputs.items():
@@ -207,6 +208,7 @@ class Tapped:
 
     def _on_input(self, key: str, axis: int, copy: bool = False) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            self._reached.add(key)
             return _Tap.apply(self._root(args[0]), self.sink, key, axis, copy), *args[1:]
 
         return hook
@@ -237,12 +239,20 @@ class Tapped:
             first: number of the first sample, for the maps.
 
         Raises:
+            ModelError: a layer that reads units was not called.
             NonFiniteError: the outputs hold NaN or infinity; names the first module that made them.
         """
         self.roots: list[Tensor] = []
+        self._reached: set[str] = set()
         self.sink.numbers = range(first, first + len(inputs))
         with torch.enable_grad():
             output = finite_outputs(self.model, inputs, select)
+        idle = next((name for name in self.inputs if f"in:{name}" not in self._reached), None)
+        if idle is not None:
+            raise ModelError(
+                f"the model multiplies with the weight of {idle!r} without calling it: what it reads is not seen; "
+                "score with TPV(engine='batched')"
+            )
         if not any(value.requires_grad for value in tensors(output)):
             raise ModelError("no layer of the graph is on the way to the model's output")
         return output

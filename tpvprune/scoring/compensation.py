@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.batches import Batch, evaluation_mode, model_inputs
+from tpvprune.reads import ThroughLayers
 from tpvprune.scoring.activations import channel_axis
 from tpvprune.scoring.engine import global_number, of_all, process
 from tpvprune.types import Graph
@@ -113,7 +114,7 @@ def residuals(model: nn.Module, batches: Iterable[Batch], graph: Graph, ridges: 
         first = global_number(local)
         numbers = range(first, first + len(inputs))
         # Hooks are on for the pass alone: what gives the batches may use the model too.
-        with evaluation_mode(model), torch.no_grad(), ExitStack() as hooks:
+        with evaluation_mode(model), torch.no_grad(), ThroughLayers(model), ExitStack() as hooks:
             for name in layers:
                 hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(hook(name)))
             model(inputs)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tpvprune.batches import evaluation_mode
 from tpvprune.errors import ModelError, PlanError
 from tpvprune.patches import patches
+from tpvprune.reads import ThroughLayers
 from tpvprune.scoring.blocks import refuse_blocks
 from tpvprune.scoring.perturb import Perturbation, moments_of
 from tpvprune.types import Graph, Member
@@ -174,7 +175,8 @@ class Captured:
         self.outputs = {name: [] for name in self.layers}
         handles = [module.register_forward_hook(self._hook(name)) for name, module in self.users]
         try:
-            yield self
+            with ThroughLayers(self.model):
+                yield self
         finally:
             for handle in handles:
                 handle.remove()

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tpvprune.batches import Batch, Progress, evaluation_mode, model_inputs
 from tpvprune.errors import ModelError, NonFiniteError
+from tpvprune.reads import ThroughLayers
 from tpvprune.scores import Scores, Tally
 from tpvprune.scoring.activations import channel_axis
 from tpvprune.scoring.blocks import refuse_blocks
@@ -43,7 +44,8 @@ def _inputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, list[
         if isinstance(module, (nn.Linear, _ConvNd)):
             handles.append(module.register_forward_pre_hook(hook(name)))
     try:
-        yield found
+        with ThroughLayers(model):
+            yield found
     finally:
         for handle in handles:
             handle.remove()

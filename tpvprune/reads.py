@@ -1,0 +1,77 @@
+"""Weights that are used without the layer that holds them, used through it, so that what hooks the layer sees it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
+
+SETTINGS = ("stride", "padding", "dilation", "groups")
+DEFAULTS: Mapping[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+READS: Mapping[Any, Sequence[str]] = {
+    F.linear: ("input", "weight", "bias"),
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), ("input", "weight", "bias", *SETTINGS)),
+}
+
+
+class ThroughLayers(TorchFunctionMode):
+    """While this mode is on, `F.linear(x, layer.weight, bias)` runs as `layer(x)`, with that bias.
+
+    Some attention modules join a bias from parts and use the weight of a projection by hand; the projection itself is
+    never called. The same holds for convolutions.
+
+    Args:
+        model: whose linear layers and convolutions are meant.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        layers = (m for m in model.modules() if isinstance(m, (nn.Linear, _ConvNd)))
+        self._layers = {id(layer.weight): layer for layer in layers}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function, or the layer whose weight it is given."""
+        kwargs = kwargs or {}
+        names = READS.get(func)
+        if names is None:
+            return func(*args, **kwargs)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        layer = self._layers.get(id(given.get("weight")))
+        if layer is None or layer.weight is not given["weight"] or _runs(layer) or not _alike(layer, given):
+            return func(*args, **kwargs)
+        out, bias = layer(given["input"]), given.get("bias")
+        if bias is None or bias is layer.bias:
+            return out
+        return out + (bias if isinstance(layer, nn.Linear) else bias.reshape(-1, *[1] * (layer.weight.ndim - 2)))
+
+
+def _runs(layer: nn.Module) -> bool:
+    """Whether it is the layer's own code that runs."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_varnames[:1] == ("self",) and isinstance(frame.f_locals["self"], nn.Module):
+            return frame.f_locals["self"] is layer
+        frame = frame.f_back
+    return False
+
+
+def _alike(layer: Any, given: Mapping[str, Any]) -> bool:
+    """Whether what is done by hand is what the layer would do, another bias than none aside."""
+    if layer.bias is not None and layer.bias is not given.get("bias"):
+        return False
+    if isinstance(layer, nn.Linear):
+        return True
+    if getattr(layer, "padding_mode", "zeros") != "zeros" or getattr(layer, "transposed", False):
+        return False
+    count = layer.weight.ndim - 2
+
+    def full(value: Any) -> Any:
+        return (value,) * count if isinstance(value, int) else tuple(value) if isinstance(value, list) else value
+
+    return all(full(given.get(key, DEFAULTS[key])) == full(getattr(layer, key)) for key in SETTINGS)
