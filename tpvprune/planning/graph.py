@@ -74,17 +74,15 @@ def trace(
         usage = Usage(twin.requires_grad_(False), args, kwargs)
         policy = Policy(bundles=bundles)
         told = progress and _Told(progress, len(usage.order))
-        traced = None
         while True:
-            if traced is None or policy != replace(traced.policy, openings=policy.openings):
-                traced = _Traced(twin, follow(twin, args, kwargs, policy, told), usage, policy)
-            traced.policy = policy
-            stricter = traced.unbundled() or rehearsed(
+            traced = _Traced(twin, follow(twin, args, kwargs, policy, told), usage, policy)
+            found = traced.unbundled() or rehearsed(
                 twin, traced.graph(model_id(model)), traced.follower, args, kwargs, policy
             )
-            if stricter is None:
+            if replace(found, openings=policy.openings) == policy:
                 break
-            policy = stricter
+            policy = found
+        traced.policy = found
         carried = plan_of(model)
         if carried is not None and carried.graph.groups:
             traced.restrict(carried.graph)

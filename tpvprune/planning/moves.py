@@ -32,6 +32,8 @@ def move(f: Follower, call: Call) -> None:
     joins = call.name in ("cat", "stack")
     axes = {a: None for state in call.before for a in state.axes}
     for axis in axes:
+        if joins and _joined_across(f, call, axis, found[0]):
+            continue
         labels = []
         for tensor, state, shape in zip(call.given, call.before, call.shapes, strict=True):
             slots = f.along(tensor, axis % len(shape), "produce", state) if shape else None
@@ -52,6 +54,24 @@ def move(f: Follower, call: Call) -> None:
     for tensor, axes_of in zip(call.out, found, strict=True):
         f.settle(tensor, axes_of)
     _cuts(f, call, found)
+
+
+def _joined_across(f: Follower, call: Call, axis: int, found: dict[int, Tensor | None]) -> bool:
+    """Tie what lies along an axis of tensors that are joined along another one; whether they are."""
+    ndim = call.out[0].ndim
+    dim = call.argument("dim", 0) % ndim
+    place = axis + int(call.name == "stack" and dim <= axis)
+    parts = [(t, s, shape) for t, s, shape in zip(call.given, call.before, call.shapes, strict=True) if shape != (0,)]
+    if place == dim or any(axis >= len(shape) for _, _, shape in parts):
+        return False
+    first, *others = (f.along(tensor, axis, "produce", state) for tensor, state, _ in parts)
+    for other in others:
+        if first is None:
+            first, other = other, None
+        if first is not None:
+            f.ties(first, other)
+    found[place] = first
+    return True
 
 
 def _run(f: Follower, call: Call, labels: list[Tensor]) -> list[Tensor]:
@@ -121,6 +141,7 @@ def _cuts(f: Follower, call: Call, found: Sequence[Mapping[int, Tensor | None]])
             f.units.pin(slots, f.policy.still.get(f.here, why))
             continue
         f.width(part, slots[:part])
+        f.width(whole, slots)
         for one, other in modulo(slots, part):
             f.units.tie(one, other, FIXED)
 

@@ -45,8 +45,8 @@ class _Failure:
 @torch.no_grad()
 def rehearsed(
     model: nn.Module, graph: Graph, follower: Follower, args: tuple[Any, ...], kwargs: Mapping[str, Any], policy: Policy
-) -> Policy | None:
-    """The policy to follow the network under again; None if every group can be cut as it is.
+) -> Policy:
+    """The policy to follow the network under; where nothing but openings is new in it, every group can be cut as it is.
 
     Args:
         model: in eval mode.
@@ -58,28 +58,37 @@ def rehearsed(
     """
     groups = [g for g in graph.groups if g.units > 1]
     if not groups:
-        return None
+        return policy
     stage = _Stage(model, graph, args, kwargs)
-    failure = stage.fails(groups)
-    if failure is None:
-        exact = [g for g in groups if g.exact_mask]
-        if len(exact) == len(groups) or not exact:
-            return None
-        failure = stage.fails(exact)
-        groups = exact
-        if failure is None:
-            return None
-    if failure.module is not None:
-        stricter = _opened(model, graph, follower, policy, failure) or _stricter(model, follower, policy, failure)
-        if stricter is not None:
-            return stricter
-    guilty = {g.id: alone.why for g in groups if (alone := stage.fails([g])) is not None}
+    exact = [g for g in groups if g.exact_mask]
+    # One unit of each; one of each where all can be masked; and other numbers of each, for code that counts two groups
+    # by one number.
+    rounds = [(groups, False), (exact if len(exact) < len(groups) else [], False), (groups, True)]
+    for some, uneven in rounds:
+        failure = stage.fails(some, uneven) if some else None
+        while failure is not None:
+            opened = _opened(model, graph, follower, policy, failure)
+            if opened is None:
+                break
+            policy = opened
+            stage.graph = replace(graph, openings=policy.openings)
+            failure = stage.fails(some, uneven)
+        if failure is not None:
+            stricter = None if failure.module is None else _stricter(model, follower, policy, failure)
+            return stricter or _kept(stage, some, uneven, failure, policy)
+    return policy
+
+
+def _kept(stage: _Stage, groups: list[Group], uneven: bool, failure: _Failure, policy: Policy) -> Policy:
+    """The policy with all units of the groups kept that fail on their own, or of all that fail together."""
+    guilty = {g.id: alone.why for g in groups if (alone := stage.fails([g], uneven)) is not None}
     if not guilty:  # each can go, but not all together
         guilty = {g.id: failure.why for g in groups}
     kept = dict(policy.kept)
     for name, why in guilty.items():
-        member = graph[name].of_role("produce", "affine")[0]
-        for entry in member.entries(graph[name].units)[:, 0].tolist():
+        group = stage.graph[name]
+        member = group.of_role("produce", "affine")[0]
+        for entry in member.entries(group.units)[:, 0].tolist():
             kept[member.param, member.axis, entry] = why
     return replace(policy, kept=kept)
 
@@ -91,9 +100,11 @@ class _Stage:
         self.model, self.graph, self.args, self.kwargs = model, graph, args, kwargs
         self.dense = tensors_of(model(*args, **kwargs))
 
-    def fails(self, groups: Iterable[Group]) -> _Failure | None:
-        """Cut one unit of each group and run; where all of them can be masked, compare."""
-        keep = {g.id: torch.arange(g.units) != g.units - 1 for g in groups}
+    def fails(self, groups: Iterable[Group], uneven: bool = False) -> _Failure | None:
+        """Cut one unit of each group, or other numbers of each, and run; where all of them can be masked, compare."""
+        least = {g.id: 1 if all(m.width() == 1 for m in g.of_role("affine", "stat")) else 2 for g in groups}
+        gone = {g.id: max(1, min(1 + n % 5 if uneven else 1, g.units - least[g.id])) for n, g in enumerate(groups)}
+        keep = {g.id: torch.arange(g.units) < g.units - gone[g.id] for g in groups}
         plan = Plan(keep, self.graph)
         running: list[str] = []
         try:
@@ -142,22 +153,25 @@ def _site(model: nn.Module, error: BaseException) -> Site | None:
 
 
 def _opened(model: nn.Module, graph: Graph, follower: Follower, policy: Policy, failure: _Failure) -> Policy | None:
-    """The policy with a size left open that the code that failed writes out; None if there is no such size."""
+    """The policy with the sizes left open that the class whose code failed writes out; None if none failed there."""
     if failure.site is None:
         return None
-    kind, method, line = failure.site
+    kind = failure.site[0]
     alike = [name for name, m in model.named_modules() if type(m) is kind]
     counts = [name.rpartition(".") for name in graph.counts]
     set_anew = {f"self.{key}" for around, _, key in counts if around in alike}
     done = policy.openings.get(alike[0], ())
-    for call, sizes in calls_at(kind, method, line):
-        if "-1" in sizes or any((o.method, o.call) == (method, call) for o in done):
+    found: dict[Opening, bool] = {}  # and whether it is where the code failed
+    for (other, method, line, call), axes in follower.sites.items():
+        sizes = next((sizes for text, sizes in calls_at(other, method, line) if text == call), ())
+        if other is not kind or "-1" in sizes:
             continue
-        for axis in sorted(follower.sites.get((*failure.site, call), ()), reverse=True):
-            if not sizes[axis].isdigit() and sizes[axis] not in set_anew:
-                more = dict.fromkeys(alike, (*done, Opening(method, call, axis)))
-                return replace(policy, openings={**policy.openings, **more})
-    return None
+        free = [axis for axis in axes if not sizes[axis].isdigit() and sizes[axis] not in set_anew]
+        if free and not any((o.method, o.call) == (method, call) for o in (*done, *found)):
+            found[Opening(method, call, max(free))] = (kind, method, line) == failure.site
+    if not any(found.values()):
+        return None
+    return replace(policy, openings={**policy.openings, **dict.fromkeys(alike, (*done, *found))})
 
 
 def _stricter(model: nn.Module, follower: Follower, policy: Policy, failure: _Failure) -> Policy | None:
