@@ -59,6 +59,18 @@ def refresh(module: nn.Module) -> None:
         attention.num_heads = attention.attn_dim // attention.head_dim
 
 
+def forget(model: nn.Module) -> None:
+    """Have modules forget what they keep between passes: several of timm keep tables made of parameters in eval mode.
+
+    Args:
+        model: in any mode, which stays.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    for module, mode in modes:
+        module.training = mode
+
+
 @torch.no_grad()
 def cut(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy of a model without the units of a plan; what it masks stays.
@@ -68,6 +80,7 @@ def cut(model: nn.Module, plan: Plan) -> nn.Module:
         plan: any.
     """
     small = copy.deepcopy(model)
+    forget(small)
     graph, gone = plan.graph, plan.graph.vanished(plan.keep)
     touched = {m.param for name, mask in plan.keep.items() if not bool(mask.all()) for m in graph[name].members}
     for name in sorted(touched - gone):

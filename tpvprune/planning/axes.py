@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tpvprune.planning.follower import FIXED, Call, Follower
 from tpvprune.planning.labels import Origin, State
-from tpvprune.planning.units import modulo
+from tpvprune.planning.units import FREE, modulo
 from tpvprune.types import Role
 
 
@@ -42,6 +42,7 @@ def elementwise(f: Follower, call: Call) -> None:
                 slots = f.along(torch.empty(shape, device="meta"), mine, role, state)
                 fixed |= slots is None
                 held += [] if slots is None else [slots]
+        held.sort(key=lambda slots: bool((slots == FREE).all()))
         for other in held[1:]:
             f.units.tie(held[0], other, FIXED)
         if fixed:

@@ -24,7 +24,8 @@ ELEMENTWISE = frozenset((
     "clone", "copy", "_to_copy", "to", "detach", "alias", "lift_fresh", "lift_fresh_copy", "where", "masked_fill",
     "dropout", "native_dropout", "feature_dropout", "contiguous", "as_strided", "lerp", "rsub", "nan_to_num",
     "_conj", "prelu", "_prelu_kernel", "rrelu_with_noise", "zeros_like", "ones_like", "full_like", "empty_like",
-    "rand_like", "randn_like", "zero", "fill", "bernoulli", "type_as",
+    "rand_like", "randn_like", "zero", "fill", "bernoulli", "type_as", "hardswish", "hardsigmoid", "hardtanh",
+    "relu6", "threshold", "log_sigmoid_forward",
 ))  # fmt: skip
 MOVES = frozenset((
     "view", "_unsafe_view", "reshape", "_reshape_copy", "permute", "transpose", "t", "unsqueeze", "squeeze",

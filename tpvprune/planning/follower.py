@@ -32,6 +32,7 @@ class Policy:
         loose: grouped convolutions of which they are not all the same, with the reason.
         whole: attention modules that keep all of their heads, with the reason.
         still: modules that keep the lengths of all axes their code takes apart, with the reason.
+        parts: modules that keep the lengths of uneven parts they cut channels into.
         sealed: modules that keep the width of whatever comes in or goes out, with the reason.
         openings: sizes that modules' code leaves open.
         kept: `(param, dim, entry)` of units that stay, with the reason.
@@ -41,6 +42,7 @@ class Policy:
     loose: Mapping[str, str] = field(default_factory=dict)
     whole: Mapping[str, str] = field(default_factory=dict)
     still: Mapping[str, str] = field(default_factory=dict)
+    parts: frozenset[str] = frozenset()
     sealed: Mapping[str, str] = field(default_factory=dict)
     openings: Mapping[str, tuple[Opening, ...]] = field(default_factory=dict)
     kept: Mapping[tuple[str, int, int], str] = field(default_factory=dict)
@@ -58,6 +60,7 @@ class Width:
         heads: whether it tells the heads of an attention apart.
         shape: what a tensor is brought to there.
         axis: of that shape.
+        must: whether nothing can be cut unless an attribute tells the length.
     """
 
     module: str
@@ -67,6 +70,7 @@ class Width:
     heads: bool = False
     shape: tuple[int, ...] = ()
     axis: int = 0
+    must: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +207,8 @@ class Follower(TorchDispatchMode):
 
     def settle(self, tensor: Tensor, axes: Mapping[int, Tensor | None]) -> None:
         """Remember the slots along the axes of an activation."""
-        self._known[tensor] = State({a: s for a, s in axes.items() if s is not None and not is_static(s)})
+        kept = {a: s for a, s in axes.items() if s is not None and (not is_static(s) or bool((s == FREE).all()))}
+        self._known[tensor] = State(kept)
 
     def know(self, tensor: Tensor, origins: Iterable[Origin]) -> None:
         """Remember what a tensor is made of that depends on no input."""

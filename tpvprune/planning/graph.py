@@ -21,11 +21,12 @@ from torch.nn.modules.conv import _ConvNd
 
 from tpvprune.batches import Progress, arguments_of, device_of, evaluation_mode
 from tpvprune.errors import ModelError
+from tpvprune.layers import forget
 from tpvprune.plan import plan_of
 from tpvprune.planning.blocks import block_group, residual_blocks
 from tpvprune.planning.cost import Usage
 from tpvprune.planning.follow import follow
-from tpvprune.planning.follower import Follower, Policy, numbers, shapes
+from tpvprune.planning.follower import Follower, Policy, Width, numbers, shapes
 from tpvprune.planning.rehearsal import rehearsed
 from tpvprune.planning.units import STATIC
 from tpvprune.types import REST, WORK, Graph, Group, Kind, Member, fingerprint
@@ -75,8 +76,9 @@ def trace(
         policy = Policy(bundles=bundles)
         told = progress and _Told(progress, len(usage.order))
         while True:
+            forget(twin)
             traced = _Traced(twin, follow(twin, args, kwargs, policy, told), usage, policy)
-            found = traced.unbundled() or rehearsed(
+            found = traced.stricter() or rehearsed(
                 twin, traced.graph(model_id(model)), traced.follower, args, kwargs, policy
             )
             if replace(found, openings=policy.openings) == policy:
@@ -178,8 +180,14 @@ class _Traced:
         self.groups.sort(key=lambda g: self.usage.order.get(g.id, -1))
         self.skipped |= held
 
-    def unbundled(self) -> Policy | None:
-        """The policy without bundles around convolutions whose groups cannot leave as a whole; None if all can."""
+    def stricter(self) -> Policy | None:
+        """The policy without what was tried in vain; None if there is no such thing.
+
+        That is parts of channels whose lengths nothing tells, and bundles around convolutions whose groups cannot
+        leave as a whole.
+        """
+        if self.untold:
+            return replace(self.policy, parts=self.policy.parts | self.untold)
         loose = {}
         for module, slots in self.follower.bundled:
             for root in self._roots(slots):
@@ -314,6 +322,7 @@ class _Traced:
 
     def _count_attributes(self) -> None:
         """Whole numbers in modules that count the units of one group, so that they can be set anew after a cut."""
+        counted: set[int] = set()
         sizes = {group.id: group.units for group in self.groups}
         kinds = {group.id: group.kind for group in self.groups}
         for width in self.follower.widths:
@@ -323,24 +332,32 @@ class _Traced:
             if width.module in self.policy.whole or width.module in self.policy.still:
                 continue
             places = [self.place.get(root) for root in self._roots(width.slots)]
-            counted = Counter(place for place in places if place is not None)
-            groups = {place[0] for place in counted}
-            if len(groups) != 1 or None in places or len(set(counted.values())) != 1:
+            times = Counter(place for place in places if place is not None)
+            groups = {place[0] for place in times}
+            if len(groups) != 1 or None in places or len(set(times.values())) != 1:
                 continue
             group = groups.pop()
-            if len(counted) != sizes[group] or width.length % sizes[group]:
+            if len(times) != sizes[group] or width.length % sizes[group]:
                 continue
             for key, value in numbers(author):
                 tells = ("head" in key and "dim" not in key) == (
                     kinds[group] == "head" and width.length == sizes[group]
                 )
-                if value == width.length and tells:
+                size = kinds[group] == "head" and "head_dim" in key  # of one head, however many there are
+                if value == width.length and tells and not size:
                     name = f"{width.author}.{key}".removeprefix(".")
                     self.counts.setdefault(name, (group, width.length // sizes[group]))
+                    counted.add(id(width))
             for key, shape in shapes(author):
                 if shape == width.shape:
                     name = f"{width.author}.{key}[{width.axis}]".removeprefix(".")
                     self.counts.setdefault(name, (group, width.length // sizes[group]))
+
+        lost = (width for width in self.follower.widths if width.must and id(width) not in counted)
+        self.untold = {width.module for width in lost if self._cuttable(width)}
+
+    def _cuttable(self, width: Width) -> bool:
+        return any(root in self.place for root in self._roots(width.slots))
 
     def _explain(self) -> None:
         """Why the outputs of a layer stay whole."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,6 +13,7 @@ from tpvprune.planning.labels import Origin, gathered, spread, varying
 from tpvprune.planning.units import FREE, STATIC, modulo
 
 VIEWS = ("view", "_unsafe_view", "reshape", "_reshape_copy", "view_copy", "_reshape_alias")
+PART = "{!r} takes a part of its channels"
 LARGE = 50_000_000  # entries of a parameter whose places are not written out
 
 
@@ -51,9 +51,12 @@ def move(f: Follower, call: Call) -> None:
                     f.units.tie(found[number][at], slots, FIXED)  # type: ignore[arg-type]
                     f.units.pin(slots, FIXED)
                 found[number][at] = slots
+    if call.name == "expand":  # what is repeated takes the length it meets
+        shape, to = (1,) * (call.out[0].ndim - len(call.shapes[0])) + call.shapes[0], call.out[0].shape
+        found[0] |= {a: torch.full((n,), FREE) for a, n in enumerate(to) if n != shape[a] and a not in found[0]}
     for tensor, axes_of in zip(call.out, found, strict=True):
         f.settle(tensor, axes_of)
-    _cuts(f, call, found)
+    _cuts(f, call)
 
 
 def _joined_across(f: Follower, call: Call, axis: int, found: dict[int, Tensor | None]) -> bool:
@@ -123,8 +126,8 @@ def _chosen(f: Follower, moved: Tensor, axes: list[int]) -> int:
     return max(left, key=lambda axis: moved.shape[axis])
 
 
-def _cuts(f: Follower, call: Call, found: Sequence[Mapping[int, Tensor | None]]) -> None:
-    """Equal parts that units are cut into stay equal; others keep their lengths."""
+def _cuts(f: Follower, call: Call) -> None:
+    """Equal parts that units are cut into stay equal; others keep their lengths, unless attributes hold them."""
     if call.name not in ("slice", "split", "split_with_sizes", "narrow", "chunk", "unbind", "select"):
         return
     for axis, slots in call.before[0].axes.items():
@@ -136,14 +139,30 @@ def _cuts(f: Follower, call: Call, found: Sequence[Mapping[int, Tensor | None]])
         start = call.argument("start", 0) or 0 if call.name == "slice" else 0
         even = all(length == part for length in lengths) and whole % part == 0 and start % part == 0
         step = call.argument("step", 1) if call.name == "slice" else 1
-        if not even or step != 1 or f.here in f.policy.still:
-            why = f"{f.here!r} takes a part of its channels"
-            f.units.pin(slots, f.policy.still.get(f.here, why))
-            continue
-        f.width(part, slots[:part])
-        f.width(whole, slots)
-        for one, other in modulo(slots, part):
-            f.units.tie(one, other, FIXED)
+        if step != 1 or f.here in f.policy.still:
+            f.units.pin(slots, f.policy.still.get(f.here, PART.format(f.here)))
+        elif even:
+            f.width(part, slots[:part])
+            f.width(whole, slots)
+            for one, other in modulo(slots, part):
+                f.units.tie(one, other, FIXED)
+        else:
+            _uneven(f, slots, start, lengths)
+
+
+def _uneven(f: Follower, slots: Tensor, start: int, lengths: list[int]) -> None:
+    """Parts of several lengths: each must be a number that the module holds, so that it can be set anew."""
+    told = {value for _, value in numbers(f.author()[0])}
+    ends = [start, *(start + sum(lengths[: n + 1]) for n in range(len(lengths)))]
+    parts = [(a, b) for a, b in zip((0, *ends), (*ends, len(slots)), strict=False) if a < b]
+    alone = len(lengths) == 1  # a slice: what is left over need not be told, one of its two ends may be the axis's own
+    if alone:
+        parts = [(a, b) for a, b in ((0, start), (start, ends[-1])) if a < b and b < len(slots)]
+    if f.here in f.policy.parts or not parts or any(b - a not in told for a, b in parts) or (alone and len(parts) > 1):
+        f.units.pin(slots, PART.format(f.here))
+        return
+    for a, b in parts:
+        f.width(b - a, slots[a:b], must=True)
 
 
 def _move_parameters(f: Follower, call: Call) -> None:

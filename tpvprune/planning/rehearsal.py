@@ -74,6 +74,9 @@ def rehearsed(
             stage.graph = replace(graph, openings=policy.openings)
             failure = stage.fails(some, uneven)
         if failure is not None:
+            uneven_parts = {width.module for width in follower.widths if width.must} - policy.parts
+            if uneven_parts:
+                return replace(policy, parts=policy.parts | uneven_parts)
             stricter = None if failure.module is None else _stricter(model, follower, policy, failure)
             return stricter or _kept(stage, some, uneven, failure, policy)
     return policy
