@@ -20,6 +20,7 @@ from torch import nn
 from tpvprune.errors import ModelError
 from tpvprune.types import Opening
 
+NAME = "reshaped_"  # of the tensor that a rewritten call reshapes
 SHAPING = frozenset(("reshape", "view"))
 PLAIN = (
     ast.Expression, ast.Name, ast.Attribute, ast.Constant, ast.BinOp, ast.UnaryOp, ast.Subscript, ast.operator,
@@ -138,7 +139,7 @@ def _written(base: type[Any], method: str, openings: Iterable[Opening]) -> Funct
                 f"the version of {base.__module__.partition('.')[0]!r} that it was traced with"
             )
         for call in found:
-            _sizes(call)[opening.size] = ast.UnaryOp(ast.USub(), ast.Constant(1))
+            _open(call, opening)
     owner = next(owner for owner in base.__mro__ if method in vars(owner))
     # A method that calls super() looks for its class in the scope around it.
     around = ast.parse("def around(__class__):\n    return None").body[0]
@@ -152,6 +153,16 @@ def _written(base: type[Any], method: str, openings: Iterable[Opening]) -> Funct
     written.__qualname__, written.__doc__ = original.__qualname__, original.__doc__
     written.__module__ = original.__module__
     return written
+
+
+def _open(call: ast.Call, opening: Opening) -> None:
+    sizes, target = _sizes(call), call.func
+    sizes[opening.size] = ast.UnaryOp(ast.USub(), ast.Constant(1))
+    if opening.given is not None and isinstance(target, ast.Attribute):
+        place, axis = opening.given
+        target.value = ast.NamedExpr(ast.Name(NAME, ast.Store()), target.value)
+        shape = ast.Attribute(ast.Name(NAME, ast.Load()), "shape", ast.Load())
+        sizes[place] = ast.Subscript(shape, ast.Constant(axis), ast.Load())
 
 
 def _source(base: type[Any], method: str) -> tuple[ast.FunctionDef, FunctionType]:
@@ -183,15 +194,11 @@ def _calls(node: ast.AST) -> list[ast.Call]:
         call for call in ast.walk(node)
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in SHAPING
         and not call.keywords and call.args
+        and not (isinstance(call.func.value, ast.Name) and call.func.value.id == "torch")
     ]  # fmt: skip
 
 
 def _sizes(call: ast.Call) -> list[ast.expr]:
     """The sizes of a call, a list that can be changed."""
     first = call.args[0]
-    if isinstance(first, ast.Tuple | ast.List):
-        return first.elts
-    torch_call = isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name)
-    if torch_call and call.func.value.id == "torch" and len(call.args) == 2:  # type: ignore[attr-defined]
-        return call.args[1].elts if isinstance(call.args[1], ast.Tuple | ast.List) else []
-    return call.args
+    return first.elts if isinstance(first, ast.Tuple | ast.List) else call.args

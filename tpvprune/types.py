@@ -87,12 +87,15 @@ class Opening:
     Attributes:
         method: name of the method, of the module's class, that the call stands in.
         call: its text.
-        size: which of its sizes is -1 instead.
+        size: which of its sizes is open: -1, if `given` does not tell it.
+        given: a size and the axis of the tensor, that is reshaped, whose length is written there; None if there is
+            no -1 in the call.
     """
 
     method: str
     call: str
     size: int
+    given: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -342,7 +345,7 @@ class Graph:
                 skipped=dict(data["skipped"]),
                 itemsize=dict(data.get("itemsize", {})),
                 counts={name: (group, int(each)) for name, (group, each) in data.get("counts", {}).items()},
-                openings={n: tuple(Opening(**o) for o in all_of) for n, all_of in data.get("openings", {}).items()},
+                openings={n: tuple(map(_opening, all_of)) for n, all_of in data.get("openings", {}).items()},
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"the graph is incomplete ({error!r}); trace the model again") from error
@@ -367,6 +370,11 @@ def _groups_within(groups: Iterable[Group]) -> dict[str, tuple[str, ...]]:
             others = (g for g in groups if g.kind != "block")
             found[block.id] = tuple(g.id for g in others if all(m.param in tensors for m in g.members))
     return found
+
+
+def _opening(data: Mapping[str, Any]) -> Opening:
+    given = data.get("given")
+    return Opening(data["method"], data["call"], int(data["size"]), given and (int(given[0]), int(given[1])))
 
 
 def _pack_index(index: Tensor | None) -> Any:

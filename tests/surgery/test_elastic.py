@@ -52,6 +52,22 @@ class Own(Attend):
         raise AssertionError
 
 
+class Shrunk(Attend):
+    """Sizes that stand beside a -1: the keys come from fewer tokens, of a layer of another width than the input."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__(dim, heads)
+        self.qkv, self.few, self.k = nn.Linear(dim, dim), nn.Conv1d(dim, dim, 2, stride=2), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, gain: float = 1.0, *, shift: float = 0.0) -> Tensor:
+        B, N, C = x.shape
+        q = self.qkv(x).reshape(B, N, self.num_heads, C // self.num_heads)
+        few = self.few(x.permute(0, 2, 1)).reshape(B, C, -1).permute(0, 2, 1)
+        k = self.k(few).reshape(B, -1, self.num_heads, C // self.num_heads)
+        mixed = self.mixed(*(part.transpose(1, 2) for part in (q, k, k)))
+        return self.proj(mixed.transpose(1, 2).reshape(B, N, C))
+
+
 class Scale(nn.Module):
     """Keeps the shape that its parameter is brought to."""
 
@@ -103,6 +119,19 @@ def test_stream_and_heads_leave_apart(net: nn.Module, inputs: Tensor) -> None:
     assert (small.attn.num_heads, small.more.num_heads, small.scale.shape) == (2, 1, (1, 7))
     assert gap(small(inputs), tp.mask(net, plan)(inputs)) < tolerances.SAME_FUNCTION
     assert sum(p.numel() for p in small.parameters()) == graph.params(plan.keep)
+
+
+def test_sizes_beside_one_that_is_open_already_are_told_by_the_tensor(inputs: Tensor) -> None:
+    net = randomise(Net(Shrunk))
+    graph = tp.trace(net, inputs)
+    wanted = {"embed": 12, "attn": 3, "attn.few": 12, "more": 3, "more.few": 12}
+    assert {g.id: g.units for g in graph.groups} == wanted
+    assert {(o.size, o.given) for o in graph.openings["attn"]} == {(2, None), (3, None), (2, (1, 1)), (3, (1, 1))}
+    for seed in range(3):
+        plan = plan_without(graph, random_gone(graph, seed))
+        assert gap(tp.apply(net, plan)(inputs), tp.mask(net, plan)(inputs)) < tolerances.SAME_FUNCTION
+        again = Graph.from_json(graph.to_json())
+        assert again.openings == graph.openings
 
 
 def test_the_dense_model_is_left_as_it_was(net: nn.Module, inputs: Tensor) -> None:

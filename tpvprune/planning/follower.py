@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,6 +75,29 @@ class Width:
 
 
 @dataclass(frozen=True, eq=False)
+class Reshaped:
+    """What a call of `reshape` or `view` did.
+
+    Attributes:
+        before: the shape of what it was given.
+        after: of what it gave.
+        axes: of the latter, along which slots lie.
+    """
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    axes: set[int]
+
+    def source(self, axis: int) -> int | None:
+        """The axis of what was given that an axis of what came out is, unchanged; None if it is none."""
+        for other, length in enumerate(self.before):
+            same = math.prod(self.before[:other]) == math.prod(self.after[:axis])
+            if same and length == self.after[axis] and length > 1:
+                return other
+        return None
+
+
+@dataclass(frozen=True, eq=False)
 class Product:
     """A product of two activations, which costs multiply-adds and holds no parameter.
 
@@ -122,7 +146,7 @@ class Follower(TorchDispatchMode):
         order: parameters in the order in which they are first read.
         readers: of each parameter, the modules in which it is multiplied with.
         bundled: grouped convolutions whose groups are units, and the slots they write.
-        sites: along which axes of what a call of `reshape` or `view` gave slots lie, by class, method, line and text.
+        sites: what calls of `reshape` and `view` did, by class, method, line and text.
         policy: what may be cut.
     """
 
@@ -141,7 +165,7 @@ class Follower(TorchDispatchMode):
         self.order: dict[str, int] = {}
         self.readers: dict[str, set[str]] = {}
         self.bundled: list[tuple[str, Tensor]] = []
-        self.sites: dict[tuple[type[Any], str, int, str], set[int]] = {}
+        self.sites: dict[tuple[type[Any], str, int, str], Reshaped] = {}
         self.policy, self._rule, self._told = policy, rule, told
         self._names = {id(m): name for name, m in model.named_modules()}
         self._stack: list[nn.Module] = [model]  # stays when the model itself is left
@@ -241,8 +265,15 @@ class Follower(TorchDispatchMode):
         """Note that the code that runs depends on how many entries an axis has, see `Width`."""
         self.widths.append(Width(self.here, self._names[id(self.author()[0])], length, slots, **more))
 
-    def site(self, shape: tuple[int, ...], axes: Iterable[int]) -> None:
-        """Note that the code that runs gives a shape, and along which of its axes slots lie."""
+    def site(self, before: Sequence[int], slots: Tensor, axes: Iterable[int]) -> None:
+        """Note that the code that runs reshapes a tensor.
+
+        Args:
+            before: its shape.
+            slots: of what came out, in that shape.
+            axes: along which they lie.
+        """
+        shape = tuple(slots.shape)
         owner, frame = self.author()
         method = None if frame is None else method_of(type(owner), frame.f_code)
         if frame is None or method is None:
@@ -251,7 +282,8 @@ class Follower(TorchDispatchMode):
         for call, sizes in calls_at(*site):
             values = [value_of(size, frame) for size in sizes]
             if len(sizes) == len(shape) and all(v in (None, -1, n) for v, n in zip(values, shape, strict=True)):
-                self.sites.setdefault((*site, call), set()).update(axes)
+                seen = self.sites.setdefault((*site, call), Reshaped(tuple(before), shape, set()))
+                seen.axes.update(axes)
 
     def pin(self, tensors: Iterable[Tensor], why: str, axes: Iterable[int] | None = None) -> None:
         """Keep whole what lies along some or all axes of activations."""

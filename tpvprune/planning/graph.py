@@ -343,7 +343,7 @@ class _Traced:
                 tells = ("head" in key and "dim" not in key) == (
                     kinds[group] == "head" and width.length == sizes[group]
                 )
-                size = kinds[group] == "head" and "head_dim" in key  # of one head, however many there are
+                size = kinds[group] == "head" and "head" in key and "dim" in key  # of one head, however many there are
                 if value == width.length and tells and not size:
                     name = f"{width.author}.{key}".removeprefix(".")
                     self.counts.setdefault(name, (group, width.length // sizes[group]))

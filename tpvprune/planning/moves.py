@@ -106,7 +106,7 @@ def _settled(f: Follower, call: Call, moved: Tensor) -> tuple[int, Tensor] | Non
     if call.name == "constant_pad_nd":
         slots = slots.clamp(min=STATIC)
     if call.name in VIEWS:
-        f.site(tuple(moved.shape), axes)
+        f.site(call.shapes[0], moved, axes)
         heads = len(axes) > 1 and _counts_heads(f, moved.shape[axis])
         f.width(moved.shape[axis], slots, heads=heads, shape=tuple(moved.shape), axis=axis)
     return axis, slots

@@ -7,7 +7,7 @@ gives something else; then the network is followed again under a stricter policy
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from traceback import walk_tb
 from typing import Any
@@ -19,7 +19,7 @@ from tpvprune.elastic import base_of, calls_at, method_of
 from tpvprune.layers import cut
 from tpvprune.plan import Plan
 from tpvprune.planning.cost import tensors_of
-from tpvprune.planning.follower import Follower, Policy, Site
+from tpvprune.planning.follower import Follower, Policy, Reshaped, Site
 from tpvprune.types import Graph, Group, Opening
 
 LEEWAY = 0.05  # of what the masks change: a wrong index changes about as much as they do
@@ -165,16 +165,30 @@ def _opened(model: nn.Module, graph: Graph, follower: Follower, policy: Policy, 
     set_anew = {f"self.{key}" for around, _, key in counts if around in alike}
     done = policy.openings.get(alike[0], ())
     found: dict[Opening, bool] = {}  # and whether it is where the code failed
-    for (other, method, line, call), axes in follower.sites.items():
-        sizes = next((sizes for text, sizes in calls_at(other, method, line) if text == call), ())
-        if other is not kind or "-1" in sizes:
-            continue
-        free = [axis for axis in axes if not sizes[axis].isdigit() and sizes[axis] not in set_anew]
-        if free and not any((o.method, o.call) == (method, call) for o in (*done, *found)):
-            found[Opening(method, call, max(free))] = (kind, method, line) == failure.site
+    for (other, method, line, call), seen in follower.sites.items():
+        if other is kind and not any((o.method, o.call) == (method, call) for o in (*done, *found)):
+            sizes = next(sizes for text, sizes in calls_at(other, method, line) if text == call)
+            opening = _opening(method, call, sizes, seen, set_anew)
+            if opening is not None:
+                found[opening] = (kind, method, line) == failure.site
     if not any(found.values()):
         return None
     return replace(policy, openings={**policy.openings, **dict.fromkeys(alike, (*done, *found))})
+
+
+def _opening(method: str, call: str, sizes: Sequence[str], seen: Reshaped, set_anew: Collection[str]) -> Opening | None:
+    """How a size that a call writes out can be left open; None if none is, or none can."""
+    free = [axis for axis in seen.axes if not sizes[axis].lstrip("-").isdigit() and sizes[axis] not in set_anew]
+    if not free:
+        return None
+    axis = max(free)
+    if "-1" not in sizes:
+        return Opening(method, call, axis)
+    for place in (axis, sizes.index("-1")):
+        source = seen.source(place)
+        if source is not None:
+            return Opening(method, call, axis if place != axis else sizes.index("-1"), (place, source))
+    return None
 
 
 def _stricter(model: nn.Module, follower: Follower, policy: Policy, failure: _Failure) -> Policy | None:
