@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tpvprune.elastic import opened
 from tpvprune.plan import Plan
+from tpvprune.types import FEATURES
 
 
 def replace(module: nn.Module, key: str, new: Tensor) -> None:
@@ -100,9 +101,24 @@ def cut(model: nn.Module, plan: Plan) -> nn.Module:
     for name, (group, each) in graph.counts.items():
         if group in plan.keep and group not in lost:
             _recount(small, name, int(plan.keep[group].sum()) * each)
+    for name, groups in graph.told.items():
+        left = {group: each for group, each in groups.items() if group in plan.keep and group not in lost}
+        _retell(small, name, sum(int((~plan.keep[group]).sum()) * each for group, each in left.items()))
     for name, openings in graph.openings.items():
         opened(small.get_submodule(name), openings)
     return small
+
+
+def _retell(model: nn.Module, name: str, gone: int) -> None:
+    """Say that something is narrower, in `feature_info` or in an attribute."""
+    if name.startswith(FEATURES):
+        infos: Any = getattr(model, FEATURES)
+        infos = getattr(infos, "info", infos)
+        infos[int(name[len(FEATURES) + 1 : -1])]["num_chs"] -= gone
+    else:
+        around, _, key = name.rpartition(".")
+        module = model.get_submodule(around)
+        setattr(module, key, getattr(module, key) - gone)
 
 
 def _recount(model: nn.Module, name: str, number: int) -> None:

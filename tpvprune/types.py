@@ -26,6 +26,7 @@ ROLES: tuple[str, ...] = ("produce", "affine", "consume", "stat", "work", "insid
 KINDS: tuple[str, ...] = ("channel", "head", "bundle", "weight", "block")
 GRAPH_FORMAT = 1
 REPORT_FORMAT = 2
+FEATURES = "feature_info"  # timm's list of what a model's stages give
 WORK = "#"  # marks a tensor that costs multiply-adds and holds no parameter, as the two products of attention
 REST = "#rest"  # the multiply-adds that belong to no layer, and that no plan changes
 
@@ -158,6 +159,8 @@ class Graph:
         counts: whole numbers among the attributes of modules that count entries of a group's units, by qualified
             name: `(group, entries per unit)`; the place in a tuple or list follows in brackets. A cut sets them anew.
         openings: of modules whose code writes out a width that a cut changes.
+        told: where the model says how wide something is, timm's `feature_info` and the like: entries per unit of each
+            group. A cut sets them anew.
     """
 
     groups: tuple[Group, ...]
@@ -168,6 +171,7 @@ class Graph:
     itemsize: Mapping[str, int] = field(default_factory=dict)
     counts: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     openings: Mapping[str, tuple[Opening, ...]] = field(default_factory=dict)
+    told: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     _by_id: Mapping[str, Group] = field(init=False, repr=False)
     _within: Mapping[str, tuple[str, ...]] = field(init=False, repr=False)
 
@@ -307,13 +311,17 @@ class Graph:
             "reuse": dict(self.reuse),
             "skipped": dict(self.skipped),
             "itemsize": dict(self.itemsize),
-            **({"counts": {name: list(what) for name, what in self.counts.items()}} if self.counts else {}),
-            **(
-                {"openings": {n: [asdict(o) for o in all_of] for n, all_of in self.openings.items()}}
-                if self.openings
-                else {}
-            ),
+            **self._adapted(),
         }
+
+    def _adapted(self) -> dict[str, Any]:
+        """What a cut sets anew besides tensors, where there is any."""
+        found = {
+            "counts": {name: list(what) for name, what in self.counts.items()},
+            "openings": {name: [asdict(opening) for opening in all_of] for name, all_of in self.openings.items()},
+            "told": {name: dict(groups) for name, groups in self.told.items()},
+        }
+        return {key: value for key, value in found.items() if value}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Graph:
@@ -345,6 +353,7 @@ class Graph:
                 skipped=dict(data["skipped"]),
                 itemsize=dict(data.get("itemsize", {})),
                 counts={name: (group, int(each)) for name, (group, each) in data.get("counts", {}).items()},
+                told={name: dict(groups) for name, groups in data.get("told", {}).items()},
                 openings={n: tuple(map(_opening, all_of)) for n, all_of in data.get("openings", {}).items()},
             )
         except (KeyError, TypeError, AttributeError) as error:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tpvprune.elastic import calls_at, method_of, value_of
+from tpvprune.planning.conventions import infos
 from tpvprune.planning.cost import tensors_of
 from tpvprune.planning.labels import PLAIN, Origin, State, Tangled, is_static
 from tpvprune.planning.units import FREE, STATIC, Units
@@ -147,6 +148,7 @@ class Follower(TorchDispatchMode):
         readers: of each parameter, the modules in which it is multiplied with.
         bundled: grouped convolutions whose groups are units, and the slots they write.
         sites: what calls of `reshape` and `view` did, by class, method, line and text.
+        outputs: of modules that the model's `feature_info` names, and the slots along their axes.
         policy: what may be cut.
     """
 
@@ -167,6 +169,8 @@ class Follower(TorchDispatchMode):
         self.bundled: list[tuple[str, Tensor]] = []
         self.sites: dict[tuple[type[Any], str, int, str], Reshaped] = {}
         self.policy, self._rule, self._told = policy, rule, told
+        self.outputs: dict[str, tuple[Tensor, Mapping[int, Tensor]]] = {}
+        self._watched = {info["module"] for info in infos(model)}
         self._names = {id(m): name for name, m in model.named_modules()}
         self._stack: list[nn.Module] = [model]  # stays when the model itself is left
         self._known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -187,6 +191,8 @@ class Follower(TorchDispatchMode):
         """A forward hook of every module."""
         if self.here in self.policy.sealed:
             self.pin(tensors_of(out), self.policy.sealed[self.here])
+        if self.here in self._watched and isinstance(out, Tensor):
+            self.outputs[self.here] = out, self.state(out).axes
         if self._told is not None and self.here:
             self._told(self._names[id(module)])
         while self._stack.pop() is not module:  # one that raised and was caught

@@ -1,0 +1,323 @@
+"""From what was followed to a graph: groups of units with their members, costs, counts and reasons."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from tpvprune.planning.blocks import block_group
+from tpvprune.planning.conventions import told
+from tpvprune.planning.cost import Usage
+from tpvprune.planning.follower import Follower, Policy, Width, numbers, shapes
+from tpvprune.planning.units import STATIC
+from tpvprune.types import REST, WORK, Graph, Group, Kind, Member
+
+ROOTS = (_ConvNd, nn.Linear, nn.Embedding)
+LAYERS = (*ROOTS, _NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU)  # set anew by `layers.refresh`
+UNUSED = "it is not used in the forward pass"
+UNREAD = "no convolution or linear layer consumes its outputs"
+LOST = "its channels cannot be followed"
+NEW = "the dense model, of which this is a part, has no such units"
+SINGLE = "it has a single unit"
+
+
+def tensors_and_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """All that a model holds, by qualified name."""
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+@dataclass
+class _Class:
+    """One unit: what of each tensor's dimensions leaves with it, and what is known of it."""
+
+    entries: dict[tuple[str, int], list[int]]
+    reason: str | None
+    pools: bool
+    module: str | None = None  # the attention whose head it is
+    bundled: bool = False
+
+
+class Traced:
+    """Turns what was followed into groups, costs and reasons."""
+
+    def __init__(self, model: nn.Module, follower: Follower, usage: Usage, policy: Policy) -> None:
+        self.model, self.follower, self.usage, self.policy = model, follower, usage, policy
+        self.units = follower.units
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self.reuse: dict[str, int] = {}
+        self.skipped: dict[str, str] = {}
+        self.counts: dict[str, tuple[str, int]] = {}
+        for name, macs in follower.macs.items():
+            if name not in self.shapes:  # a buffer
+                continue
+            times, rest = divmod(macs, model.get_parameter(name).numel() * usage.batch)
+            if not rest:
+                self.reuse[name] = times
+        self._pin()
+        self.classes = self._classes()
+        self.place: dict[int, tuple[str, int]] = {}  # class to (group, unit)
+        self.groups = self._groups()
+        self._add_products()
+        self._count_attributes()
+        self.told = self._told()
+        self._explain()
+
+    def graph(self, name: str) -> Graph:
+        """The groups found so far as a value."""
+        shapes, reuse = dict(self.shapes), dict(self.reuse)
+        stats = {m.param for g in self.groups for m in g.of_role("stat")}
+        shapes |= {key: tuple(b.shape) for key, b in self.model.named_buffers() if key in stats}
+        itemsize = {key: tensor.element_size() for key, tensor in tensors_and_buffers(self.model) if key in shapes}
+        other = sum(tensor.nbytes for key, tensor in tensors_and_buffers(self.model) if key not in shapes)
+        rest = self.usage.total - sum(times * torch.Size(shapes[key]).numel() for key, times in reuse.items())
+        if rest:
+            shapes[REST], reuse[REST] = (), rest
+        if other:
+            shapes[REST], itemsize[REST] = (), other
+        openings = {key: all_of for key, all_of in self.policy.openings.items() if key not in self.policy.sealed}
+        adapted = dict(self.counts), openings, dict(self.told)
+        return Graph(tuple(self.groups), shapes, reuse, name, dict(self.skipped), itemsize, *adapted)
+
+    def restrict(self, dense: Graph) -> None:
+        """Leave alone what is no group of the dense model's graph: what comes of it could not be told in its terms."""
+        for group in self.groups:
+            if group.id not in dense:
+                written = {m.layer for m in group.of_role("produce", "affine")}
+                self.skipped |= dict.fromkeys(written - set(self.skipped), NEW)
+        self.groups = [group for group in self.groups if group.id in dense]
+
+    def add_blocks(self, names: Iterable[str], held: Mapping[str, str]) -> None:
+        """Residual blocks that can be skipped as groups of one unit."""
+        self.groups += [block_group(self.model, name, self.usage, self.shapes, self.reuse) for name in names]
+        self.groups.sort(key=lambda g: self.usage.order.get(g.id, -1))
+        self.skipped |= held
+
+    def stricter(self) -> Policy | None:
+        """The policy without what was tried in vain; None if there is no such thing.
+
+        That is parts of channels whose lengths nothing tells, and bundles around convolutions whose groups cannot
+        leave as a whole.
+        """
+        if self.untold:
+            return replace(self.policy, parts=self.policy.parts | self.untold)
+        loose = {}
+        for module, slots in self.follower.bundled:
+            for root in self._roots(slots):
+                reason = self.classes[root].reason
+                if reason is not None:
+                    loose[module] = f"its groups cannot leave as a whole: {reason}"
+        return replace(self.policy, loose={**self.policy.loose, **loose}) if loose else None
+
+    def _pin(self) -> None:
+        for (name, dim, entry), why in self.policy.kept.items():
+            if (name, dim) in self.units.slots:
+                self.units.pin(torch.tensor([self.units.slots[name, dim][0] + entry]), why)
+        everywhere = Counter(id(p) for _, p in self.model.named_parameters(remove_duplicate=False))
+        for name, parameter in self.model.named_parameters():
+            if everywhere[id(parameter)] > 1:
+                for dim in range(parameter.ndim):
+                    if (name, dim) in self.units.slots:
+                        slots = self.units.of(name, dim, parameter.shape[dim], "produce")
+                        self.units.pin(slots, f"{name.rpartition('.')[0]!r} shares a parameter with another layer")
+
+    def _classes(self) -> dict[int, _Class]:
+        found = {
+            root: _Class(entries, self.units.reason(root), self.units.pools(root))
+            for root, entries in self.units.classes().items()
+        }
+        for width in self.follower.widths:
+            if width.heads:
+                for root in self._roots(width.slots):
+                    found[root].module = width.module
+        for _, slots in self.follower.bundled:
+            for root in self._roots(slots):
+                found[root].bundled = True
+        return found
+
+    def _roots(self, slots: Tensor) -> list[int]:
+        return [self.units.find(slot) for slot in slots.tolist() if slot > STATIC]
+
+    def _groups(self) -> list[Group]:
+        alike: dict[Any, list[int]] = {}
+        for root, unit in self.classes.items():
+            roles = {self.units.roles[key] for key in unit.entries}
+            if unit.reason is None and not roles & {"produce", "affine"}:
+                unit.reason = LOST
+            if unit.reason is None and "consume" not in roles:
+                unit.reason = UNREAD
+            if unit.reason is None:
+                key = frozenset((*place, len(entries)) for place, entries in unit.entries.items()), unit.module
+                alike.setdefault(key, []).append(root)
+        found: list[tuple[int, Group]] = []
+        names: Counter[str] = Counter()
+        for roots in alike.values():
+            if len(roots) < 2:
+                self.classes[roots[0]].reason = SINGLE
+                continue
+            writer = self._writer(roots)
+            roots.sort(key=lambda root: self.classes[root].entries[writer])
+            group = self._group(writer, roots, names)
+            found.append((self._order(group), group))
+            self.place |= {root: (group.id, number) for number, root in enumerate(roots)}
+        return [group for _, group in sorted(found, key=lambda pair: pair[0])]
+
+    def _order(self, group: Group) -> int:
+        return min(self.usage.order.get(m.layer, 1_000_000) for m in group.of_role("produce", "affine"))
+
+    def _writer(self, roots: list[int]) -> tuple[str, int]:
+        """The first tensor that writes the units: of a layer, or a loose parameter if no layer does."""
+        places = [place for place in self.classes[roots[0]].entries if self.units.roles[place] in ("produce", "affine")]
+
+        def rank(place: tuple[str, int]) -> tuple[bool, bool, int]:
+            layer = place[0].rpartition(".")[0]
+            role = self.units.roles[place]
+            return not isinstance(self.model.get_submodule(layer), ROOTS), role != "produce", self._turn(place[0])
+
+        return min(places, key=rank)
+
+    def _turn(self, param: str) -> int:
+        layer = param.rpartition(".")[0]
+        turn = self.usage.order.get(layer)
+        return 1000 * turn if turn is not None else 10**9 + self.follower.order.get(param, 0)
+
+    def _group(self, writer: tuple[str, int], roots: list[int], names: Counter[str]) -> Group:
+        first = self.classes[roots[0]]
+        kind: Kind = "head" if first.module is not None else "bundle" if first.bundled else "channel"
+        name = first.module if first.module else writer[0].rpartition(".")[0] or writer[0]
+        names[name] += 1
+        if names[name] > 1:
+            name = f"{name}/{names[name]}"
+        members = []
+        for place in sorted(first.entries, key=lambda p: (self._turn(p[0]), not p[0].endswith("weight"), p)):
+            index = torch.tensor([self.classes[root].entries[place] for root in roots], dtype=torch.int64)
+            whole = index.shape[1] == 1 and torch.equal(index.flatten(), torch.arange(self._length(place)))
+            members.append(Member(place[0], place[1], None if whole else index, self.units.roles[place]))
+        exact = not any(self.classes[root].pools for root in roots)
+        kinds = [
+            f"{type(self.model.get_submodule(m.layer)).__name__}:{m.role}:{m.dim}:{m.width()}"
+            if kind != "channel"
+            else f"{type(self.model.get_submodule(m.layer)).__name__}:{m.role}:{m.dim}"
+            for m in members
+        ]
+        return Group(name, kind, len(roots), tuple(members), exact, "|".join([kind, *sorted(kinds)]))
+
+    def _length(self, place: tuple[str, int]) -> int:
+        return self.units.slots[place][1]
+
+    def _add_products(self) -> None:
+        """What products of activations cost, where their size follows one group."""
+        spent: dict[tuple[str, str], int] = {}
+        for product in self.follower.products:
+            if product.slots is not None:
+                places = {self.place.get(root) for root in self._roots(product.slots)}
+                groups = {place[0] for place in places if place is not None}
+                whole = all(slot > STATIC for slot in product.slots.tolist()) and None not in places
+                if whole and len(groups) == 1:
+                    key = product.module, groups.pop()
+                    spent[key] = spent.get(key, 0) + product.macs
+        for (module, name), macs in spent.items():
+            number = next(i for i, g in enumerate(self.groups) if g.id == name)
+            group = self.groups[number]
+            each = max((m.width() for m in group.of_role("consume")), default=1) if group.kind == "head" else 1
+            times, rest = divmod(macs, group.units * each * self.usage.batch)
+            if rest:
+                continue
+            work = f"{module}{WORK}{'attention' if group.kind == 'head' else 'product'}"
+            if work in self.shapes:
+                continue
+            self.shapes[work], self.reuse[work] = (group.units * each,), times
+            index = None if each == 1 else torch.arange(group.units * each).reshape(group.units, each)
+            member = Member(work, 0, index, "work")
+            self.groups[number] = Group(
+                group.id, group.kind, group.units, (*group.members, member), group.exact_mask, group.signature
+            )
+
+    def _count_attributes(self) -> None:
+        """Whole numbers in modules that count the units of one group, so that they can be set anew after a cut."""
+        counted: set[int] = set()
+        sizes = {group.id: group.units for group in self.groups}
+        kinds = {group.id: group.kind for group in self.groups}
+        for width in self.follower.widths:
+            author = self.model.get_submodule(width.author)
+            if isinstance(author, LAYERS):
+                continue
+            if width.module in self.policy.whole or width.module in self.policy.still:
+                continue
+            places = [self.place.get(root) for root in self._roots(width.slots)]
+            times = Counter(place for place in places if place is not None)
+            groups = {place[0] for place in times}
+            if len(groups) != 1 or None in places or len(set(times.values())) != 1:
+                continue
+            group = groups.pop()
+            if len(times) != sizes[group] or width.length % sizes[group]:
+                continue
+            for key, value in numbers(author):
+                tells = ("head" in key and "dim" not in key) == (
+                    kinds[group] == "head" and width.length == sizes[group]
+                )
+                size = kinds[group] == "head" and "head" in key and "dim" in key  # of one head, however many there are
+                if value == width.length and tells and not size:
+                    name = f"{width.author}.{key}".removeprefix(".")
+                    self.counts.setdefault(name, (group, width.length // sizes[group]))
+                    counted.add(id(width))
+            for key, shape in shapes(author):
+                if shape == width.shape:
+                    name = f"{width.author}.{key}[{width.axis}]".removeprefix(".")
+                    self.counts.setdefault(name, (group, width.length // sizes[group]))
+
+        lost = (width for width in self.follower.widths if width.must and id(width) not in counted)
+        self.untold = {width.module for width in lost if self._cuttable(width)}
+
+    def _cuttable(self, width: Width) -> bool:
+        return any(root in self.place for root in self._roots(width.slots))
+
+    def _told(self) -> dict[str, dict[str, int]]:
+        """What the model says of its widths, see `conventions`."""
+
+        def read(layer: str) -> Tensor | None:
+            first, length = self.units.slots.get((f"{layer}.weight", 1), (0, 0))
+            return torch.arange(first, first + length) if length else None
+
+        found = {}
+        sizes = {group.id: group.units for group in self.groups}
+        for name, slots in told(self.model, self.follower.outputs, read):
+            units = Counter(self.place[root] for root in self._roots(slots) if root in self.place)
+            entries = Counter[str]()
+            for (group, _), times in units.items():
+                entries[group] += times
+            even = all(times * sizes[group] == entries[group] for (group, _), times in units.items())
+            if entries and even and name not in self.counts:
+                found[name] = {group: count // sizes[group] for group, count in entries.items()}
+        return found
+
+    def _explain(self) -> None:
+        """Why the outputs of a layer stay whole."""
+        written = {m.layer for g in self.groups for m in g.of_role("produce", "affine")}
+        parameters = {id(p): name for name, p in self.model.named_parameters()}
+        names = {id(m): name for name, m in reversed(list(self.model.named_modules()))}
+        for name, module in self.model.named_modules():
+            if not isinstance(module, ROOTS) or names[id(module)] != name or name in written:
+                continue
+            dim = 1 if isinstance(module, nn.Embedding) or getattr(module, "transposed", False) else 0
+            place = parameters.get(id(module.weight), ""), dim
+            reasons = [LOST if name in self.usage.order else UNUSED]
+            if place in self.units.slots:
+                first, length = self.units.slots[place]
+                found = (self.classes[self.units.find(slot)].reason for slot in range(first, first + length))
+                reasons = [reason for reason in found if reason] or [LOST]
+            elif name in self.usage.order and module.weight.shape[dim] == 1:
+                reasons = [SINGLE]
+            self.skipped[name] = reasons[0]
+        for module, reason in self.policy.still.items():
+            self.skipped.setdefault(module, reason)
+        for module, reason in self.policy.whole.items():
+            self.skipped.setdefault(module, reason)
+        for module, reason in self.policy.loose.items():
+            self.skipped.setdefault(module, reason)
