@@ -68,7 +68,7 @@ def test_a_stopped_distillation_goes_on_where_it_was(place: Path) -> None:  # no
 
     with pytest.raises(KeyboardInterrupt):
         Run(recipe(place, *TUNED), place / "broken", progress=stop).until("recover")
-    assert list((place / "broken").glob("finetune-*.partial/last.safetensors"))
+    assert list((place / "broken").glob("recover-*.partial/last.safetensors"))
     lines: list[str] = []
     done: list[int] = []
     Run(
@@ -77,7 +77,7 @@ def test_a_stopped_distillation_goes_on_where_it_was(place: Path) -> None:  # no
     ).until("recover")  # fmt: skip
     assert min(done) == 4  # three batches an epoch, and a state after each
     assert len([line for line in lines if line.startswith("epoch ") and "images/s" in line]) == 2
-    assert not list((place / "broken").glob("finetune-*"))
+    assert not list((place / "broken").glob("*.partial*"))
     assert_same_state(tp.load(place / "broken").state_dict(), tp.load(place / "whole").state_dict())
 
 
