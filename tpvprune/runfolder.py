@@ -75,7 +75,9 @@ def _matters(recipe: Recipe, stage: str) -> dict[str, Any]:
     timed = sections["budget"]["latency_ms"] is not None or sections["plan"]["per"] == "latency_ms"
     plan = {name: value for name, value in sections["plan"].items() if name != "depth"}  # is in the trace's key
     refit = {"refit_with": sections["recover"]["reconstruct"]} if plan["refit"] else {}
-    return {"budget": sections["budget"], "plan": plan, "latency": sections["latency"] if timed else None, **refit}
+    zeros = {"sparsify": sections["sparsify"]} if sections["sparsify"] else {}
+    latency = sections["latency"] if timed else None
+    return {"budget": sections["budget"], "plan": plan, "latency": latency, **refit, **zeros}
 
 
 def one_line(told: dict[str, Any]) -> str:

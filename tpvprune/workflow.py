@@ -32,14 +32,17 @@ from tpvprune.lock import only_run
 from tpvprune.plan import Plan
 from tpvprune.planning.graph import trace
 from tpvprune.planning.latency import LatencyTable, default_cache, latency_table
+from tpvprune.planning.sparsity import sparsify
+from tpvprune.planning.weights import weight_graph
 from tpvprune.planning.widths import check_reachable
-from tpvprune.recipe import Recipe
+from tpvprune.recipe import Recipe, SparsifySection
 from tpvprune.recovering import Recovery, refitted
 from tpvprune.runfolder import PARTIAL, PRODUCTS, RECIPE, STAGES, STATE, holds, one_line, stage_keys, stored_recipe
 from tpvprune.schedule import plan_for
 from tpvprune.scores import Scores
 from tpvprune.scoring.collect import Streaming
 from tpvprune.scoring.criteria import predicted_kl, score
+from tpvprune.scoring.registry import criterion_named
 from tpvprune.surgery.removal import apply
 from tpvprune.types import Graph, read_json
 from tpvprune.zoo.data import Loader, Pool, input_size, open_pool, overlap
@@ -152,6 +155,8 @@ class Run:
     def _check_inputs(self, last: str) -> None:
         """Open what is named, and see whether the budget can be met, before anything is written."""
         _ = self.dense
+        if last != "trace" and self.recipe.model.checkpoint is None:
+            self.log("no checkpoint is named, so that the weights are random; give model.checkpoint (--checkpoint)")
         if last != "trace":
             first = next(iter(self._loader(self.images.scored)), None)
             if first is None:
@@ -227,7 +232,7 @@ class Run:
     def images(self) -> _Images:
         """What is scored on and what is measured on; the two share no image."""
         data, held = self.recipe.data, self.recipe.eval
-        if data is None:
+        if data is None or data.images is None:
             raise DataError("no images are named; set data.images (--data) to a folder, an array file or 'digits'")
         if held.images is None:
             scored, measured = open_pool(
@@ -312,6 +317,8 @@ class Run:
             refit_with=recipe.closed_form(),
             refit_batches=self._loader(refitted(recipe, self.images.scored)) if recipe.plan.refit else None,
         )
+        if recipe.sparsify is not None:
+            plan = self._sparse(plan, recipe.sparsify)
         plan.save(self._path("plan"))
         return {
             "removed": plan.removed,
@@ -320,7 +327,24 @@ class Run:
             "macs": plan.macs,
             "share_of_params": round(plan.params / graph.params(), 4),
             "share_of_macs": round(plan.macs / graph.macs(), 4),
+            **({"zeros": plan.zeros, "sparsity": round(plan.sparsity, 4)} if plan.zeros else {}),
         }
+
+    def _sparse(self, plan: Plan, section: SparsifySection) -> Plan:
+        """A plan, and single weights of what it leaves held at zero."""
+        small = apply(self.dense, plan)
+        weights = weight_graph(small)
+        criterion = criterion_named(section.criterion)
+        scores = score(small, self._loader(self._scored()), weights, criterion, progress=self.progress)
+        return sparsify(
+            scores,
+            weights,
+            section.sparsity,
+            pattern=section.pattern,
+            scope=section.scope,
+            protect=section.protect,
+            after=plan,
+        )
 
     def _apply(self) -> dict[str, Any]:
         small = apply(self.dense, self.plan)
@@ -344,7 +368,9 @@ class Run:
     def _eval(self) -> dict[str, Any]:
         plan, state = self.plan, self._state()
         batches = self._loader(self.images.measured)
-        predicted = predicted_kl(self.recipe.criterion(), self.dense, batches, plan, self.progress)
+        predicted = None  # of single weights there is no prediction
+        if not plan.zeros:
+            predicted = predicted_kl(self.recipe.criterion(), self.dense, batches, plan, self.progress)
         recovered = bool(state["recover"]["told"]["steps"])
         changed = self._changed("recovered" if recovered else "pruned")
         scored = state["score"]["told"]["images"]
@@ -381,8 +407,10 @@ class Run:
         """Collects images whose answer changed; those of a folder were normalised, and are shown as they were."""
         data, held = self.recipe.data, self.recipe.eval
         assert data is not None
+        images = held.images or data.images
+        assert images is not None
         known = getattr(self.dense, "pretrained_cfg", None) or {}
-        scale = (known.get("mean", ()), known.get("std", ())) if Path(held.images or data.images).is_dir() else ((), ())
+        scale = (known.get("mean", ()), known.get("std", ())) if Path(images).is_dir() else ((), ())
         return Changed(model, held.examples, *scale)
 
     def _report(self) -> dict[str, Any]:
