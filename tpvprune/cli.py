@@ -17,6 +17,7 @@ import typer
 from rich.logging import RichHandler
 
 from tpvprune.checkpoint import ABOUT, load
+from tpvprune.comparecli import compare as compare_verb
 from tpvprune.console import bars, err, number, out, print_json, print_table
 from tpvprune.deploycli import add_deploy_verbs
 from tpvprune.errors import InputError, RecipeError, TpvpruneError
@@ -155,6 +156,7 @@ _stage("recover", "Bring accuracy back on unlabeled images.")
 _stage("eval", "Measure before, pruned and recovered on images the scorer did not see.")
 add_deploy_verbs(app)
 add_verbs(app)
+app.command("compare")(compare_verb)
 
 
 @recipes_app.command("ls")
