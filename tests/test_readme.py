@@ -51,6 +51,14 @@ def test_the_verbs_named_exist():
     assert named <= known
 
 
+def test_the_page_of_the_command_line_lists_every_verb():
+    known = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
+    known |= {group.name for group in cli.app.registered_groups}
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", page.partition("| exit code")[0], re.MULTILINE)
+    assert {verb for row in rows for verb in re.findall(r"`(\w+)`", row)} == known
+
+
 def test_ci_runs_the_test_command_of_the_readme():
     commands = [block.strip() for block in blocks("bash")]
     test_command = next(c for c in commands if "pytest" in c)
