@@ -82,8 +82,8 @@ def save(model: nn.Module, folder: str | PathLike[str]) -> None:
         write_text(target / ABOUT, json.dumps(about, indent=2))  # last: it vouches for the weights and the plan
     except OSError as error:
         raise CheckpointError(
-            f"cannot write {error.filename or folder}: {error.strerror or error}; make room there, or choose another "
-            "folder"
+            f"cannot write to {error.filename or folder}: {error.strerror or error}; make room there, or choose "
+            "another folder"
         ) from error
 
 
