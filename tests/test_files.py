@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import errno
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from tpvprune import files
+from tpvprune.recovery.spill import Spilled
 
 
 def test_files_are_written_and_read(tmp_path: Path) -> None:
@@ -36,3 +39,40 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path,
         files.write_text(tmp_path / "a", "new")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
     assert files.read_text(tmp_path / "a") == "old\n"
+
+
+def test_a_write_that_fails_names_the_file_and_not_its_neighbour(tmp_path: Path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        files.write_text(tmp_path / "a", "new")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "a"))
+    with pytest.raises(FileExistsError) as caught:
+        files.write_text(Path(__file__) / "a", "new")
+    assert caught.value.filename == str(Path(__file__) / "a")
+
+
+def test_what_killed_writes_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    left = [tmp_path / f".a.json.x{files.PART}", tmp_path / "in" / f".b.y{files.PART}"]
+    kept = [tmp_path / "a.json", tmp_path / ".hidden", tmp_path / f"photo{files.PART}", tmp_path / "in" / "b"]
+    for path in (*left, *kept):
+        path.touch()
+    files.sweep(tmp_path)
+    assert not any(path.exists() for path in left)
+    assert all(path.exists() for path in kept)
+
+
+def test_a_full_temporary_folder_is_named() -> None:
+    class Full:
+        def write(self, data: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    spilled = Spilled([])
+    spilled._file.close()
+    spilled._file = Full()
+    with pytest.raises(OSError, match="No space left") as caught:
+        spilled._write(b"x")
+    assert caught.value.filename == tempfile.gettempdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-GUIDES = sorted((ROOT / "docs").glob("*.md"))
+GUIDES = sorted((ROOT / "docs").rglob("*.md"))
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -38,6 +39,8 @@ def test_python_blocks_of_a_guide_run_one_after_the_other(guide, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for code in blocks("python", guide.read_text(encoding="utf-8")):
+        if "torchao" in code and find_spec("torchao") is None:
+            pytest.skip("torchao is not installed; python -m pip install 'tpvprune[quantize]'")
         exec(compile(code, guide.name, "exec"), names)
 
 
@@ -46,6 +49,14 @@ def test_the_verbs_named_exist():
     known |= {group.name for group in cli.app.registered_groups}
     named = set(re.findall(r"\| `tpvprune (\w+)", README)) | {"score", "plan", "apply", "recover", "eval", "report"}
     assert named <= known
+
+
+def test_the_page_of_the_command_line_lists_every_verb():
+    known = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
+    known |= {group.name for group in cli.app.registered_groups}
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", page.partition("| exit code")[0], re.MULTILINE)
+    assert {verb for row in rows for verb in re.findall(r"`(\w+)`", row)} == known
 
 
 def test_ci_runs_the_test_command_of_the_readme():

@@ -75,6 +75,22 @@ def test_settings_that_a_criterion_lacks_are_refused(overrides, message):
         parse_recipe(FULL, "mine.yaml", overrides)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sparsify={}"], "give either sparsity, as 0.5, or pattern"),
+        (["sparsify.sparsity=0.5", "sparsify.pattern='2:4'"], "give either sparsity, as 0.5, or pattern"),
+        (["sparsify.sparsity=1.5"], "sparsify.sparsity"),
+        (["sparsify.pattern=half"], "sparsify.pattern"),
+        (["sparsify.sparsty=0.5"], "did you mean 'sparsity'"),
+    ],
+)
+def test_zeros_are_asked_for_by_a_share_or_a_pattern(overrides, message):
+    with pytest.raises(tp.RecipeError, match=message):
+        parse_recipe(FULL, "mine.yaml", overrides)
+    assert parse_recipe(FULL, "mine.yaml", ["sparsify.pattern='2:4'"]).sparsify.criterion == "l1"
+
+
 def test_the_resolved_recipe_reads_back_as_itself():
     recipe = parse_recipe(FULL, "mine.yaml", ["score.probes=exact", "budget.per_group={layer2: 0.5}"])
     assert parse_recipe(recipe.to_yaml(), "resolved.yaml") == recipe

@@ -68,16 +68,19 @@ def test_a_stopped_distillation_goes_on_where_it_was(place: Path) -> None:  # no
 
     with pytest.raises(KeyboardInterrupt):
         Run(recipe(place, *TUNED), place / "broken", progress=stop).until("recover")
-    assert list((place / "broken").glob("finetune-*.partial/last.safetensors"))
+    assert list((place / "broken").glob("recover-*.partial/last.safetensors"))
     lines: list[str] = []
-    done: list[int] = []
-    Run(
-        recipe(place, *TUNED), place / "broken", log=lines.append,
-        progress=lambda s, d, t: done.append(d) if s == "finetune" else None,
-    ).until("recover")  # fmt: skip
-    assert min(done) == 4  # three batches an epoch, and a state after each
+    seen: list[tuple[str, int]] = []
+    again = Run(
+        recipe(place, *TUNED), place / "broken", log=lines.append, progress=lambda s, d, t: seen.append((s, d))
+    ).until("recover")
+    assert {stage for stage, _ in seen} == {"finetune"}, "what was refitted is not refitted again"
+    assert min(done for _, done in seen) == 4  # three batches an epoch, and a state after each
+    assert [entry["epoch"] for entry in again["epochs"]] == [1, 2, 3]
+    assert again["closed_form"]["layers"] == told["closed_form"]["layers"]
+    assert again["steps"] == told["steps"] == ["reconstruct", "finetune"]
     assert len([line for line in lines if line.startswith("epoch ") and "images/s" in line]) == 2
-    assert not list((place / "broken").glob("finetune-*"))
+    assert not list((place / "broken").glob("*.partial*"))
     assert_same_state(tp.load(place / "broken").state_dict(), tp.load(place / "whole").state_dict())
 
 

@@ -175,3 +175,32 @@ def test_a_budget_of_milliseconds_is_planned_by_a_table_of_this_machine(
     with pytest.raises(tp.BudgetError, match=r"latency_ms <= 0\.001 cannot be reached"):
         Run(recipe(place, "budget.latency_ms='0.001 ms'"), place / "other").until("plan")
     assert not (place / "other" / "scores.safetensors").exists()
+
+
+def test_zeros_follow_the_cut_and_change_the_plan_alone(place: Path):
+    asked = ("budget.macs=0.7", "sparsify.pattern='2:4'")
+    run = Run(recipe(place, *asked), place / "out")
+    told = run.until("plan")
+    assert told["zeros"] == run.plan.zeros > 0
+    assert told["sparsity"] == 0.5
+    without = Run(recipe(place, "budget.macs=0.7"), place / "without")
+    without.until("plan")
+    assert {n: m.tolist() for n, m in run.plan.keep.items()} == {n: m.tolist() for n, m in without.plan.keep.items()}
+    small, weights = tp.apply(without.dense, without.plan), tp.weight_graph(tp.apply(without.dense, without.plan))
+    by_hand = tp.sparsify(tp.score(small, [], weights, tp.L1()), weights, pattern="2:4", after=without.plan)
+    assert run.plan.diff(by_hand) == {}
+    run.until("eval")
+    report = json.loads((place / "out" / "report.json").read_text())
+    assert report["drift"]["predicted_kl"] is None
+    held = tp.load(place / "out")
+    for name, mask in held._tpvprune_plan.weight_masks().items():
+        assert not held.get_parameter(name)[~mask].any()
+
+
+def test_a_run_says_that_its_weights_are_random(place: Path):
+    lines: list[str] = []
+    Run(recipe(place, "model.checkpoint=null"), place / "out", log=lines.append).until("score")
+    assert any("no checkpoint is named" in line for line in lines)
+    lines.clear()
+    Run(recipe(place), place / "other", log=lines.append).until("score")
+    assert not any("no checkpoint" in line for line in lines)

@@ -2,6 +2,8 @@
 
 from tpvprune.budget import Budget
 from tpvprune.checkpoint import load, save
+from tpvprune.comparing import compare_criteria
+from tpvprune.comparison import ComparedPoint, Comparison
 from tpvprune.curves import SensitivityCurve, SensitivityCurves, SensitivityPoint
 from tpvprune.deploy.bench import Bench, Timing, bench
 from tpvprune.deploy.export import Exported, export
@@ -63,6 +65,8 @@ __all__ = [
     "Budget",
     "BudgetError",
     "CheckpointError",
+    "ComparedPoint",
+    "Comparison",
     "Cosine",
     "DataError",
     "ExportError",
@@ -116,6 +120,7 @@ __all__ = [
     "allocate",
     "apply",
     "bench",
+    "compare_criteria",
     "export",
     "finetune",
     "fold_means",

@@ -81,7 +81,10 @@ def save(model: nn.Module, folder: str | PathLike[str]) -> None:
         write_config(target, model, source)
         write_text(target / ABOUT, json.dumps(about, indent=2))  # last: it vouches for the weights and the plan
     except OSError as error:
-        raise CheckpointError(f"cannot write to {folder}: {error.strerror or error}; choose another folder") from error
+        raise CheckpointError(
+            f"cannot write to {error.filename or folder}: {error.strerror or error}; make room there, or choose "
+            "another folder"
+        ) from error
 
 
 def _description(model: nn.Module, plan: Plan) -> dict[str, Any]:

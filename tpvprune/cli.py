@@ -1,10 +1,11 @@
 """The command line: one verb a stage, recipes, and a first use without a recipe.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage or input.
+Exit codes: 0 done, 1 failed, 2 wrong usage or input, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import sys
@@ -16,6 +17,7 @@ import typer
 from rich.logging import RichHandler
 
 from tpvprune.checkpoint import ABOUT, load
+from tpvprune.comparecli import compare as compare_verb
 from tpvprune.console import bars, err, number, out, print_json, print_table
 from tpvprune.deploycli import add_deploy_verbs
 from tpvprune.errors import InputError, RecipeError, TpvpruneError
@@ -154,6 +156,7 @@ _stage("recover", "Bring accuracy back on unlabeled images.")
 _stage("eval", "Measure before, pruned and recovered on images the scorer did not see.")
 add_deploy_verbs(app)
 add_verbs(app)
+app.command("compare")(compare_verb)
 
 
 @recipes_app.command("ls")
@@ -246,13 +249,24 @@ def main() -> None:
     except TpvpruneError as error:
         _fail(error, 1)
     except OSError as error:
-        _fail(error, 1)
+        _fail(error, 1, _in_words(error))
 
 
-def _fail(error: Exception, code: int) -> None:
+def _in_words(error: OSError) -> str:
+    """What the system refused, and what to do about it."""
+    told = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{told}; make room and give the same command again, what was finished is kept"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{told}; choose another --out, or change who may write there"
+    return told
+
+
+def _fail(error: Exception, code: int, told: str = "") -> None:
+    told = told or str(error)
     if "--json" in sys.argv:
-        print_json({"error": type(error).__name__, "message": str(error)})
-    err.print(f"tpvprune: {error}", style="red" if err.is_terminal else None, highlight=False, markup=False)
+        print_json({"error": type(error).__name__, "message": told})
+    err.print(f"tpvprune: {told}", style="red" if err.is_terminal else None, highlight=False, markup=False)
     raise SystemExit(code)
 
 

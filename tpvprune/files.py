@@ -7,13 +7,20 @@ import tempfile
 from os import PathLike
 from pathlib import Path
 
+PART = ".part"  # ends the name of what is still being written
+
 
 def write_bytes(path: str | PathLike[str], data: bytes) -> None:
-    """Write a file through a temporary neighbour, so that a crash leaves the old one or the new one."""
+    """Write a file through a temporary neighbour, so that a crash leaves the old one or the new one.
+
+    Raises:
+        OSError: names the file that was to be written, not the neighbour.
+    """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    name = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=PART)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
@@ -22,8 +29,11 @@ def write_bytes(path: str | PathLike[str], data: bytes) -> None:
         os.umask(umask)
         Path(name).chmod(0o666 & ~umask)
         Path(name).replace(target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
+    except BaseException as error:
+        if name is not None:
+            Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror or str(error), str(target)) from error
         raise
 
 
@@ -35,3 +45,9 @@ def write_text(path: str | PathLike[str], text: str) -> None:
 def read_text(path: str | PathLike[str]) -> str:
     """Read UTF-8 text."""
     return Path(path).read_text(encoding="utf-8")
+
+
+def sweep(folder: str | PathLike[str]) -> None:
+    """Remove what writes that were killed have left in a folder and those in it."""
+    for left in Path(folder).rglob(f".*{PART}"):
+        left.unlink(missing_ok=True)

@@ -68,13 +68,14 @@ def sensitivity(
     earlier = SensitivityCurves.load(save) if save is not None and Path(save).is_file() else None
     scores = score(model, batches, graph, TPV(output=output), progress=progress) if scores is None else scores
     _check_scores(scores, graph)
+    images = None if held_out is None else digest_of(held_out)
     found = SensitivityCurves(
         model_id=graph.model_id,
         shares=wanted,
         curves=_predicted(scores, graph, wanted),
         unprunable=dict(graph.skipped),
         samples=scores.samples if scores.sensitivities is None else scores.sensitivities.samples,
-        made_of={"criterion": scores.criterion, "weights": weights_digest(model), "held_out": _digest(held_out)},
+        made_of={"criterion": scores.criterion, "weights": weights_digest(model), "held_out": images},
     )
     found = _with_measured(found, earlier)
     states = iter([found]) if held_out is None else _measured(found, model, graph, held_out, output, progress)
@@ -150,11 +151,13 @@ def _predicted(scores: Scores, graph: Graph, shares: tuple[float, ...]) -> tuple
     return tuple(curves)
 
 
-def _digest(held_out: Iterable[Batch] | None) -> str | None:
-    """A fingerprint of held-out batches, by which points measured on them are known again."""
-    if held_out is None:
-        return None
-    watched = Watched(held_out)
+def digest_of(batches: Iterable[Batch]) -> str:
+    """A fingerprint of batches, by which what was measured on them is known again.
+
+    Raises:
+        DataError: there is none.
+    """
+    watched = Watched(batches)
     if not sum(1 for _ in watched):
         raise DataError("there is no batch to measure on; give at least one")
     return watched.digests[-1]

@@ -29,6 +29,7 @@ from tpvprune.recipe import Recipe, validate_recipe
 from tpvprune.runfolder import PRODUCTS, branch
 from tpvprune.scores import Scores
 from tpvprune.scoring.criteria import TPV
+from tpvprune.showing import stoppable
 from tpvprune.targets import flags, resolve
 from tpvprune.types import Graph
 from tpvprune.workflow import Run
@@ -290,7 +291,7 @@ def _plainly_scored(recipe: Recipe, samples: int | None) -> Recipe:
 
 
 def _curves(recipe: Recipe, folder: Path, shares: tuple[float, ...], measured: bool) -> SensitivityCurves:
-    with bars() as progress:
+    with stoppable(folder), bars() as progress:
         run = Run(recipe, folder, progress=progress, log=log_line)
         run.until("score")
         held_out = None

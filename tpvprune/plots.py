@@ -17,6 +17,7 @@ ROW, WIDTH = 0.22, 9.0  # inches
 PAGE_WIDTH = 4.9  # inches: a phone's width, so that a page need not shrink its figures' letters
 # Colours that stand for those of the page a figure is put into.
 INK, SOFT, KEPT, GONE, OTHER = "#010203", "#010204", "#010205", "#010206", "#010207"
+_LIGHT = {"--ink": "#1b1f24", "--soft": "#59636e", "--kept": "#0a62c4", "--gone": "#b3bcc6", "--other": "#a4480a"}
 _OF_PAGE = {INK: "--ink", SOFT: "--soft", KEPT: "--kept", GONE: "--gone", OTHER: "--other"}
 
 
@@ -129,6 +130,36 @@ def histogram(kept: Sequence[float], gone: Sequence[float], unit: str, name: str
     axes.set_ylabel("units")
     axes.set_xlabel(unit + (f" ({nothing:,} of nothing are not drawn)" if nothing else ""))
     return _inline(figure, name, f"distribution of scores: {len(kept):,} units stay, {len(gone):,} leave")
+
+
+def lines(curves: Sequence[tuple[str, Sequence[tuple[float, float]]]], across: str, up: str, name: str) -> str:
+    """One line each over the same axis, which runs from much to little.
+
+    Args:
+        curves: what each is called, and its points.
+        across: what lies along the axis.
+        up: what stands on it.
+        name: of the figure, in its page.
+    """
+    rows = -(-len(curves) // 3)
+    figure, axes = _blank(2.8 + 0.2 * rows)
+    colours, dashes, marks = (KEPT, OTHER, INK, SOFT), ("-", "--", ":"), "osD^v"
+    for number, (label, points) in enumerate(curves):
+        colour, dash = colours[number % 4], dashes[number // 4 % 3]
+        axes.plot(*zip(*points, strict=True), dash, color=colour, marker=marks[number % 5], markersize=4, label=label)
+    axes.invert_xaxis()
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    figure.legend(loc="outside lower left", ncols=3, frameon=False, labelcolor=INK, fontsize=9)
+    return _inline(figure, name, f"{up} over {across}: {', '.join(label for label, _ in curves)}")
+
+
+def standalone(svg: str) -> str:
+    """A page's figure as a file of its own, in the page's light colours."""
+    for variable, colour in _LIGHT.items():
+        svg = svg.replace(f"var({variable})", colour)
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return svg.replace("<svg ", f"<svg {spaces} ", 1)
 
 
 def _blank(height: float) -> tuple[Any, Any]:

@@ -54,7 +54,7 @@ class ModelSection(_Strict):
 class DataSection(_Strict):
     """Unlabeled images: a folder, an `.npz` / `.npy` file or `digits`. `labels` are only measured with."""
 
-    images: str
+    images: str | None = None  # for a recipe that leaves them to the command line
     labels: str | None = None
     size: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=64, ge=1)
@@ -106,6 +106,22 @@ PlanSection: Any = _section_of(
 )
 
 
+class SparsifySection(_Strict):
+    """Single weights held at zero in what the cut leaves: a share of them, or N of every M. See `sparsify`."""
+
+    sparsity: float | None = Field(default=None, gt=0, lt=1)
+    pattern: str | None = Field(default=None, pattern=r"^\d+:\d+$")
+    scope: Literal["global", "layer"] = "global"
+    protect: tuple[str, ...] = ()
+    criterion: Literal["l1", "tpv"] = "l1"
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> SparsifySection:
+        if (self.sparsity is None) == (self.pattern is None):
+            raise ValueError("give either sparsity, as 0.5, or pattern, as '2:4'")
+        return self
+
+
 class LatencySection(_Strict):
     """What milliseconds are measured with: the batch, and whether the model runs under `torch.compile`."""
 
@@ -133,6 +149,7 @@ class Recipe(_Strict):
     score: ScoreSection = Field(default_factory=ScoreSection)
     budget: BudgetSection = Field(default_factory=BudgetSection)  # macs=0.5 where nothing is bounded
     plan: PlanSection = Field(default_factory=PlanSection)
+    sparsify: SparsifySection | None = None
     latency: LatencySection = Field(default_factory=LatencySection)
     recover: RecoverSection = Field(default_factory=RecoverSection)
     device: str = "auto"

@@ -9,7 +9,8 @@ from typing import Any
 
 from tpvprune.checkpoint import ABOUT
 from tpvprune.errors import RecipeError
-from tpvprune.files import read_text, write_bytes
+from tpvprune.files import PART, read_text, write_bytes
+from tpvprune.lock import LOCK
 from tpvprune.recipe import Recipe, Suite, parse_recipe
 from tpvprune.scoring.registry import LABELLED
 from tpvprune.zoo.data import source_state
@@ -26,6 +27,7 @@ PRODUCTS = {
     "report": "report.html",
 }
 RECIPE, STATE = "recipe.yaml", "stages.json"
+PARTIAL = ".partial"  # in the names of what a stopped stage goes on from
 STATE_FORMAT = 3  # raised when a stage's result is no longer what an older version made
 
 
@@ -73,7 +75,9 @@ def _matters(recipe: Recipe, stage: str) -> dict[str, Any]:
     timed = sections["budget"]["latency_ms"] is not None or sections["plan"]["per"] == "latency_ms"
     plan = {name: value for name, value in sections["plan"].items() if name != "depth"}  # is in the trace's key
     refit = {"refit_with": sections["recover"]["reconstruct"]} if plan["refit"] else {}
-    return {"budget": sections["budget"], "plan": plan, "latency": sections["latency"] if timed else None, **refit}
+    zeros = {"sparsify": sections["sparsify"]} if sections["sparsify"] else {}
+    latency = sections["latency"] if timed else None
+    return {"budget": sections["budget"], "plan": plan, "latency": latency, **refit, **zeros}
 
 
 def one_line(told: dict[str, Any]) -> str:
@@ -91,11 +95,19 @@ def one_line(told: dict[str, Any]) -> str:
     return "; ".join(f"{key.replace('_', ' ')} {short(value)}" for key, value in told.items())
 
 
+def holds(folder: Path) -> list[str]:
+    """Names of what lies in a folder, but for what a run leaves that was killed before it wrote anything."""
+    if not folder.is_dir():
+        return []
+    return sorted(p.name for p in folder.iterdir() if p.name != LOCK and not p.name.endswith(PART))
+
+
 def branch(source: Path, folder: Path) -> None:
     """Take graph, scores and plan of a run along into a new folder, to go on from there with other settings."""
-    if folder.resolve() == source.resolve() or (folder.is_dir() and any(folder.iterdir())):
+    along = [*(PRODUCTS[stage] for stage in ("trace", "score", "plan")), STATE, RECIPE]  # the recipe last: all is there
+    if folder.resolve() == source.resolve() or RECIPE in holds(folder) or set(holds(folder)) - set(along):
         return
-    for name in (RECIPE, STATE, *(PRODUCTS[stage] for stage in ("trace", "score", "plan"))):
+    for name in along:
         if (source / name).is_file():
             write_bytes(folder / name, (source / name).read_bytes())
 

@@ -145,8 +145,11 @@ class Sensitivities:
         if self.rows.ndim != 2 or self.rows.shape[1] != units or self.linear.shape != (units,):
             raise PlanError(f"sensitivities need {units} columns, one a unit; score again")
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Half-precision rows, each column scaled to at most one, and what undoes it."""
+    def tensors(self, exact: bool = False) -> dict[str, Tensor]:
+        """Half-precision rows, each column scaled to at most one, and what undoes it; rows as they are if `exact`."""
+        if exact:
+            scale = torch.ones(self.rows.shape[1])
+            return {"rows": self.rows.float().contiguous(), "scale": scale, "linear": self.linear.contiguous()}
         scale = self.rows.float().abs().amax(0).clamp(min=1e-30)
         return {
             "rows": (self.rows.float() / scale).half().contiguous(),
@@ -261,8 +264,14 @@ class Scores:
                 many = middle
         return math.ceil(many)
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the scores as safetensors, with how they were made in the header."""
+    def save(self, path: str | PathLike[str], *, exact: bool = False) -> None:
+        """Write the scores as safetensors, with how they were made in the header.
+
+        Args:
+            path: the file.
+            exact: keep sensitivities in full precision, in twice the room, so that more can be added as if there had
+                been no file.
+        """
         tensors = {f"value/{name}": value.contiguous() for name, value in self.values.items()}
         tensors |= {f"stderr/{name}": value.contiguous() for name, value in (self.stderr or {}).items()}
         about: dict[str, Any] = {"format": SCORES_FORMAT, "criterion": self.criterion, "samples": self.samples}
@@ -278,7 +287,7 @@ class Scores:
                 "groups": [list(pair) for pair in self.sensitivities.groups],
                 "samples": self.sensitivities.samples,
             }
-            tensors |= {f"sensitivity/{key}": value for key, value in self.sensitivities.tensors().items()}
+            tensors |= {f"sensitivity/{key}": value for key, value in self.sensitivities.tensors(exact).items()}
         held: set[int] = set()
         for key, value in tensors.items():
             memory = value.untyped_storage().data_ptr()

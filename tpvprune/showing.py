@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,22 @@ from tpvprune.runfolder import PRODUCTS
 from tpvprune.types import Graph
 from tpvprune.workflow import Run
 
+STOPPED = 130  # the exit code of a program that Ctrl-C ended
+
+
+@contextmanager
+def stoppable(folder: Path) -> Iterator[None]:
+    """Say on Ctrl-C what is kept, and end as stopped programs do."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print(
+            f"tpvprune: stopped; what was done so far is kept in {folder}, and the same command goes on there",
+            highlight=False,
+            markup=False,
+        )
+        raise SystemExit(STOPPED) from None
+
 
 def finish(runs: list[tuple[Recipe, Path]], stage: str, as_json: bool) -> None:
     """Do the runs up to a stage and print what that stage found."""
@@ -19,7 +36,7 @@ def finish(runs: list[tuple[Recipe, Path]], stage: str, as_json: bool) -> None:
     for recipe, folder in runs:
         if len(runs) > 1:
             err.print(f"{recipe.name} -> {folder}", highlight=False)
-        with bars() as progress:
+        with stoppable(folder), bars() as progress:
             job = Run(recipe, folder, progress=progress, log=log_line)
             told = job.until(stage)
         found.append({"recipe": recipe.name, "out": str(folder), "stage": stage, **told})

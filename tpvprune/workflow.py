@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,18 +27,22 @@ from tpvprune.deploy.examples import Changed
 from tpvprune.deploy.page import write_page
 from tpvprune.deploy.story import EXAMPLES
 from tpvprune.errors import DataError, ModelError, RecipeError, TpvpruneError
-from tpvprune.files import write_text
+from tpvprune.files import sweep, write_text
+from tpvprune.lock import only_run
 from tpvprune.plan import Plan
 from tpvprune.planning.graph import trace
 from tpvprune.planning.latency import LatencyTable, default_cache, latency_table
+from tpvprune.planning.sparsity import sparsify
+from tpvprune.planning.weights import weight_graph
 from tpvprune.planning.widths import check_reachable
-from tpvprune.recipe import Recipe
-from tpvprune.recovery.recover import recover
-from tpvprune.runfolder import PRODUCTS, RECIPE, STAGES, STATE, one_line, stage_keys, stored_recipe
+from tpvprune.recipe import Recipe, SparsifySection
+from tpvprune.recovering import Recovery, refitted
+from tpvprune.runfolder import PARTIAL, PRODUCTS, RECIPE, STAGES, STATE, holds, one_line, stage_keys, stored_recipe
 from tpvprune.schedule import plan_for
 from tpvprune.scores import Scores
 from tpvprune.scoring.collect import Streaming
 from tpvprune.scoring.criteria import predicted_kl, score
+from tpvprune.scoring.registry import criterion_named
 from tpvprune.surgery.removal import apply
 from tpvprune.types import Graph, read_json
 from tpvprune.zoo.data import Loader, Pool, input_size, open_pool, overlap
@@ -74,7 +79,7 @@ class Run:
         self._tracing = 0.0  # seconds spent on tracing before the stage's own turn
         if self.folder.exists() and not self.folder.is_dir():
             raise RecipeError(f"{self.folder} is a file; choose another --out")
-        if self.folder.is_dir() and any(self.folder.iterdir()):
+        if holds(self.folder):
             before = stored_recipe(self.folder)
             if before is None:
                 raise RecipeError(f"{self.folder} holds files that are no run of tpvprune; choose another --out")
@@ -89,21 +94,41 @@ class Run:
 
         Raises:
             TpvpruneError: whatever a stage raises; stages done before it stay done.
+            RecipeError: another process is at work in the folder, or it holds a finished model of other settings.
+            OSError: the folder cannot be written to.
         """
-        wanted = STAGES[: STAGES.index(last) + 1]
         keys = stage_keys(self.recipe, last)
+        if self._todo(keys):
+            with ExitStack() as stack:
+                existed = self.folder.is_dir()
+                if existed:  # before anything that takes long
+                    stack.enter_context(only_run(self.folder))
+                self._check_inputs(last)
+                if not existed:
+                    stack.enter_context(only_run(self.folder))
+                self._do(keys)
+        return dict(self._state()[last]["told"])
+
+    def _todo(self, keys: dict[str, str]) -> list[str]:
+        """The stages from the first that is not done as the recipe says."""
         state = self._state()
-        todo = [stage for stage in wanted if state.get(stage, {}).get("key") != keys[stage] or not self._has(stage)]
+        stages = list(keys)
+        undone = [s for s in stages if state.get(s, {}).get("key") != keys[s] or not self._has(s)]
+        if undone and "recover" in state and self._has("recover") and undone[0] in STAGES[: STAGES.index("eval")]:
+            raise RecipeError(
+                f"{self.folder} holds a finished model of other settings or images ({undone[0]} would change); give "
+                "another --out (what is still valid is taken along), or delete the folder"
+            )
+        return stages[stages.index(undone[0]) :] if undone else []
+
+    def _do(self, keys: dict[str, str]) -> None:
+        sweep(self.folder)
+        todo, state = self._todo(keys), self._state()
+        for stage in set(keys) - set(todo):  # a run may have been killed before it did
+            self._forget(stage)
         if todo:
-            finished = "recover" in state and self._has("recover")
-            if finished and STAGES.index(todo[0]) <= STAGES.index("recover"):
-                raise RecipeError(
-                    f"{self.folder} holds a finished model of other settings or images ({todo[0]} would change); give "
-                    "another --out (what is still valid is taken along), or delete the folder"
-                )
-            self._check_inputs(last)
             write_text(self.folder / RECIPE, self.recipe.to_yaml())
-        for stage in wanted[wanted.index(todo[0]) :] if todo else ():
+        for stage in todo:
             for later in STAGES[STAGES.index(stage) :]:  # what was made before must not pass for current
                 state.pop(later, None)
                 if later in PRODUCTS:
@@ -115,13 +140,23 @@ class Run:
             seconds = round(spent, 2)
             state[stage] = {"key": keys[stage], "seconds": seconds, "told": told}
             self._write_state(state)
+            self._forget(stage)  # not before it counts as done
             if stage != "report":
                 self.log(f"{stage}: {one_line(told)} ({seconds:.1f} s)")
-        return dict(state[last]["told"])
+
+    def _forget(self, stage: str) -> None:
+        for left in self.folder.glob(f"{stage}-*{PARTIAL}*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+    def _partial(self, stage: str, suffix: str = "") -> Path:
+        """Where a stage keeps what it has done so far; under the key of its settings, until its end."""
+        return self.folder / f"{stage}-{stage_keys(self.recipe, stage)[stage][:12]}{PARTIAL}{suffix}"
 
     def _check_inputs(self, last: str) -> None:
         """Open what is named, and see whether the budget can be met, before anything is written."""
         _ = self.dense
+        if last != "trace" and self.recipe.model.checkpoint is None:
+            self.log("no checkpoint is named, so that the weights are random; give model.checkpoint (--checkpoint)")
         if last != "trace":
             first = next(iter(self._loader(self.images.scored)), None)
             if first is None:
@@ -197,7 +232,7 @@ class Run:
     def images(self) -> _Images:
         """What is scored on and what is measured on; the two share no image."""
         data, held = self.recipe.data, self.recipe.eval
-        if data is None:
+        if data is None or data.images is None:
             raise DataError("no images are named; set data.images (--data) to a folder, an array file or 'digits'")
         if held.images is None:
             scored, measured = open_pool(
@@ -252,21 +287,12 @@ class Run:
     def _scored(self) -> Pool | Stream:
         return self.images.scored.sample(self.recipe.score.samples, self.recipe.seed)
 
-    def _refitted(self) -> Pool | Stream:
-        section = self.recipe.recover.reconstruct
-        samples = self.recipe.score.samples if section is None else section.samples
-        return self.images.scored.sample(samples, self.recipe.seed)
-
     def _score(self) -> dict[str, Any]:
         pool = self._scored()
-        # What a stopped scoring has done is kept under the key of its settings, and goes with the stage's end.
-        partial = self.folder / f"scores-{stage_keys(self.recipe, 'score')['score'][:12]}.partial.safetensors"
         criterion, graph = self.recipe.criterion(), self.graph
-        save = partial if isinstance(criterion, Streaming) else None
+        save = self._partial("score", ".safetensors") if isinstance(criterion, Streaming) else None
         scores = score(self.dense, self._loader(pool), graph, criterion, progress=self.progress, save=save)
         scores.save(self._path("score"))
-        for left in self.folder.glob("scores-*.partial.safetensors"):
-            left.unlink()
         sure = {k: v for k, v in scores.summary().items() if v is not None and k not in ("samples", "units")}
         return {
             "criterion": scores.criterion,
@@ -277,7 +303,6 @@ class Run:
 
     def _plan(self) -> dict[str, Any]:
         graph, recipe = self.graph, self.recipe
-        partial = self.folder / f"plan-{stage_keys(recipe, 'plan')['plan'][:12]}.partial.json"
         plan = plan_for(
             self.dense,
             self._loader(self._scored()),
@@ -288,13 +313,13 @@ class Run:
             scores=Scores.load(self._path("score")),
             latency=self._latency,
             progress=self.progress,
-            save=partial,
+            save=self._partial("plan", ".json"),
             refit_with=recipe.closed_form(),
-            refit_batches=self._loader(self._refitted()) if recipe.plan.refit else None,
+            refit_batches=self._loader(refitted(recipe, self.images.scored)) if recipe.plan.refit else None,
         )
+        if recipe.sparsify is not None:
+            plan = self._sparse(plan, recipe.sparsify)
         plan.save(self._path("plan"))
-        for left in self.folder.glob("plan-*.partial.json"):
-            left.unlink()
         return {
             "removed": plan.removed,
             "of": graph.units,
@@ -302,7 +327,24 @@ class Run:
             "macs": plan.macs,
             "share_of_params": round(plan.params / graph.params(), 4),
             "share_of_macs": round(plan.macs / graph.macs(), 4),
+            **({"zeros": plan.zeros, "sparsity": round(plan.sparsity, 4)} if plan.zeros else {}),
         }
+
+    def _sparse(self, plan: Plan, section: SparsifySection) -> Plan:
+        """A plan, and single weights of what it leaves held at zero."""
+        small = apply(self.dense, plan)
+        weights = weight_graph(small)
+        criterion = criterion_named(section.criterion)
+        scores = score(small, self._loader(self._scored()), weights, criterion, progress=self.progress)
+        return sparsify(
+            scores,
+            weights,
+            section.sparsity,
+            pattern=section.pattern,
+            scope=section.scope,
+            protect=section.protect,
+            after=plan,
+        )
 
     def _apply(self) -> dict[str, Any]:
         small = apply(self.dense, self.plan)
@@ -310,66 +352,25 @@ class Run:
         return {"params": sum(p.numel() for p in small.parameters()), "folder": str(self.folder / "pruned")}
 
     def _recover(self) -> dict[str, Any]:
-        small = load(self.folder / "pruned").to(self.device)
-        closed, distil, section = self.recipe.closed_form(), self.recipe.distillation(), self.recipe.recover
-        told: dict[str, Any] = {"steps": []}
-        if closed is not None or section.fold or section.batchnorm:
-            pool = self._refitted()
-            small = recover(
-                small,
-                self._loader(pool),
-                teacher=self.dense,
-                reconstruct_with=closed,
-                fold=section.fold,
-                batchnorm=section.batchnorm,
-                finetune_with=None,
-                progress=self.progress,
-                log=lambda cost: told.__setitem__("closed_form", cost),
-            )
-            told["steps"] += ["fold"] if section.fold else []
-            told["steps"] += ["reconstruct"] if closed is not None else []
-            told["steps"] += ["batchnorm"] if section.batchnorm else []
-            told["reconstruct_images"] = len(pool)
-        if distil is not None:
-            tuning: Any = section.finetune
-            told["epochs"] = []
-            pool = self.images.scored.sample(tuning.samples, self.recipe.seed)
-            learnt, held = pool, None
-            if tuning.patience is not None:  # a tenth is kept back to see when to end
-                learnt, held = pool.part(lambda place: place % 10 < 9), pool.part(lambda place: place % 10 == 9)
-            torch.manual_seed(self.recipe.seed)
-            key = stage_keys(self.recipe, "recover")["recover"][:12]
-            partial = self.folder / f"finetune-{key}.partial"
-            small = recover(
-                small,
-                self._loader(learnt, batch_size=tuning.batch_size, train=True, augment=tuning.augment),
-                teacher=self.dense,
-                reconstruct_with=None,
-                finetune_with=distil,
-                held_out=None if held is None else self._loader(held),
-                save=partial,
-                progress=self.progress,
-                log=lambda found: self._tell_epoch(told["epochs"], found),
-            )
-            for left in self.folder.glob("finetune-*.partial"):
-                shutil.rmtree(left)
-            told["steps"].append("finetune")
-            told["finetune_images"] = len(learnt)
+        job = Recovery(
+            recipe=self.recipe,
+            dense=self.dense,
+            scored=self.images.scored,
+            partial=self._partial("recover"),
+            loader=self._loader,
+            progress=self.progress,
+            log=self.log,
+        )
+        told, small = job.run(self.folder / "pruned")
         save(small, self.folder)
         return told
-
-    def _tell_epoch(self, epochs: list[dict[str, float]], found: dict[str, float]) -> None:
-        epochs.append(found)
-        held = f", held-out {found['held_out']:.4g}" if "held_out" in found else ""
-        self.log(
-            f"epoch {found['epoch']}: loss {found['loss']:.4g}{held}, {found['samples_per_second']:.0f} images/s, "
-            f"at most {found['seconds_left']:.0f} s left"
-        )
 
     def _eval(self) -> dict[str, Any]:
         plan, state = self.plan, self._state()
         batches = self._loader(self.images.measured)
-        predicted = predicted_kl(self.recipe.criterion(), self.dense, batches, plan, self.progress)
+        predicted = None  # of single weights there is no prediction
+        if not plan.zeros:
+            predicted = predicted_kl(self.recipe.criterion(), self.dense, batches, plan, self.progress)
         recovered = bool(state["recover"]["told"]["steps"])
         changed = self._changed("recovered" if recovered else "pruned")
         scored = state["score"]["told"]["images"]
@@ -406,8 +407,10 @@ class Run:
         """Collects images whose answer changed; those of a folder were normalised, and are shown as they were."""
         data, held = self.recipe.data, self.recipe.eval
         assert data is not None
+        images = held.images or data.images
+        assert images is not None
         known = getattr(self.dense, "pretrained_cfg", None) or {}
-        scale = (known.get("mean", ()), known.get("std", ())) if Path(held.images or data.images).is_dir() else ((), ())
+        scale = (known.get("mean", ()), known.get("std", ())) if Path(images).is_dir() else ((), ())
         return Changed(model, held.examples, *scale)
 
     def _report(self) -> dict[str, Any]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import threading
 import warnings
+from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -110,6 +113,91 @@ def test_a_pruned_model_is_trained_by_ddp(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
     back = tp.load(tmp_path / "out", skeleton=copy.deepcopy(b.model))
     assert_same_state(back.state_dict(), small.state_dict())
+
+
+WORLD = 2
+
+
+def batch_of(count: int) -> Tensor:
+    like = built("conv_bn").inputs
+    return torch.randn(count, *like.shape[1:], generator=torch.Generator().manual_seed(4), dtype=like.dtype)
+
+
+def steps(model: nn.Module, inputs: Tensor) -> None:
+    """Three steps of training on all of a batch; batch norms keep their statistics, which processes do not share."""
+    model.eval()
+    optimiser = torch.optim.SGD(model.parameters(), 0.05)
+    for _ in range(3):
+        optimiser.zero_grad()
+        model(inputs).square().mean().backward()
+        optimiser.step()
+
+
+def train_a_share(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    place = Path(folder)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rank", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
+    )
+    wrapped = DistributedDataParallel(pruned("conv_bn"))
+    steps(wrapped, batch_of(8)[rank::WORLD])
+    tp.save(wrapped.module, place / f"out{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_pruned_model_as_one_does(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(train_a_share, (str(tmp_path),), WORLD)
+    alone = pruned("conv_bn")
+    before = copy.deepcopy(alone.state_dict())
+    steps(alone, batch_of(8))
+    moved = max(gap(value, before[name]) for name, value in alone.state_dict().items())
+    both = [tp.load(tmp_path / f"out{rank}", skeleton=copy.deepcopy(built("conv_bn").model)) for rank in range(WORLD)]
+    assert_same_state(both[0].state_dict(), both[1].state_dict())
+    assert plan_of(both[0]).to_json() == plan_of(alone).to_json()
+    for name, value in both[0].state_dict().items():
+        assert gap(value, alone.state_dict()[name]) <= 1e-12 * max(1.0, moved), name  # the mean of two halves' means
+    assert moved > 1e-3
+
+
+def test_a_pruned_model_is_quantised_by_torchao() -> None:
+    """Linear weights in int8: each within half a step of what it was; both models shrink and answer as rounded ones."""
+    if find_spec("torchao") is None:
+        pytest.skip("torchao is not installed; python -m pip install 'tpvprune[quantize]'")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it announces what will change in torch
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        torch.manual_seed(0)
+        dense = timm.create_model("test_vit", num_classes=5, img_size=32, patch_size=8).eval()
+        images = torch.randn(4, 3, 32, 32)
+        graph = tp.trace(dense, images[:1])
+        small = tp.apply(dense, tp.allocate(tp.score(dense, [images], graph), graph, tp.Budget(macs=0.5)))
+        sizes = {}
+        for name, model in (("dense", dense), ("pruned", small)):
+            made = copy.deepcopy(model)
+            quantize_(made, Int8WeightOnlyConfig())
+            sizes[name] = stored(made)
+            rounded = copy.deepcopy(model)
+            for layer, other in zip(rounded.modules(), made.modules(), strict=True):
+                if isinstance(layer, nn.Linear):
+                    left = other.weight.dequantize()
+                    step = layer.weight.detach().abs().amax(1, keepdim=True) / 127
+                    assert bool(((left - layer.weight.detach()).abs() <= step / 2).all())
+                    layer.weight.data = left
+            assert gap(outputs(made, images), outputs(rounded, images)) < 1e-5 * float(
+                outputs(model, images).abs().max()
+            )
+            kept = [plan_of(m) for m in (made, model)]
+            assert kept[0] == kept[1] or kept[0].to_json() == kept[1].to_json()
+    assert sizes["pruned"] < 0.7 * sizes["dense"]
+    assert sizes["pruned"] < 0.5 * stored(small)
+
+
+def stored(model: nn.Module) -> int:
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    return len(buffer.getvalue())
 
 
 def test_a_pruned_model_is_quantised_to_eight_bits() -> None:

@@ -10,6 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from tpvprune import plots
 from tpvprune.card import bounds, model_card, numbers, verdict
+from tpvprune.comparison import METRICS
 from tpvprune.deploy.story import Story, merged
 from tpvprune.files import write_text
 from tpvprune.version import __version__
@@ -40,6 +41,7 @@ def report_page(story: Story) -> str:
         figures=figures(story) if plots.available() else None,
         shapes=story.shapes(),
         final=final,
+        metric_words={name: f"{words[0].upper()}{words[1:]}" for name, words in METRICS.items()},
         version=__version__,
     )
 
@@ -54,6 +56,9 @@ def figures(story: Story) -> dict[str, str]:
     }
     scored = story.scored()
     found["scores"] = plots.histogram(*scored, "score of a unit", "scores") if scored else ""
+    if story.comparison is not None:
+        up = METRICS[story.comparison.metric]
+        found["criteria"] = plots.lines(story.comparison.curves(), "share of the multiply-adds left", up, "criteria")
     return {name: svg for name, svg in found.items() if svg}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from tpvprune.card import name_of
 from tpvprune.checkpoint import ABOUT, PLAN
+from tpvprune.comparison import COMPARISON, Comparison
 from tpvprune.deploy.examples import Example
 from tpvprune.errors import PlanError
 from tpvprune.files import read_text
@@ -37,6 +38,7 @@ class Story:
         examples: images whose answer changed, most changed first.
         changed: how many answers changed; None where it was not looked at.
         source: how the dense original is built, see `card.model_card`.
+        comparison: of criteria, where `tpvprune compare` made one.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Story:
     examples: tuple[Example, ...] = ()
     changed: int | None = None
     source: Mapping[str, Any] | None = None
+    comparison: Comparison | None = None
 
     @classmethod
     def of(cls, folder: str | PathLike[str]) -> Story:
@@ -73,6 +76,7 @@ class Story:
             examples=examples,
             changed=changed.get("changed"),
             source=source,
+            comparison=Comparison.load(place / COMPARISON) if (place / COMPARISON).is_file() else None,
         )
 
     def shapes(self) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:

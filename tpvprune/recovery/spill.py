@@ -88,11 +88,18 @@ class Spilled:
         self._file: Any = tempfile.TemporaryFile()  # noqa: SIM115  # open until the pass goes on
         self.bytes = 0
         for storage in storages:
-            self._file.write(_bytes_of(storage).cpu().clone().numpy().data)  # the view of what is resized would pin it
+            self._write(_bytes_of(storage).cpu().clone().numpy().data)  # the view of what is resized would pin it
             self._places.append((storage, storage.nbytes()))
             self.bytes += storage.nbytes()
             storage.resize_(0)
         _trim()
+
+    def _write(self, data: Any) -> None:
+        try:
+            self._file.write(data)
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, tempfile.gettempdir()) from error
 
     def back(self) -> None:
         """Fill the storages as they were; the file is gone afterwards."""

@@ -159,11 +159,11 @@ def collect(
                 if settled(skip + fresh):
                     break
                 if save is not None and world == 1 and time.monotonic() - saved > SAVE_EVERY:
-                    state(skip + fresh).save(save)
+                    state(skip + fresh).save(save, exact=True)
                     saved = time.monotonic()
     except BaseException:
         if save is not None and world == 1 and fresh and tally.total:
-            state(skip + fresh).save(save)
+            state(skip + fresh).save(save, exact=True)
         raise
     tally = reduced(tally)
     if not tally.total:

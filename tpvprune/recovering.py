@@ -1,0 +1,132 @@
+"""A run's recovery: refitted once, then distilled; what a stop interrupts is gone on with.
+
+The refitted model, what was told of it and of every epoch, and the state of the distillation lie in one folder until
+the stage is done.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tpvprune.batches import Progress, device_of
+from tpvprune.checkpoint import load, save
+from tpvprune.files import write_text
+from tpvprune.recipe import Recipe
+from tpvprune.recovery.finetune import Finetune
+from tpvprune.recovery.recover import recover
+from tpvprune.types import read_json
+from tpvprune.zoo.data import Pool
+from tpvprune.zoo.streams import Stream
+
+TOLD = "told.json"
+
+
+def refitted(recipe: Recipe, scored: Pool | Stream) -> Pool | Stream:
+    """The images that layers are refitted on."""
+    section = recipe.recover.reconstruct
+    return scored.sample(recipe.score.samples if section is None else section.samples, recipe.seed)
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """The recovery that a recipe asks for.
+
+    Attributes:
+        recipe: what to do.
+        dense: the teacher.
+        scored: images that may be looked at.
+        partial: a folder for what is done so far.
+        loader: makes batches of images, as `Run` does.
+        progress: called as `progress(stage, done, total)`.
+        log: receives one line an epoch.
+    """
+
+    recipe: Recipe
+    dense: nn.Module
+    scored: Pool | Stream
+    partial: Path
+    loader: Callable[..., Any]
+    progress: Progress | None
+    log: Callable[[str], None]
+
+    def run(self, pruned: Path) -> tuple[dict[str, Any], nn.Module]:
+        """What is told of the recovery, and the model.
+
+        Args:
+            pruned: where the model that was cut is saved.
+        """
+        settings = self.recipe.distillation()
+        if (self.partial / TOLD).is_file():
+            told = dict(read_json(self.partial / TOLD, "record of a recovery"))
+            small = load(self.partial).to(device_of(self.dense))
+        else:
+            told, small = self._refit(load(pruned).to(device_of(self.dense)))
+            if settings is not None:  # which takes long, and begins from here after a stop
+                save(small, self.partial)
+                self._keep(told)
+        return told, small if settings is None else self._distil(small, settings, told)
+
+    def _refit(self, small: nn.Module) -> tuple[dict[str, Any], nn.Module]:
+        told: dict[str, Any] = {"steps": []}
+        closed, section = self.recipe.closed_form(), self.recipe.recover
+        if closed is None and not section.fold and not section.batchnorm:
+            return told, small
+        pool = refitted(self.recipe, self.scored)
+        small = recover(
+            small,
+            self.loader(pool),
+            teacher=self.dense,
+            reconstruct_with=closed,
+            fold=section.fold,
+            batchnorm=section.batchnorm,
+            finetune_with=None,
+            progress=self.progress,
+            log=lambda cost: told.__setitem__("closed_form", cost),
+        )
+        told["steps"] += ["fold"] if section.fold else []
+        told["steps"] += ["reconstruct"] if closed is not None else []
+        told["steps"] += ["batchnorm"] if section.batchnorm else []
+        told["reconstruct_images"] = len(pool)
+        return told, small
+
+    def _distil(self, small: nn.Module, settings: Finetune, told: dict[str, Any]) -> nn.Module:
+        tuning: Any = self.recipe.recover.finetune
+        pool = self.scored.sample(tuning.samples, self.recipe.seed)
+        learnt, held = pool, None
+        if tuning.patience is not None:  # a tenth is kept back to see when to end
+            learnt, held = pool.part(lambda place: place % 10 < 9), pool.part(lambda place: place % 10 == 9)
+        torch.manual_seed(self.recipe.seed)
+        told.setdefault("epochs", [])
+        small = recover(
+            small,
+            self.loader(learnt, batch_size=tuning.batch_size, train=True, augment=tuning.augment),
+            teacher=self.dense,
+            reconstruct_with=None,
+            finetune_with=settings,
+            held_out=None if held is None else self.loader(held),
+            save=self.partial,
+            progress=self.progress,
+            log=lambda found: self._tell_epoch(told, found),
+        )
+        told["steps"].append("finetune")
+        told["finetune_images"] = len(learnt)
+        return small
+
+    def _tell_epoch(self, told: dict[str, Any], found: dict[str, float]) -> None:
+        told["epochs"].append(found)
+        self._keep(told)
+        held = f", held-out {found['held_out']:.4g}" if "held_out" in found else ""
+        self.log(
+            f"epoch {found['epoch']}: loss {found['loss']:.4g}{held}, {found['samples_per_second']:.0f} images/s, "
+            f"at most {found['seconds_left']:.0f} s left"
+        )
+
+    def _keep(self, told: dict[str, Any]) -> None:
+        write_text(self.partial / TOLD, json.dumps(told))
