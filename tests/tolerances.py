@@ -7,6 +7,9 @@ lose about 1e-13; four digits more are left for cancellation between consumers."
 SAME_FUNCTION = 1e-10
 """Largest difference between the outputs (of order one) of two float64 networks that are the same function."""
 
+SAME_IN_FLOAT32 = 1e-5
+"""The same of float32 networks of a few layers: some sums of a hundred terms, each rounded to 6e-8."""
+
 OTHER_FUNCTION = 1e-3
 """Least difference between the outputs (of order one) of two networks that are said to differ. Removing a channel
 in front of a normaliser moves them by a tenth and more."""
