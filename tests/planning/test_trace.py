@@ -15,9 +15,6 @@ import tpvprune as tp
 from tests.cases import example, randomise
 from tests.helpers import NAMES, assert_same_state, built, plan_without, random_gone
 
-MUST_TRACE = {"test_resnet", "test_efficientnet", "test_vit", "test_byobnet"}
-RUNAWAY = {"test_maxvit": "the dependency graph walks its partitions for minutes"}
-
 
 @pytest.mark.parametrize("name", NAMES)
 def test_groups_are_those_written_by_hand(name: str) -> None:
@@ -71,39 +68,6 @@ def test_counted_cost_is_that_of_the_model_that_comes_out(name: str) -> None:
         small = tp.apply(b.model, plan)
         assert plan.params == params_of(small) < b.graph.params()
         assert plan.macs == macs_of(small, b.inputs) < b.graph.macs()
-
-
-SMALL = (
-    "resnet10t", "lcnet_035", "mnasnet_small", "regnetx_002", "convnext_atto", "vit_tiny_patch16_224", "ghostnet_050"
-)  # fmt: skip
-
-
-def slow_unless_required(name: str) -> object:
-    return pytest.param(name, marks=[] if name in MUST_TRACE else pytest.mark.slow)
-
-
-@pytest.mark.parametrize("name", [slow_unless_required(n) for n in (*timm.list_models("test_*"), *SMALL)])
-def test_timm_models_cost_what_the_graph_says(name: str) -> None:
-    if name in RUNAWAY:
-        pytest.skip(f"{name}: {RUNAWAY[name]}")
-    model = timm.create_model(name, pretrained=False, num_classes=7).eval()
-    inputs = torch.randn(1, 3, *model.pretrained_cfg["input_size"][1:], generator=torch.Generator().manual_seed(0))
-    try:
-        graph = tp.trace(model, inputs)
-    except tp.ModelError as why:
-        assert name not in MUST_TRACE
-        pytest.skip(f"{name}: {why}")
-    if not graph.groups:
-        assert name not in MUST_TRACE
-        pytest.skip(f"{name}: {next(iter(graph.skipped.values()))}")
-    plan = plan_without(graph, random_gone(graph, 0, 0.3))
-    small = tp.apply(model, plan)
-    assert graph.cost("bytes") == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    assert graph.cost("bytes", plan.keep) == sum(t.nbytes for t in (*small.parameters(), *small.buffers()))
-    assert graph.params() == params_of(model)
-    assert graph.macs() == macs_of(model, inputs)
-    assert plan.params == params_of(small)
-    assert plan.macs == macs_of(small, inputs)
 
 
 def test_macs_are_per_example(conv_bn) -> None:
