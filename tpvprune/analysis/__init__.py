@@ -1,0 +1,23 @@
+"""Test prediction variance itself: how far any random change of the weights moves the outputs, and what follows."""
+
+from tpvprune.analysis.empirical import movements
+from tpvprune.analysis.estimate import tpv
+from tpvprune.analysis.perturbations import Diagonal, LowRank, Operator, RandomGrid, Sampler, sgd_noise
+from tpvprune.analysis.quantise import quantise
+from tpvprune.analysis.trace import trace_form, trace_heff
+from tpvprune.analysis.values import Estimate
+
+__all__ = [
+    "Diagonal",
+    "Estimate",
+    "LowRank",
+    "Operator",
+    "RandomGrid",
+    "Sampler",
+    "movements",
+    "quantise",
+    "sgd_noise",
+    "tpv",
+    "trace_form",
+    "trace_heff",
+]
