@@ -2,20 +2,27 @@
 
 from tpvprune.analysis.empirical import movements
 from tpvprune.analysis.estimate import tpv
+from tpvprune.analysis.labelnoise import LabelNoise, label_noise_closed, label_noise_movements
 from tpvprune.analysis.perturbations import Diagonal, LowRank, Operator, RandomGrid, Sampler, sgd_noise
 from tpvprune.analysis.quantise import quantise
+from tpvprune.analysis.sgd import SGD, sgd_movements
 from tpvprune.analysis.trace import trace_form, trace_heff
 from tpvprune.analysis.values import Estimate
 
 __all__ = [
+    "SGD",
     "Diagonal",
     "Estimate",
+    "LabelNoise",
     "LowRank",
     "Operator",
     "RandomGrid",
     "Sampler",
+    "label_noise_closed",
+    "label_noise_movements",
     "movements",
     "quantise",
+    "sgd_movements",
     "sgd_noise",
     "tpv",
     "trace_form",

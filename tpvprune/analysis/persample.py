@@ -8,7 +8,7 @@ less. Norm layers and biases need a sum over positions alone. What is left goes 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -209,18 +209,18 @@ def _rest(
     tensors = {n: t.detach() for n, t in (*model.named_parameters(), *model.named_buffers())}
     wanted = {name: tensors.pop(name) for name in names}
 
-    def one(x: Tensor, u: Tensor) -> Mapping[str, Tensor]:
+    def one(x: Tensor, u: Tensor) -> Any:
         def answer(some: dict[str, Tensor]) -> Tensor:
             return single_tensor(functional_call(model, {**tensors, **some}, (x.unsqueeze(0),)), model, output)[0]
 
-        _, pull = vjp(answer, wanted)
-        gradients: Mapping[str, Tensor] = pull(u)[0]
-        return gradients
+        pulled: Any = vjp(answer, wanted)
+        return pulled[1](u)[0]
 
     size = max(1, VMAPPED // sum(p.numel() for p in wanted.values()))
     try:
         with evaluation_mode(model):
-            found = [vmap(one)(x, u) for x, u in zip(inputs.split(size), cotangent.split(size), strict=True)]
+            pieces = zip(inputs.split(size), cotangent.split(size), strict=True)
+            found: list[Any] = [vmap(one)(x, u) for x, u in pieces]
     except (RuntimeError, ValueError) as error:
         raise ModelError(
             f"{names[0]!r} belongs to no layer known here, and torch.func cannot follow {type(model).__name__} "

@@ -316,7 +316,7 @@ def _factors(change: LowRank, weights: Weights) -> _Factors:
         if tuple(f.shape[1:]) != tuple(weights[name].shape) or len(ranks) != 1:
             wanted = ", ".join(map(str, weights[name].shape))
             raise InputError(
-                f"the factors of {name!r} are {tuple(f.shape)}; they must be (rank, {wanted}), one rank for all parameters"
+                f"the factors of {name!r} are {tuple(f.shape)}; they must be (rank, {wanted}), with one rank for all"
             )
     return _Factors({n: f.to(weights[n]) for n, f in change.factors.items()}, ranks.pop())
 
