@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 from rich.logging import RichHandler
 
+from tpvprune.analysiscli import add_analysis_verbs
 from tpvprune.checkpoint import ABOUT, load
 from tpvprune.console import bars, err, number, out, print_json, print_table
 from tpvprune.deploycli import add_deploy_verbs
@@ -154,6 +155,7 @@ _stage("recover", "Bring accuracy back on unlabeled images.")
 _stage("eval", "Measure before, pruned and recovered on images the scorer did not see.")
 add_deploy_verbs(app)
 add_verbs(app)
+add_analysis_verbs(app)
 
 
 @recipes_app.command("ls")

@@ -3,6 +3,7 @@
 from tpvprune.analysis.empirical import movements
 from tpvprune.analysis.estimate import tpv
 from tpvprune.analysis.labelnoise import LabelNoise, label_noise_closed, label_noise_movements
+from tpvprune.analysis.noises import Finding, Setting
 from tpvprune.analysis.perturbations import Diagonal, LowRank, Operator, RandomGrid, Sampler, sgd_noise
 from tpvprune.analysis.quantise import quantise
 from tpvprune.analysis.sgd import SGD, sgd_movements
@@ -13,11 +14,13 @@ __all__ = [
     "SGD",
     "Diagonal",
     "Estimate",
+    "Finding",
     "LabelNoise",
     "LowRank",
     "Operator",
     "RandomGrid",
     "Sampler",
+    "Setting",
     "label_noise_closed",
     "label_noise_movements",
     "movements",

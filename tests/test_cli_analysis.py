@@ -1,0 +1,56 @@
+"""`tpvprune tpv`, `select` and `advise` as a user meets them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.test_cli_inspect import SMALL, place, run  # noqa: F401
+
+GIVEN = ["--checkpoint", "weights.safetensors", "--data", "images"]
+
+
+def test_tpv_of_every_noise_on_training_and_held_out_images(place, run):  # noqa: F811
+    few = ["--samples", "8", "--draws", "2", "--steps", "3", "--batch-size", "4", "--bits", "4", "--macs", "0.9"]
+    noises = [word for name in ("sgd", "label", "quant", "prune") for word in ("--noise", name)]
+    code, told, _ = run("tpv", "test_resnet", *SMALL, *GIVEN, *few, *noises, "--json")
+    assert code == 0
+    found = json.loads(told)
+    forms = [(one["noise"].split(",")[0], one["form"]) for one in found["findings"]]
+    assert forms == [
+        ("sgd", "trace"),
+        ("sgd", "empirical"),
+        ("label", "closed"),
+        ("label", "empirical"),
+        ("quant", "trace"),
+        ("quant", "empirical"),
+        ("quant", "rounded"),
+        ("prune", "trace"),
+        ("prune", "empirical"),
+    ]
+    for one in found["findings"]:
+        assert one["test"]["samples"] == 8
+        if one["noise"].startswith("prune"):  # an untrained network has channels that do nothing
+            continue
+        assert one["train"]["value"] > 0
+        assert one["ratio"]["value"] == pytest.approx(one["train"]["value"] / one["test"]["value"])
+    code, told, _ = run("tpv", "test_resnet", *SMALL, *GIVEN, *few, "--noise", "quant", "--form", "empirical")
+    assert code == 0
+    assert "quant, 4 bits a tensor\tempirical\t" in told
+    assert not (place / "runs").exists()
+
+
+def test_tpv_says_what_is_missing(place, run):  # noqa: F811
+    code, _, told = run("tpv", "test_resnet", *SMALL, *GIVEN, "--noise", "heat")
+    assert code == 2
+    assert "--noise heat is not known; give some of sgd, label, quant, prune" in told
+    code, _, told = run("tpv", "test_resnet", *SMALL, *GIVEN, "--noise", "prune")
+    assert code == 2
+    assert "--noise prune needs --macs" in told
+    code, _, told = run("tpv", "test_resnet")
+    assert code == 2
+    assert "no images are named" in told
+    code, _, told = run("tpv", "test_resnet", *SMALL, *GIVEN, "--form", "exact")
+    assert code == 2
+    assert "must be some of trace, empirical" in told

@@ -1,0 +1,163 @@
+"""Verbs that measure test prediction variance itself, and that advise by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from tpvprune.analysis.labelnoise import LabelNoise
+from tpvprune.analysis.noises import FORMS, Finding, Setting
+from tpvprune.analysis.sgd import SGD
+from tpvprune.console import bars, log_line, out, print_json, print_table
+from tpvprune.errors import DataError, InputError
+from tpvprune.options import AsJson, Checkpoint, Data, Macs, Overrides, Target
+from tpvprune.planning.allocate import allocate
+from tpvprune.planning.graph import trace
+from tpvprune.recipe import Recipe
+from tpvprune.scoring.criteria import TPV, score
+from tpvprune.targets import flags, resolve
+from tpvprune.workflow import Run
+from tpvprune.zoo.data import Pool, input_size
+from tpvprune.zoo.streams import Stream
+
+NOISES = ("sgd", "label", "quant", "prune")
+FITTED = 128  # inputs that label noise is fitted on: it takes hundreds of passes over them
+
+Samples = Annotated[int, typer.Option(min=2, help="Training images, and as many held-out ones.")]
+Head = Annotated[str, typer.Option(help="What drift means: softmax (half is KL in nats), logits, ...")]
+Seed = Annotated[int, typer.Option(help="Of images and of all that is drawn.")]
+
+
+def add_analysis_verbs(app: typer.Typer) -> None:
+    """Register `tpv`."""
+    app.command("tpv")(tpv)
+
+
+def tpv(
+    target: Target,
+    overrides: Overrides = None,
+    checkpoint: Checkpoint = None,
+    data: Data = None,
+    noise: Annotated[
+        list[str] | None, typer.Option(help="sgd, label, quant or prune; may be given again. Default: sgd and quant.")
+    ] = None,
+    form: Annotated[list[str] | None, typer.Option(help="trace or empirical; both by default.")] = None,
+    bits: Annotated[int, typer.Option(min=1, max=16, help="quant: bits of a weight.")] = 8,
+    per: Annotated[str, typer.Option(help="quant: one range a 'tensor' or a 'channel'.")] = "tensor",
+    macs: Macs = None,
+    lr: Annotated[float, typer.Option(help="sgd: step size.")] = 0.01,
+    batch_size: Annotated[int, typer.Option(help="sgd: samples of a step.")] = 32,
+    penalty: Annotated[float, typer.Option(help="sgd, label: pull back to the weights.")] = 0.0,
+    steps: Annotated[int, typer.Option(min=1, help="sgd: steps to burn in; label: steps of a fine-tuning.")] = 50,
+    sigma: Annotated[float, typer.Option(help="label: noise on the outputs.")] = 0.1,
+    draws: Annotated[int, typer.Option(min=1, help="Of the empirical form (sgd: chains, label: fine-tunings).")] = 8,
+    rtol: Annotated[float, typer.Option(help="Relative standard error that traces stop at.")] = 0.05,
+    head: Head = "softmax",
+    samples: Samples = 512,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how far noise in the weights moves the outputs, on training and on held-out images."""
+    wanted = tuple(dict.fromkeys(noise or ("sgd", "quant")))
+    strange = next((one for one in wanted if one not in NOISES), None)
+    if strange is not None:
+        raise InputError(f"--noise {strange} is not known; give some of {', '.join(NOISES)}")
+    if "prune" in wanted and macs is None:
+        raise InputError("--noise prune needs --macs, the multiply-adds to keep: 0.9")
+    told = []
+    for recipe, folder in resolve(target, [*flags(checkpoint=checkpoint, data=data), *(overrides or [])], None):
+        with bars() as progress:
+            run = Run(recipe, folder, progress=progress, log=log_line)
+            train, test = _images(run, recipe, samples, seed)
+            setting = Setting(
+                run.dense,
+                train,
+                test,
+                head,
+                tuple(form or FORMS),
+                rtol=rtol,
+                draws=draws,
+                seed=seed,
+                progress=progress,
+            )
+            findings: list[Finding] = []
+            for one in wanted:
+                if one == "sgd":
+                    settings = SGD(lr=lr, batch_size=batch_size, penalty=penalty, burn_in=steps, chains=draws)
+                    findings += setting.sgd(settings)
+                elif one == "quant":
+                    findings += setting.quantisation(bits, per)
+                elif one == "label":
+                    noisy = LabelNoise(sigma=sigma, steps=steps, penalty=penalty, repeats=draws)
+                    fitted = _first(train, FITTED)
+                    findings += setting.labels(noisy, fitted, closed=_small(run.dense, fitted))
+                else:
+                    assert macs is not None
+                    findings += setting.pruning(_plan(run, recipe, train, macs), f"prune, macs {macs}")
+        told.append({"model": recipe.model.name, "head": head, "findings": [f.to_json() for f in findings]})
+        if not as_json:
+            _print_findings(recipe.model.name, findings, head)
+    if as_json:
+        print_json(told[0] if len(told) == 1 else told)
+
+
+def _images(run: Run, recipe: Recipe, samples: int, seed: int) -> tuple[Any, Any]:
+    """Batches of training and of held-out images."""
+    assert recipe.data is not None or run.images  # which raises where no images are named
+    assert recipe.data is not None
+    pools: list[Pool | Stream] = [run.images.scored.sample(samples, seed), run.images.measured.sample(samples, seed)]
+    train, test = (pool.loader(recipe.data.batch_size, workers=recipe.data.workers) for pool in pools)
+    return train, test
+
+
+def _first(batches: Iterable[Any], count: int) -> list[Any]:
+    """The first so many inputs, as batches held in memory."""
+    found, left = [], count
+    for images, *_ in batches:
+        found.append(images[:left])
+        left -= len(found[-1])
+        if left <= 0:
+            break
+    if not found:
+        raise DataError("there is no batch; give images that can be read")
+    return found
+
+
+def _small(model: torch.nn.Module, fitted: list[Any]) -> bool:
+    """Whether the training Jacobian can be held, and is made in about a minute."""
+    with torch.no_grad():
+        outputs = model(fitted[0][:1])
+    entries = sum(map(len, fitted)) * outputs.numel() * sum(p.numel() for p in model.parameters())
+    return bool(entries <= 2**25)
+
+
+def _plan(run: Run, recipe: Recipe, train: Any, macs: str) -> Any:
+    example = torch.zeros(1, *input_size(run.dense, recipe.data.size if recipe.data else None), device=run.device)
+    graph = trace(run.dense, example, depth=recipe.plan.depth, progress=run.progress)
+    scores = score(run.dense, train, graph, TPV(), progress=run.progress)
+    limits = recipe.limits().__class__(macs=macs, round_to=recipe.budget.round_to)
+    return allocate(scores, graph, limits)
+
+
+def _print_findings(name: str, findings: list[Finding], head: str) -> None:
+    rows = [
+        [f.noise, f.form, _with_error(f.train), _with_error(f.test), _with_error(f.ratio), f"{f.train.samples:,}"]
+        for f in findings
+    ]
+    out.print(f"{name}: TPV in the metric of the {head} head", highlight=False, markup=False)
+    print_table(["noise", "form", "train", "held out", "train / held out", "images"], rows)
+    lines = ["trace: to first order in the noise's covariance; empirical: weights changed, outputs measured."]
+    if any(f.form == "rounded" for f in findings):
+        lines.append("rounded: to levels at random places; what lies between the same two levels moves together.")
+    if head == "softmax":
+        lines.append("Half of a value is KL from the model as it is, in nats, while it is small.")
+    if any(f.noise.startswith("label") for f in findings):
+        lines.append(f"label: fitted on {FITTED} images; the closed form is made where the Jacobian is small.")
+    out.print("\n".join(lines), highlight=False, markup=False)
+
+
+def _with_error(value: Any) -> str:
+    return f"{value.value:.3g} ± {value.stderr:.1g}"
