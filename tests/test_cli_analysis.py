@@ -54,3 +54,21 @@ def test_tpv_says_what_is_missing(place, run):  # noqa: F811
     code, _, told = run("tpv", "test_resnet", *SMALL, *GIVEN, "--form", "exact")
     assert code == 2
     assert "must be some of trace, empirical" in told
+
+
+def test_advise_spends_a_budget_on_both_and_measures(place, run):  # noqa: F811
+    words = [*SMALL, *GIVEN, "--samples", "12", "--drift", "0.01"]
+    code, told, _ = run("advise", "test_resnet", *words, "--bits", "8", "4", "--measured", "--json")
+    assert code == 0
+    found = json.loads(told)
+    assert {tuple(one["kl_at_bits"]) for one in found["layers"]} == {("8", "4")}
+    assert found["mixed"]["total"] <= 0.01 + 1e-9
+    assert found["measured"]["total"] >= 0
+    code, told, _ = run("advise", "test_resnet", *words, "--out", "plan.json")
+    assert code == 0
+    assert "\nmixed\t" in told
+    assert "all weights to 8 bits\t" in told
+    assert (place / "plan.json").is_file()
+    code, _, told = run("advise", "test_resnet", *words, "--cost", "speed")
+    assert code == 2
+    assert "cost='speed' must be one of bytes, bitops" in told

@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
+from tpvprune.analysis.advice import BITS, FLOAT, Advice
+from tpvprune.analysis.advice import advise as advised
 from tpvprune.analysis.labelnoise import LabelNoise
 from tpvprune.analysis.noises import FORMS, Finding, Setting
+from tpvprune.analysis.quantise import quantise
 from tpvprune.analysis.sgd import SGD
 from tpvprune.console import bars, log_line, out, print_json, print_table
 from tpvprune.errors import DataError, InputError
+from tpvprune.lookcli import Many, nats, say, share
 from tpvprune.options import AsJson, Checkpoint, Data, Macs, Overrides, Target
 from tpvprune.planning.allocate import allocate
 from tpvprune.planning.graph import trace
 from tpvprune.recipe import Recipe
+from tpvprune.report import compare
 from tpvprune.scoring.criteria import TPV, score
+from tpvprune.surgery.removal import apply
 from tpvprune.targets import flags, resolve
+from tpvprune.types import Graph
 from tpvprune.workflow import Run
 from tpvprune.zoo.data import Pool, input_size
 from tpvprune.zoo.streams import Stream
+
+
+class ManyBits(Many):
+    """Takes all numbers that follow `--bits` as its values."""
+
+    option = "--bits"
+
 
 NOISES = ("sgd", "label", "quant", "prune")
 FITTED = 128  # inputs that label noise is fitted on: it takes hundreds of passes over them
@@ -32,8 +47,9 @@ Seed = Annotated[int, typer.Option(help="Of images and of all that is drawn.")]
 
 
 def add_analysis_verbs(app: typer.Typer) -> None:
-    """Register `tpv`."""
+    """Register `tpv` and `advise`."""
     app.command("tpv")(tpv)
+    app.command("advise", cls=ManyBits)(advise)
 
 
 def tpv(
@@ -134,9 +150,13 @@ def _small(model: torch.nn.Module, fitted: list[Any]) -> bool:
     return bool(entries <= 2**25)
 
 
-def _plan(run: Run, recipe: Recipe, train: Any, macs: str) -> Any:
+def _graph(run: Run, recipe: Recipe) -> Graph:
     example = torch.zeros(1, *input_size(run.dense, recipe.data.size if recipe.data else None), device=run.device)
-    graph = trace(run.dense, example, depth=recipe.plan.depth, progress=run.progress)
+    return trace(run.dense, example, depth=recipe.plan.depth, progress=run.progress)
+
+
+def _plan(run: Run, recipe: Recipe, train: Any, macs: str) -> Any:
+    graph = _graph(run, recipe)
     scores = score(run.dense, train, graph, TPV(), progress=run.progress)
     limits = recipe.limits().__class__(macs=macs, round_to=recipe.budget.round_to)
     return allocate(scores, graph, limits)
@@ -161,3 +181,87 @@ def _print_findings(name: str, findings: list[Finding], head: str) -> None:
 
 def _with_error(value: Any) -> str:
     return f"{value.value:.3g} ± {value.stderr:.1g}"
+
+
+def advise(
+    target: Target,
+    overrides: Overrides = None,
+    checkpoint: Checkpoint = None,
+    data: Data = None,
+    drift: Annotated[float, typer.Option(help="KL from the dense model in nats, at most, as predicted.")] = 0.05,
+    bits: Annotated[
+        list[int] | None, typer.Option(help="Widths that weights may be rounded to, as --bits 8 4.", metavar="BITS")
+    ] = None,
+    per: Annotated[str, typer.Option(help="One range a 'tensor' or a 'channel'.")] = "channel",
+    cost: Annotated[str, typer.Option(help="What is made small: bytes, or bitops (MACs times bits).")] = "bytes",
+    measured: Annotated[bool, typer.Option("--measured", help="Prune and round for real, and measure.")] = False,
+    out_file: Annotated[Path | None, typer.Option("--out", "-o", help="File for the plan (JSON).")] = None,
+    samples: Samples = 512,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Say which layers to prune and which bit-width each can bear, under one budget of KL."""
+    told = []
+    for recipe, folder in resolve(target, [*flags(checkpoint=checkpoint, data=data), *(overrides or [])], None):
+        with bars() as progress:
+            run = Run(recipe, folder, progress=progress, log=log_line)
+            train, test = _images(run, recipe, samples, seed)
+            graph = _graph(run, recipe)
+            given: Any = {"per": per, "cost": cost}
+            found = advised(
+                run.dense, train, graph, drift, bits=tuple(bits or BITS), seed=seed, progress=progress, **given
+            )
+            kl = _measured(run.dense, test, found, given["per"], progress) if measured else None
+        if out_file is not None:
+            found.plan.save(out_file)
+        told.append({"model": recipe.model.name, **found.to_json(), "measured": kl})
+        if not as_json:
+            _print_advice(recipe.model.name, found, kl, out_file)
+    if as_json:
+        print_json(told[0] if len(told) == 1 else told)
+
+
+def _measured(model: Any, test: Any, found: Advice, per: Any, progress: Any) -> dict[str, float]:
+    """KL on held-out images: of the cut alone, of rounding alone what is not cut, and of both."""
+    cut = apply(model, found.plan)
+    models = {
+        "pruning": cut,
+        "rounding": quantise(model, found.bits, per=per),
+        "total": quantise(cut, found.bits, per=per),
+    }
+    metrics, _ = compare(models, model, test, progress=progress)
+    return {name: one["kl"] for name, one in metrics.items()}
+
+
+def _print_advice(name: str, found: Advice, kl: dict[str, float] | None, file: Path | None) -> None:
+    widths = sorted({count for one in found.layers for count in one.kl_at_bits}, reverse=True)
+    rows = [
+        [
+            one.name,
+            f"{one.params:,}",
+            *(nats(one.kl_at_bits[count]) for count in widths),
+            share(one.kept),
+            "float" if one.bits == FLOAT else str(one.bits),
+            nats(one.kl),
+        ]
+        for one in found.layers
+    ]
+    say(f"{name}: KL in nats with one layer alone rounded to so many bits, and what {found.drift:g} nats are spent on")
+    print_table(["layer", "weights", *map(str, widths), "kept", "bits", "KL"], rows)
+    rows = [[group, f"{kept} of {units}"] for group, (kept, units) in found.groups.items() if kept < units]
+    if rows:
+        print_table(["prune", "units kept"], rows)
+    totals = [[f"all weights to {count} bits", nats(one)] for count, one in found.rounding_totals.items()]
+    totals += [[f"pruned to {at:.0%} of the multiply-adds", nats(one)] for at, one in found.pruning_totals.items()]
+    print_table(["predicted", "KL"], totals)
+    mixes = {"mixed": found.mixed, **{f"{how} alone": mix for how, mix in found.alone.items()}}
+    cells = [
+        [how, nats(m.pruning), nats(m.rounding), nats(m.total), share(m.macs), f"{m.mean_bits:.2f}", share(m.cost)]
+        for how, m in mixes.items()
+    ]
+    print_table(["spent on", "pruning", "rounding", "KL", "MACs", "bits", found.cost], cells)
+    if kl is not None:
+        say("measured on held-out images: " + ", ".join(f"{part} {nats(value)}" for part, value in kl.items()))
+    say(f"{found.cost}: what is left, as a share of the dense model's in {FLOAT} bits; from {found.samples:,} images.")
+    if file is not None:
+        say(f"plan: {file}")

@@ -1,6 +1,8 @@
 """Test prediction variance itself: how far any random change of the weights moves the outputs, and what follows."""
 
+from tpvprune.analysis.advice import Advice, LayerAdvice, Mix, advise
 from tpvprune.analysis.empirical import movements
+from tpvprune.analysis.energies import Energies, weight_energies
 from tpvprune.analysis.estimate import tpv
 from tpvprune.analysis.labelnoise import LabelNoise, label_noise_closed, label_noise_movements
 from tpvprune.analysis.noises import Finding, Setting
@@ -12,15 +14,20 @@ from tpvprune.analysis.values import Estimate
 
 __all__ = [
     "SGD",
+    "Advice",
     "Diagonal",
+    "Energies",
     "Estimate",
     "Finding",
     "LabelNoise",
+    "LayerAdvice",
     "LowRank",
+    "Mix",
     "Operator",
     "RandomGrid",
     "Sampler",
     "Setting",
+    "advise",
     "label_noise_closed",
     "label_noise_movements",
     "movements",
@@ -30,4 +37,5 @@ __all__ = [
     "tpv",
     "trace_form",
     "trace_heff",
+    "weight_energies",
 ]
