@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import timm
+import torch
+from safetensors.torch import save_file
 
+from tests.test_cli import CLASSES
 from tests.test_cli_inspect import SMALL, place, run  # noqa: F401
 
 GIVEN = ["--checkpoint", "weights.safetensors", "--data", "images"]
@@ -72,3 +76,28 @@ def test_advise_spends_a_budget_on_both_and_measures(place, run):  # noqa: F811
     code, _, told = run("advise", "test_resnet", *words, "--cost", "speed")
     assert code == 2
     assert "cost='speed' must be one of bytes, bitops" in told
+
+
+def test_select_ranks_checkpoints(place, run):  # noqa: F811
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        state = timm.create_model("test_resnet", num_classes=CLASSES).state_dict()
+        save_file(state, place / f"{seed}.safetensors")
+    files = ["1.safetensors", "test_resnet=2.safetensors", "weights.safetensors"]
+    sets = [word for one in SMALL for word in ("--set", one)]
+    words = ["select", *files, "--model", "test_resnet", "--data", "images", *sets, "--samples", "4"]
+    code, told, _ = run(*words, "--json")
+    assert code == 0
+    found = json.loads(told)
+    assert set(found["tpv"]) == set(files)
+    values = [one["value"] for one in found["tpv"].values()]
+    assert values == sorted(values)
+    code, told, _ = run(*words, "--labels", "folders")
+    assert code == 0
+    assert [line.split("\t")[1] for line in told.splitlines()[1:4]] == list(found["tpv"])
+    assert "held-out loss" in told
+    assert "rank correlation with the loss" in told
+    code, _, told = run("select", "1.safetensors", "2.safetensors", "--data", "images")
+    assert code == 2
+    assert "of which model? Give --model NAME" in told
+    assert not (place / "runs").exists()

@@ -14,7 +14,8 @@ FILES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("
 REFERENCE = Path(__file__).with_name("reference.py")
 STAGES = ("scoring", "planning", "surgery", "recovery")
 # The command line, and what its files share.
-CLI = {"analysiscli.py", "cli.py", "deploycli.py", "lookcli.py", "plancli.py", "showing.py", "options.py", "console.py"}
+CLI = {"cli.py", "analysiscli.py", "deploycli.py", "lookcli.py", "plancli.py", "selectcli.py"}
+CLI |= {"showing.py", "options.py", "console.py"}
 
 
 def imports(path: Path, package: str = "tpvprune") -> set[str]:

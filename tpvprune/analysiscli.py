@@ -24,6 +24,7 @@ from tpvprune.planning.graph import trace
 from tpvprune.recipe import Recipe
 from tpvprune.report import compare
 from tpvprune.scoring.criteria import TPV, score
+from tpvprune.selectcli import select
 from tpvprune.surgery.removal import apply
 from tpvprune.targets import flags, resolve
 from tpvprune.types import Graph
@@ -47,8 +48,9 @@ Seed = Annotated[int, typer.Option(help="Of images and of all that is drawn.")]
 
 
 def add_analysis_verbs(app: typer.Typer) -> None:
-    """Register `tpv` and `advise`."""
+    """Register `tpv`, `select` and `advise`."""
     app.command("tpv")(tpv)
+    app.command("select")(select)
     app.command("advise", cls=ManyBits)(advise)
 
 

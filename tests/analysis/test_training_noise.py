@@ -38,14 +38,14 @@ def test_the_spread_of_sgd_on_a_linear_model_is_its_closed_form() -> None:
 def test_small_steps_without_a_penalty_give_the_trace_form() -> None:
     model, x = linear(1), example(16, 4)
     lr, batch = 0.05, 16
-    settings = analysis.SGD(lr=lr, batch_size=batch, burn_in=400, every=20, snapshots=20, chains=20)
+    settings = analysis.SGD(lr=lr, batch_size=batch, burn_in=300, every=20, snapshots=15, chains=10)
     moved = analysis.sgd_movements(model, [x], {"train": [x]}, settings, "logits")["train"].mean(1)
     trace = analysis.tpv(model, x.split(1), analysis.sgd_noise(lr, batch), "logits", rtol=None)
     assert trace.value == pytest.approx(lr / 2 / batch * float(x.square().sum(1).mean()), rel=tolerances.EXACT)
-    error = float(moved.std()) / 20**0.5
+    error = float(moved.std()) / 10**0.5
     slow = 1 / (1 - lr * float(torch.linalg.eigvalsh(x.T @ x / 16).max()) / 2) - 1  # what a finite lr adds at most
     assert abs(float(moved.mean()) - trace.value) < tolerances.STDERRS * error + slow * trace.value
-    assert error < 0.1 * trace.value
+    assert error < 0.15 * trace.value
 
 
 def test_sgd_draws_targets_from_the_softmax() -> None:

@@ -8,13 +8,16 @@ from tpvprune.analysis.labelnoise import LabelNoise, label_noise_closed, label_n
 from tpvprune.analysis.noises import Finding, Setting
 from tpvprune.analysis.perturbations import Diagonal, LowRank, Operator, RandomGrid, Sampler, sgd_noise
 from tpvprune.analysis.quantise import quantise
+from tpvprune.analysis.selection import Selection, select
 from tpvprune.analysis.sgd import SGD, sgd_movements
+from tpvprune.analysis.stability import Stability, StabilityPoint, grid, stability
 from tpvprune.analysis.trace import trace_form, trace_heff
-from tpvprune.analysis.values import Estimate
+from tpvprune.analysis.values import Correlation, Estimate, correlation
 
 __all__ = [
     "SGD",
     "Advice",
+    "Correlation",
     "Diagonal",
     "Energies",
     "Estimate",
@@ -26,14 +29,21 @@ __all__ = [
     "Operator",
     "RandomGrid",
     "Sampler",
+    "Selection",
     "Setting",
+    "Stability",
+    "StabilityPoint",
     "advise",
+    "correlation",
+    "grid",
     "label_noise_closed",
     "label_noise_movements",
     "movements",
     "quantise",
+    "select",
     "sgd_movements",
     "sgd_noise",
+    "stability",
     "tpv",
     "trace_form",
     "trace_heff",

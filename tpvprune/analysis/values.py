@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from tpvprune.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -96,3 +99,36 @@ def ranks(values: Tensor) -> Tensor:
 def rank_correlation(one: Tensor, other: Tensor) -> float:
     """Spearman's rank correlation; NaN where one of the two is constant."""
     return float(torch.corrcoef(torch.stack([ranks(one.double()), ranks(other.double())]))[0, 1])
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Spearman's rank correlation of pairs.
+
+    Attributes:
+        value: of all pairs; NaN where one side is constant.
+        low: its 2.5 % quantile over bootstrap resamples of the pairs.
+        high: the 97.5 % quantile.
+        pairs: how many there are.
+    """
+
+    value: float
+    low: float
+    high: float
+    pairs: int
+
+
+def correlation(one: Sequence[float], other: Sequence[float], resamples: int = 2000, seed: int = 0) -> Correlation:
+    """Rank correlation with a bootstrap interval. Resamples in which one side is constant are left out."""
+    a, b = torch.tensor(list(one), dtype=torch.float64), torch.tensor(list(other), dtype=torch.float64)
+    if len(a) != len(b) or len(a) < 2:
+        raise InputError(f"{len(a)} and {len(b)} values are no pairs to correlate; give two or more of each")
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(resamples):
+        chosen = torch.randint(0, len(a), (len(a),), generator=generator)
+        value = rank_correlation(a[chosen], b[chosen])
+        if not math.isnan(value):
+            found.append(value)
+    edges = torch.tensor(found or [math.nan], dtype=torch.float64).quantile(torch.tensor([0.025, 0.975]).double())
+    return Correlation(rank_correlation(a, b), float(edges[0]), float(edges[1]), len(a))
