@@ -68,9 +68,8 @@ def main() -> None:
             batches = [images for images, _ in pool.loader(args.batch)]
         else:
             batches = [torch.randn(args.batch, 3, args.size, args.size) for _ in range(args.rounds)]
-    print(
-        f"{args.net}, {torch.get_num_threads()} thread(s), {args.rounds} batches of {args.batch}, torch {torch.__version__}"
-    )
+    threads = torch.get_num_threads()
+    print(f"{args.net}, {threads} thread(s), {args.rounds} batches of {args.batch}, torch {torch.__version__}")
     for head in args.heads:
         compare(model, batches, head)
 
@@ -87,7 +86,7 @@ def compare(model: nn.Module, batches: list[Tensor], head: str) -> None:
         return found
 
     one_by_one(model, batches[0][:4], head, 0)  # libraries make their own buffers on first use
-    for way, options in WAYS.items():
+    for options in WAYS.values():
         analysis.trace_heff(model, batches[:1], head, rtol=None, **options)  # type: ignore[arg-type]
     for number, batch in enumerate(batches):
         singles += timed("one at a time", lambda b=batch, n=number: one_by_one(model, b, head, n))  # type: ignore
@@ -105,17 +104,13 @@ def compare(model: nn.Module, batches: list[Tensor], head: str) -> None:
         error = math.sqrt(sum((e.stderr * e.samples) ** 2 for e in some)) / images
         rows[way] = (mean, error / mean)
     base = None
-    print(
-        f"\n{head} head\n\n| estimator | Tr(H) | relative error, {images} images | ms an image | s to 5 % | times cheaper |"
-    )
+    print(f"\n{head} head\n\n| estimator | Tr(H) | error, {images} images | ms an image | s to 5 % | times cheaper |")
     print("| --- | --- | --- | --- | --- | --- |")
     for way, (mean, error) in rows.items():
         cost = seconds[way] * (error / TARGET) ** 2
         base = cost if base is None else base
-        print(
-            f"| {way} | {mean:.4g} | {error:.3f} | {seconds[way] / images * 1e3:.2f} | {cost:.2f} | {base / cost:.1f} |",
-            flush=True,
-        )
+        each = seconds[way] / images * 1e3
+        print(f"| {way} | {mean:.4g} | {error:.3f} | {each:.2f} | {cost:.3g} | {base / cost:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

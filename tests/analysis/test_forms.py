@@ -160,6 +160,28 @@ def test_parameters_outside_of_layers_count_too() -> None:
         assert found.relative < 0.15
 
 
+class Transposed(nn.Module):
+    """A layer that sees positions outermost: as many rows as there are samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.fc(x.transpose(0, 1))).sum(0)
+
+
+def test_a_layout_that_hides_the_samples_is_noticed() -> None:
+    model, x = randomise(Transposed()), example(6, 6, 4)
+    with pytest.raises(tp.ModelError, match="does not hold the samples outermost"):
+        analysis.trace_heff(model, [x], "logits", rtol=None, engine="per_sample")
+    found = analysis.trace_heff(model, [x] * 100, "logits", rtol=None)
+    by_hand = analysis.trace_heff(model, [x] * 100, "logits", rtol=None, engine="batched")
+    assert found.value == by_hand.value
+    wanted = torch.einsum("bpp->b", dense_energies(model, x, "logits", ["fc.weight", "fc.bias"])).mean()
+    assert abs(found.value - float(wanted)) < tolerances.STDERRS * found.stderr
+
+
 @pytest.mark.parametrize("head", ["softmax", "logits", "cosine"])
 @pytest.mark.parametrize(("engine", "rows"), [("batched", 1), ("batched", 3), ("per_sample", 1)])
 def test_the_trace_is_that_of_dense_jacobians(head: str, engine: str, rows: int, mlp) -> None:

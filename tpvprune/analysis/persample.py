@@ -29,6 +29,7 @@ from tpvprune.scoring.probing import detached
 PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm)
 CACHED = 2**20  # entries of unfolded inputs held at once: few enough to stay in the processor's cache
+TOGETHER = 8  # samples whose convolutions are one call
 VMAPPED = 2**25  # entries of gradients that torch.func may hold at once
 
 
@@ -112,6 +113,37 @@ def sample_energies(
     return moved.square() + noise
 
 
+def check_layout(
+    model: nn.Module,
+    inputs: Tensor,
+    first: float,
+    moments: Moments,
+    head: Head,
+    generator: torch.Generator,
+    output: Any,
+) -> None:
+    """Refuse a model whose layers do not hold the samples outermost, which no shape tells for sure.
+
+    Args:
+        model: the model.
+        inputs: of the batch.
+        first: energy of its first sample, taken in the batch.
+        moments: of the change.
+        head: the metric.
+        generator: as it was when the batch was begun.
+        output: of the model.
+
+    Raises:
+        ModelError: the sample alone has another energy.
+    """
+    alone = float(sample_energies(model, inputs[:1], moments, head, generator, output)[0])
+    if abs(alone - first) > 1e-3 * max(abs(alone), abs(first)):
+        raise ModelError(
+            f"a sample of {type(model).__name__} has another gradient in a batch than alone: a layer does not hold the "
+            "samples outermost, or mixes them; use engine='batched'"
+        )
+
+
 Piece = tuple[slice, Tensor | float, Tensor | float]
 
 
@@ -147,13 +179,21 @@ def _of_product(
     calls: list[tuple[nn.Module, Tensor, Tensor]], mean: Tensor | None, variance: Tensor | None, batch: int
 ) -> Iterator[Piece]:
     layer: Any = calls[0][0]
-    weight = layer.weight
+    weight, even = layer.weight, all(len(value) == batch for _, value, _ in calls)
+    if even and all(_plain_convolution(module) for module, _, _ in calls):
+        size = max(1, min(TOGETHER, CACHED // weight.numel()))
+        for start in range(0, batch, size):
+            part = slice(start, min(batch, start + size))
+            total = sum(_convolved(module, _wide(value[part]), _wide(slope[part])) for module, value, slope in calls)
+            assert isinstance(total, Tensor)
+            moved, noise = _energies(total, mean, variance)
+            yield part, moved, noise
+        return
     rows = [positions(module, slope, batch) for module, _, slope in calls]
     spots = sum(row.shape[3] for row in rows)
     groups, outs, ins = rows[0].shape[1], weight.shape[0] // rows[0].shape[1], weight[0].numel()
     ghost = mean is None and variance is not None and _even(variance) and spots * (outs + ins) < outs * ins
     size = max(1, CACHED // max(1, groups * ins * spots, weight.numel()))
-    even = all(len(value) == batch for _, value, _ in calls)
     for start in range(0, batch, size):
         part = slice(start, min(batch, start + size))
         columns = []
@@ -172,6 +212,39 @@ def _of_product(
         assert isinstance(total, Tensor)
         moved, noise = _energies(total.reshape(len(total), -1), mean, variance)
         yield part, moved, noise
+
+
+def _plain_convolution(layer: nn.Module) -> bool:
+    """Whether a convolution pads by zeros, as many on either side."""
+    return (
+        isinstance(layer, (nn.Conv1d, nn.Conv2d))
+        and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str)
+    )
+
+
+def _convolved(layer: Any, value: Tensor, slope: Tensor) -> Tensor:
+    """Weight gradients of single samples `(samples, entries)`: one convolution, with a group or more for each sample.
+
+    Ten times faster on a CPU than unfolding the input.
+    """
+    batch, weight = len(value), layer.weight
+    repeated = weight.detach().to(value).repeat(batch, *(1,) * (weight.ndim - 1))
+    found = torch.ops.aten.convolution_backward(
+        slope.reshape(1, -1, *slope.shape[2:]),
+        value.reshape(1, -1, *value.shape[2:]),
+        repeated,
+        None,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        False,
+        [0] * len(layer.stride),
+        batch * layer.groups,
+        [False, True, False],
+    )
+    gradients: Tensor = found[1].reshape(batch, -1)
+    return gradients
 
 
 def _sums(layer: nn.Module, value: Tensor, slope: Tensor, key: str, batch: int) -> Tensor:

@@ -17,11 +17,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from tpvprune.analysis.persample import sample_energies
+from tpvprune.analysis.persample import check_layout, sample_energies
 from tpvprune.analysis.perturbations import Bound, Change, Moments, Uniform, bind
 from tpvprune.analysis.values import Estimate
 from tpvprune.batches import Batch, Progress, Selector, finite_outputs, model_inputs
-from tpvprune.errors import InputError
+from tpvprune.errors import InputError, ModelError
 from tpvprune.scores import Tally
 from tpvprune.scoring.activations import backward
 from tpvprune.scoring.engine import stream
@@ -128,20 +128,28 @@ def trace_form(
     if rows is not None and (not isinstance(rows, int) or rows < 1):
         raise InputError(f"rows={rows!r} must be a whole number from 1")
     bound, metric = bind(perturbation, model, parameters), head_named(head)
-    rows = rows or (ROWS_OF_SOFTMAX if isinstance(metric, Softmax) else ROWS)
     moments = bound.moments if isinstance(bound, Uniform) else bound
     if engine == "per_sample" and not isinstance(moments, Moments):
         raise InputError("engine='per_sample' is for perturbations with moments; use engine='batched'")
+    single = engine == "per_sample" or (engine == "auto" and isinstance(moments, Moments) and _suits(model, metric))
     tally = Tally()
     for number, inputs in enumerate(model_inputs(model, batches, "trace", progress)):
         generator = stream(seed, number, 0)
-        if engine == "per_sample":
+        if single:
             assert isinstance(moments, Moments)
-            values = sample_energies(model, inputs, moments, metric, generator, output)
-            tally = tally + Tally.of_rows({"": values.unsqueeze(1)})
-        else:
-            for draws, size in _batched(model, inputs, bound, metric, generator, rows, output):
-                tally = tally + Tally.of_rows({"": draws}, stands_for=size)
+            try:
+                values = sample_energies(model, inputs, moments, metric, generator, output)
+                if number == 0 and len(inputs) > 1:
+                    check_layout(model, inputs, float(values[0]), moments, metric, stream(seed, number, 0), output)
+                tally = tally + Tally.of_rows({"": values.unsqueeze(1)})
+            except ModelError:
+                if engine == "per_sample" or number:
+                    raise
+                single, generator = False, stream(seed, number, 0)  # a model that only whole gradients are known of
+        if not single:
+            size = rows or (ROWS_OF_SOFTMAX if isinstance(metric, Softmax) else ROWS)
+            for draws, stands_for in _batched(model, inputs, bound, metric, generator, size, output):
+                tally = tally + Tally.of_rows({"": draws}, stands_for=stands_for)
         if rtol is not None and tally.rows >= LEAST and _estimate(tally).relative <= rtol:
             break
     found = _estimate(tally)
@@ -150,6 +158,16 @@ def trace_form(
             "the batches ended at a relative error of %.2g, asked was %.2g: give more batches", found.relative, rtol
         )
     return found
+
+
+def _suits(model: nn.Module, head: Head) -> bool:
+    """Whether gradients of single samples were measured to be worth what they cost.
+
+    Under the softmax head inputs differ so much that products of different samples hardly add to the spread, and
+    gradients of several convolutions at once cost least.
+    """
+    convolutions = any(isinstance(module, (nn.Conv1d, nn.Conv2d)) for module in model.modules())
+    return not (isinstance(head, Softmax) and convolutions)
 
 
 def _estimate(tally: Tally) -> Estimate:
