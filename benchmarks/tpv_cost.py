@@ -23,6 +23,7 @@ from tpvprune.zoo.data import open_pool
 from tpvprune.zoo.models import create_model
 
 TARGET = 0.05
+AT_ONCE = 8  # batches in a turn
 WAYS: dict[str, dict[str, object]] = {
     "default": {},
     "batched, rows 1": {"engine": "batched", "rows": 1},
@@ -88,12 +89,13 @@ def compare(model: nn.Module, batches: list[Tensor], head: str) -> None:
     one_by_one(model, batches[0][:4], head, 0)  # libraries make their own buffers on first use
     for options in WAYS.values():
         analysis.trace_heff(model, batches[:1], head, rtol=None, **options)  # type: ignore[arg-type]
-    for number, batch in enumerate(batches):
-        singles += timed("one at a time", lambda b=batch, n=number: one_by_one(model, b, head, n))  # type: ignore
+    for number in range(0, len(batches), AT_ONCE):
+        some = batches[number : number + AT_ONCE]
+        singles += timed("one at a time", lambda b=some, n=number: one_by_one(model, torch.cat(b), head, n))  # type: ignore
         for way, options in WAYS.items():
             found = timed(
                 way,
-                lambda b=batch, n=number, o=options: analysis.trace_heff(model, [b], head, rtol=None, seed=n, **o),
+                lambda b=some, n=number, o=options: analysis.trace_heff(model, b, head, rtol=None, seed=n, **o),
             )
             estimates[way].append(found)  # type: ignore[arg-type]
     images = sum(map(len, batches))

@@ -8,6 +8,7 @@ import logging
 import math
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -385,3 +386,20 @@ def test_errors_name_what_is_wrong(mlp) -> None:
         analysis.sgd_noise(0.0, 8)
     assert analysis.sgd_noise(0.1, 5).sigma ** 2 == pytest.approx(0.01)
     assert math.isnan(analysis.tpv(model, [mlp.inputs[:1]], tp.Isotropic(0.1), form="empirical", draws=1).stderr)
+
+
+def test_attention_and_tokens_have_gradients_of_single_samples() -> None:
+    torch.manual_seed(0)
+    model = randomise(timm.create_model("test_vit", num_classes=3, img_size=32))
+    x = example(2, 3, 32, 32)
+    names = [name for name, _ in model.named_parameters()]
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+    even = {n: torch.ones((), dtype=torch.float64).expand(p.shape) for n, p in weights.items()}
+    got = sample_energies(model, x, Moments({}, even), head_named("softmax"), torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    for place, one in enumerate(x.split(1)):
+        output = model(one)
+        u = head_named("softmax").cotangent(output.detach(), generator)
+        gradients = torch.autograd.grad(output, [model.get_parameter(n) for n in names], u)
+        wanted = sum(float(g.square().sum()) for g in gradients)
+        assert float(got[place]) == pytest.approx(wanted, rel=tolerances.EXACT)

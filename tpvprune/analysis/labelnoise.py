@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tpvprune.analysis.descent import gathered, mean_gradient, movements_at
 from tpvprune.analysis.perturbations import parameters_of
@@ -163,7 +164,8 @@ def _jacobian(model: nn.Module, weights: Mapping[str, Tensor], inputs: Tensor, o
 
     size = max(1, VMAPPED // sum(p.numel() for p in weights.values()) // 16)
     try:
-        pieces: list[Any] = [vmap(jacrev(answer), (None, 0))(dict(weights), x) for x in inputs.split(size)]
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be mapped over samples
+            pieces: list[Any] = [vmap(jacrev(answer), (None, 0))(dict(weights), x) for x in inputs.split(size)]
     except (RuntimeError, ValueError) as error:
         if isinstance(error, ModelError):
             raise

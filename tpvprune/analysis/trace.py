@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from tpvprune.analysis.persample import check_layout, sample_energies
+from tpvprune.analysis.persample import Layers, check_layout, sample_energies
 from tpvprune.analysis.perturbations import Bound, Change, Moments, Uniform, bind
 from tpvprune.analysis.values import Estimate
 from tpvprune.batches import Batch, Progress, Selector, finite_outputs, model_inputs
@@ -26,15 +26,13 @@ from tpvprune.scores import Tally
 from tpvprune.scoring.activations import backward
 from tpvprune.scoring.engine import stream
 from tpvprune.scoring.gradients import only
-from tpvprune.scoring.heads import Head, Softmax, head_named
+from tpvprune.scoring.heads import Head, head_named
 from tpvprune.scoring.perturb import Isotropic
 from tpvprune.scoring.probing import detached
 
 logger = logging.getLogger(__name__)
 Engine = Literal["auto", "batched", "per_sample"]
-# Samples whose gradients are added up before they are squared. More of them share an overhead and add products of
-# different samples to the spread: few where samples are much alike (squares of outputs), more where they are not.
-ROWS, ROWS_OF_SOFTMAX = 2, 8
+ROWS = 4  # samples whose gradients are added up before they are squared: more share overhead, and add to the spread
 LEAST = 16  # draws before a precision is believed
 
 
@@ -46,7 +44,7 @@ def trace_heff(
     rtol: float | None = 0.05,
     parameters: Sequence[str] | None = None,
     engine: Engine = "auto",
-    rows: int | None = None,
+    rows: int = ROWS,
     seed: int = 0,
     output: Selector = None,
     progress: Progress | None = None,
@@ -60,7 +58,7 @@ def trace_heff(
         rtol: stop once the standard error is at most this share of the value; None reads all batches.
         parameters: names or patterns of the parameters that count; all by default.
         engine: "batched", "per_sample", or "auto", see `trace_form`.
-        rows: samples of one draw of the batched engine; None takes what was measured to cost least.
+        rows: samples of one draw of the batched engine.
         seed: of the cotangents.
         output: which part of what the model returns counts.
         progress: called as `progress("trace", batches_done, batches_to_do)`.
@@ -93,7 +91,7 @@ def trace_form(
     rtol: float | None = 0.05,
     parameters: Sequence[str] | None = None,
     engine: Engine = "auto",
-    rows: int | None = None,
+    rows: int = ROWS,
     seed: int = 0,
     output: Selector = None,
     progress: Progress | None = None,
@@ -108,10 +106,10 @@ def trace_form(
         rtol: stop once the standard error is at most this share of the value; None reads all batches. Where the
             batches end before, a warning is logged and the error says how far it came.
         parameters: names or patterns of the parameters that count.
-        engine: "batched" takes any model and perturbation; "per_sample" perturbations with moments, and costs more a
-            sample for less spread; "auto" takes the cheaper of the two at equal precision, as measured
-            (docs/results.md).
-        rows: samples of one draw of the batched engine; None takes what was measured to cost least.
+        engine: "batched" takes any model and perturbation; "per_sample" perturbations with moments, and spreads less;
+            "auto" takes the second where all that moves lies in layers whose gradients have a short form: it was
+            measured to be no dearer at equal precision (docs/results.md).
+        rows: samples of one draw of the batched engine.
         seed: of the cotangents.
         output: which part of what the model returns counts.
         progress: called as `progress("trace", batches_done, batches_to_do)`.
@@ -125,13 +123,15 @@ def trace_form(
         raise InputError(f"engine={engine!r} must be one of {', '.join(get_args(Engine))}")
     if rtol is not None and not (math.isfinite(rtol) and rtol > 0):
         raise InputError(f"rtol={rtol!r} must be above zero, or None to read all batches")
-    if rows is not None and (not isinstance(rows, int) or rows < 1):
+    if not isinstance(rows, int) or rows < 1:
         raise InputError(f"rows={rows!r} must be a whole number from 1")
     bound, metric = bind(perturbation, model, parameters), head_named(head)
     moments = bound.moments if isinstance(bound, Uniform) else bound
     if engine == "per_sample" and not isinstance(moments, Moments):
         raise InputError("engine='per_sample' is for perturbations with moments; use engine='batched'")
-    single = engine == "per_sample" or (engine == "auto" and isinstance(moments, Moments) and _suits(model, metric))
+    # Parameters that no layer holds would take another pass.
+    short = isinstance(moments, Moments) and not Layers(model, moments.names).rest
+    single = engine == "per_sample" or (engine == "auto" and short)
     tally = Tally()
     for number, inputs in enumerate(model_inputs(model, batches, "trace", progress)):
         generator = stream(seed, number, 0)
@@ -147,8 +147,7 @@ def trace_form(
                     raise
                 single, generator = False, stream(seed, number, 0)  # a model that only whole gradients are known of
         if not single:
-            size = rows or (ROWS_OF_SOFTMAX if isinstance(metric, Softmax) else ROWS)
-            for draws, stands_for in _batched(model, inputs, bound, metric, generator, size, output):
+            for draws, stands_for in _batched(model, inputs, bound, metric, generator, rows, output):
                 tally = tally + Tally.of_rows({"": draws}, stands_for=stands_for)
         if rtol is not None and tally.rows >= LEAST and _estimate(tally).relative <= rtol:
             break
@@ -158,16 +157,6 @@ def trace_form(
             "the batches ended at a relative error of %.2g, asked was %.2g: give more batches", found.relative, rtol
         )
     return found
-
-
-def _suits(model: nn.Module, head: Head) -> bool:
-    """Whether gradients of single samples were measured to be worth what they cost.
-
-    Under the softmax head inputs differ so much that products of different samples hardly add to the spread, and
-    gradients of several convolutions at once cost least.
-    """
-    convolutions = any(isinstance(module, (nn.Conv1d, nn.Conv2d)) for module in model.modules())
-    return not (isinstance(head, Softmax) and convolutions)
 
 
 def _estimate(tally: Tally) -> Estimate:
