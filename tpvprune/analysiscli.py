@@ -178,7 +178,13 @@ def _print_findings(name: str, findings: list[Finding], head: str) -> None:
         lines.append("Half of a value is KL from the model as it is, in nats, while it is small.")
     if any(f.noise.startswith("label") for f in findings):
         lines.append(f"label: fitted on {FITTED} images; the closed form is made where the Jacobian is small.")
+    if any(f.noise.startswith("prune") for f in findings):
+        lines.append("prune: the plan is made from the training images, and so is better on them.")
     out.print("\n".join(lines), highlight=False, markup=False)
+
+
+def _thousandths(kl: float) -> str:
+    return f"{1000 * kl:.0f}" if kl >= 0.1 else nats(1000 * kl)
 
 
 def _with_error(value: Any) -> str:
@@ -239,17 +245,16 @@ def _print_advice(name: str, found: Advice, kl: dict[str, float] | None, file: P
     widths = sorted({count for one in found.layers for count in one.kl_at_bits}, reverse=True)
     rows = [
         [
-            one.name,
+            one.name.removesuffix(".weight"),
             f"{one.params:,}",
-            *(nats(one.kl_at_bits[count]) for count in widths),
+            *(_thousandths(one.kl_at_bits[count]) for count in widths),
             share(one.kept),
             "float" if one.bits == FLOAT else str(one.bits),
-            nats(one.kl),
         ]
         for one in found.layers
     ]
-    say(f"{name}: KL in nats with one layer alone rounded to so many bits, and what {found.drift:g} nats are spent on")
-    print_table(["layer", "weights", *map(str, widths), "kept", "bits", "KL"], rows)
+    say(f"{name}: KL in nats / 1000 of one layer's weights in so many bits; kept, bits: what {found.drift:g} nats buy")
+    print_table(["layer", "weights", *map(str, widths), "kept", "bits"], rows)
     rows = [[group, f"{kept} of {units}"] for group, (kept, units) in found.groups.items() if kept < units]
     if rows:
         print_table(["prune", "units kept"], rows)

@@ -24,7 +24,7 @@ from tpvprune.batches import Batch, Progress, Selector, finite_outputs, model_in
 from tpvprune.errors import InputError, ModelError
 from tpvprune.scores import Tally
 from tpvprune.scoring.activations import backward
-from tpvprune.scoring.engine import stream
+from tpvprune.scoring.engine import Parts, stream
 from tpvprune.scoring.gradients import only
 from tpvprune.scoring.heads import Head, head_named
 from tpvprune.scoring.perturb import Isotropic
@@ -132,13 +132,13 @@ def trace_form(
     # Parameters that no layer holds would take another pass.
     short = isinstance(moments, Moments) and not Layers(model, moments.names).rest
     single = engine == "per_sample" or (engine == "auto" and short)
-    tally = Tally()
+    tally, parts = Tally(), Parts()
     for number, inputs in enumerate(model_inputs(model, batches, "trace", progress)):
         generator = stream(seed, number, 0)
         if single:
             assert isinstance(moments, Moments)
             try:
-                values = sample_energies(model, inputs, moments, metric, generator, output)
+                values = _singles(model, inputs, moments, metric, generator, output, parts)
                 if number == 0 and len(inputs) > 1:
                     check_layout(model, inputs, float(values[0]), moments, metric, stream(seed, number, 0), output)
                 tally = tally + Tally.of_rows({"": values.unsqueeze(1)})
@@ -157,6 +157,23 @@ def trace_form(
             "the batches ended at a relative error of %.2g, asked was %.2g: give more batches", found.relative, rtol
         )
     return found
+
+
+def _singles(
+    model: nn.Module,
+    inputs: Tensor,
+    moments: Moments,
+    head: Head,
+    generator: torch.Generator,
+    output: Selector,
+    parts: Parts,
+) -> Tensor:
+    """Energies of a batch's samples `(batch,)`; in halves of it where memory runs out."""
+
+    def run(part: slice) -> Tensor:
+        return sample_energies(model, inputs[part], moments, head, generator, output)
+
+    return torch.cat(parts(len(inputs), run, [generator]))
 
 
 def _estimate(tally: Tally) -> Estimate:
