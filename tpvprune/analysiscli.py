@@ -9,11 +9,12 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from tpvprune.analysis.advice import BITS, FLOAT, Advice
+from tpvprune.analysis.advice import BITS, Advice
 from tpvprune.analysis.advice import advise as advised
 from tpvprune.analysis.labelnoise import LabelNoise
 from tpvprune.analysis.noises import FORMS, Finding, Setting
 from tpvprune.analysis.quantise import quantise
+from tpvprune.analysis.rounder import FLOAT
 from tpvprune.analysis.sgd import SGD
 from tpvprune.console import bars, log_line, out, print_json, print_table
 from tpvprune.errors import DataError, InputError
@@ -255,9 +256,23 @@ def _print_advice(name: str, found: Advice, kl: dict[str, float] | None, file: P
     ]
     say(f"{name}: KL in nats / 1000 of one layer's weights in so many bits; kept, bits: what {found.drift:g} nats buy")
     print_table(["layer", "weights", *map(str, widths), "kept", "bits"], rows)
-    rows = [[group, f"{kept} of {units}"] for group, (kept, units) in found.groups.items() if kept < units]
+    shares = sorted({at for one in found.groups for at in one.kl_at_share}, reverse=True)
+    rows = []
+    for group in found.groups:
+        prices = [
+            text
+            for at in shares
+            for text in (
+                (_thousandths(group.kl_at_share[at]), share(group.saved_at_share[at]))
+                if at in group.kl_at_share
+                else ("-", "-")
+            )
+        ]
+        rows.append([group.id, str(group.units), *prices, str(group.kept)])
     if rows:
-        print_table(["prune", "units kept"], rows)
+        heads = [text for at in shares for text in (f"KL at {at:.0%}" if at else "KL gone", "saves")]
+        say("KL in nats / 1000 with one group alone cut to a share of its units, and the MACs that saves")
+        print_table(["group", "units", *heads, "kept"], rows)
     totals = [[f"all weights to {count} bits", nats(one)] for count, one in found.rounding_totals.items()]
     totals += [[f"pruned to {at:.0%} of the multiply-adds", nats(one)] for at, one in found.pruning_totals.items()]
     print_table(["predicted", "KL"], totals)

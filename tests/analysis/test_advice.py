@@ -14,7 +14,7 @@ import tpvprune as tp
 from tests import reference, tolerances
 from tests.cases import example, randomise
 from tpvprune import analysis
-from tpvprune.analysis.advice import FLOAT
+from tpvprune.analysis.rounder import FLOAT
 from tpvprune.report import compare
 
 BITS = (6, 4, 3, 2)
@@ -107,6 +107,20 @@ def test_the_advice_can_be_followed(cost: str, told) -> None:
         spent = sum(graph.reuse[one.name] * torch.Size(sizes[one.name]).numel() * one.bits for one in found.layers)
         assert found.mixed.cost == pytest.approx(spent / (FLOAT * graph.macs()), rel=tolerances.EXACT)
     json.dumps(found.to_json())
+
+
+def test_what_cutting_one_group_costs_is_half_its_tpv(told) -> None:
+    model, batches, graph, found = told
+    assert [one.id for one in found.groups] == [group.id for group in graph.groups]
+    for one in found.groups:
+        assert set(one.kl_at_share) == {0.75, 0.5}
+        assert one.kept == int(found.plan.mask(one.id).sum())
+        curve = tp.sensitivity(model, batches, graph, shares=(0.5,))[one.id]
+        gone = {one.id: list(curve.gone(curve.points[0].kept))}
+        wanted = reference.plan_tpv(model, torch.cat(batches), graph, gone, "softmax") / 2
+        assert abs(one.kl_at_share[0.5] - wanted) < tolerances.STDERRS * curve.points[0].stderr
+        left = graph.macs({one.id: curve.keep(curve.points[0].kept)}) / graph.macs()
+        assert one.saved_at_share[0.5] == pytest.approx(1 - left, rel=tolerances.EXACT)
 
 
 def test_errors_name_what_is_wrong(told) -> None:

@@ -1,6 +1,6 @@
 """Test prediction variance itself: how far any random change of the weights moves the outputs, and what follows."""
 
-from tpvprune.analysis.advice import Advice, LayerAdvice, Mix, advise
+from tpvprune.analysis.advice import Advice, GroupAdvice, LayerAdvice, advise
 from tpvprune.analysis.empirical import movements
 from tpvprune.analysis.energies import Energies, weight_energies
 from tpvprune.analysis.estimate import tpv
@@ -8,6 +8,7 @@ from tpvprune.analysis.labelnoise import LabelNoise, label_noise_closed, label_n
 from tpvprune.analysis.noises import Finding, Setting
 from tpvprune.analysis.perturbations import Diagonal, LowRank, Operator, RandomGrid, Sampler, sgd_noise
 from tpvprune.analysis.quantise import quantise
+from tpvprune.analysis.rounder import Mix
 from tpvprune.analysis.selection import Selection, select
 from tpvprune.analysis.sgd import SGD, sgd_movements
 from tpvprune.analysis.stability import Stability, StabilityPoint, grid, stability
@@ -22,6 +23,7 @@ __all__ = [
     "Energies",
     "Estimate",
     "Finding",
+    "GroupAdvice",
     "LabelNoise",
     "LayerAdvice",
     "LowRank",

@@ -7,34 +7,32 @@ layers add up, and add to that of a plan.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tpvprune.analysis.energies import Energies, weight_energies
-from tpvprune.analysis.perturbations import parameters_of, step_of
+from tpvprune.analysis.energies import weight_energies
+from tpvprune.analysis.perturbations import parameters_of
 from tpvprune.analysis.quantise import Per
+from tpvprune.analysis.rounder import FLOAT, Cost, Mix, Rounder
 from tpvprune.batches import Batch, Progress, Selector, repeatable
 from tpvprune.budget import Budget
 from tpvprune.errors import BudgetError, InputError
+from tpvprune.groupwise import sensitivity
 from tpvprune.plan import Plan
 from tpvprune.planning.allocate import allocate
 from tpvprune.scores import Scores
 from tpvprune.scoring.criteria import TPV, score
 from tpvprune.scoring.perturb import Rounding
-from tpvprune.surgery.removal import apply
 from tpvprune.types import Graph
 
-FLOAT = 32  # bits of a weight that is left alone
 BITS = (8, 6, 5, 4, 3, 2)
 MACS = (0.9, 0.8, 0.7, 0.6, 0.5)  # shares of multiply-adds that totals of pruning are told at
+SHARES = (0.75, 0.5)  # shares of a group's units that pruning it alone is told at
 SPLITS = 10  # parts of the budget that go to pruning, or not
-Cost = Literal["bytes", "bitops"]
 
 
 @dataclass(frozen=True)
@@ -61,27 +59,22 @@ class LayerAdvice:
 
 
 @dataclass(frozen=True)
-class Mix:
-    """One way to spend the budget.
+class GroupAdvice:
+    """One group of units that can leave.
 
     Attributes:
-        pruning: predicted nats of the plan.
-        rounding: predicted nats of rounding what is left.
-        macs: share of multiply-adds left.
-        cost: what is left of the cost, as a share of the dense model's in 32 bits.
-        mean_bits: of all weights that may be rounded.
+        id: of the group.
+        units: how many there are.
+        kept: units that the mixed plan leaves.
+        kl_at_share: nats, by share of the units that stay, with the group alone cut; a block has one, of share 0.
+        saved_at_share: share of all multiply-adds that each of them saves.
     """
 
-    pruning: float
-    rounding: float
-    macs: float
-    cost: float
-    mean_bits: float
-
-    @property
-    def total(self) -> float:
-        """Predicted nats in all."""
-        return self.pruning + self.rounding
+    id: str
+    units: int
+    kept: int
+    kl_at_share: Mapping[float, float]
+    saved_at_share: Mapping[float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +92,7 @@ class Advice:
         plan: what leaves in the mix.
         bits: of every weight that is rounded in the mix, for `quantise` after `apply`.
         samples: inputs it is all of.
-        groups: per group of the graph, units that stay in the mix, and all units.
+        groups: in execution order.
     """
 
     drift: float
@@ -112,7 +105,7 @@ class Advice:
     plan: Plan
     bits: Mapping[str, int]
     samples: int
-    groups: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    groups: tuple[GroupAdvice, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready form, all but the plan."""
@@ -124,7 +117,7 @@ class Advice:
             "rounding_totals": dict(self.rounding_totals),
             "mixed": {**asdict(self.mixed), "total": self.mixed.total},
             "alone": {name: {**asdict(mix), "total": mix.total} for name, mix in self.alone.items()},
-            "groups": {name: {"kept": kept, "units": units} for name, (kept, units) in self.groups.items()},
+            "groups": [asdict(one) for one in self.groups],
             "samples": self.samples,
         }
 
@@ -178,7 +171,7 @@ def advise(
         scores = score(model, batches, graph, TPV(output=output, seed=seed), progress=progress)
     weights = {n: w for n, w in parameters_of(model, None).items() if w.ndim > 1}
     energies = weight_energies(model, batches, weights, seed=seed, output=output, progress=progress)
-    rounder = _Rounder(model, energies, widths, per, cost, graph)
+    rounder = Rounder(model, energies, widths, per, cost, graph)
     tables = rounder.tables(Plan({}, graph))
     found = []
     for split in range(SPLITS + 1):
@@ -220,7 +213,7 @@ def advise(
         plan=plan,
         bits={name: count for name, count in chosen.items() if count != FLOAT},
         samples=energies.samples,
-        groups={group.id: (int(plan.mask(group.id).sum()), group.units) for group in graph.groups},
+        groups=_groups(model, graph, scores, plan),
     )
 
 
@@ -234,6 +227,22 @@ def _pruned(scores: Scores, graph: Graph, drift: float) -> Plan | None:
         return None
 
 
+def _groups(model: nn.Module, graph: Graph, scores: Scores, plan: Plan) -> tuple[GroupAdvice, ...]:
+    if not graph.groups:
+        return ()
+    curves = sensitivity(model, (), graph, scores, SHARES)
+    return tuple(
+        GroupAdvice(
+            id=curve.group,
+            units=curve.units,
+            kept=int(plan.mask(curve.group).sum()),
+            kl_at_share={point.share: point.predicted_kl for point in curve.points},
+            saved_at_share={point.share: point.macs_saved for point in curve.points},
+        )
+        for curve in curves.curves
+    )
+
+
 def _totals(scores: Scores, graph: Graph) -> dict[float, float]:
     found = {}
     for share in MACS:
@@ -242,98 +251,3 @@ def _totals(scores: Scores, graph: Graph) -> dict[float, float]:
         except BudgetError:
             break
     return found
-
-
-_Tables = Mapping[str, Mapping[int, float]]
-
-
-class _Rounder:
-    """Spends nats on bits, for what a plan leaves of a model."""
-
-    def __init__(
-        self, model: nn.Module, energies: Energies, widths: tuple[int, ...], per: Per, cost: Cost, graph: Graph
-    ) -> None:
-        self.model, self.energies, self.widths, self.per, self.cost = model, energies, widths, per, cost
-        self.graph = graph
-        self._charged = copy.deepcopy(model)  # a model whose weights are their energies, so that a plan cuts both alike
-        with torch.no_grad():
-            for name, value in energies.values.items():
-                self._charged.get_parameter(name).copy_(value)
-        self._whole = self._cost(Plan({}, graph), {})
-
-    def tables(self, plan: Plan) -> dict[str, dict[int, float]]:
-        """Nats of every weight that is left, by bits."""
-        weights, energies = (
-            {name: p.detach() for name, p in (apply(m, plan) if plan.removed else m).named_parameters()}
-            for m in (self.model, self._charged)
-        )
-        found = {}
-        for name in self.energies.values:
-            if name not in weights or not weights[name].numel():
-                continue  # it lies in a block that is skipped
-            found[name] = {
-                count: 0.0 if count == FLOAT else _nats(name, weights[name], energies[name], Rounding(count, self.per))
-                for count in self.widths
-            }
-        return found
-
-    def mix(self, plan: Plan, spent: float, left: float) -> tuple[Mix, dict[str, int]]:
-        """The bits that make a plan's remains cheapest for the nats that are left."""
-        tables = self.tables(plan)
-        sizes = self._sizes(plan)
-        chosen, nats = dict.fromkeys(tables, FLOAT), 0.0
-        open_ = set(tables)
-        while open_:
-            best, name = -1.0, ""
-            for one in open_:
-                saved, added = self._step(one, chosen, tables, sizes)
-                gain = saved / max(added, 1e-30)
-                if gain > best:
-                    best, name = gain, one
-            follows = self._next(name, chosen)
-            added = tables[name][follows] - tables[name][chosen[name]]
-            if nats + added > left:
-                open_.discard(name)
-                continue
-            nats += added
-            chosen[name] = follows
-            if follows == self.widths[-1]:
-                open_.discard(name)
-        shapes = self.graph.sizes(plan.keep)
-        total = sum(math.prod(shapes[name]) for name in tables)
-        bits = sum(math.prod(shapes[name]) * count for name, count in chosen.items())
-        share = self._cost(plan, chosen) / self._whole
-        macs = plan.macs / self.graph.macs() if self.graph.macs() else 1.0
-        return Mix(spent, nats, macs, share, bits / max(1, total)), chosen
-
-    def _next(self, name: str, chosen: Mapping[str, int]) -> int:
-        return self.widths[self.widths.index(chosen[name]) + 1]
-
-    def _step(
-        self,
-        name: str,
-        chosen: Mapping[str, int],
-        tables: Mapping[str, Mapping[int, float]],
-        sizes: Mapping[str, float],
-    ) -> tuple[float, float]:
-        now, follows = chosen[name], self._next(name, chosen)
-        return sizes[name] * (now - follows), tables[name][follows] - tables[name][now]
-
-    def _sizes(self, plan: Plan) -> dict[str, float]:
-        """What a bit of every weight costs."""
-        sizes = self.graph.sizes(plan.keep)
-        times = self.graph.reuse if self.cost == "bitops" else {}
-        return {n: math.prod(sizes[n]) * (times.get(n, 0) if times else 1.0) for n in self.energies.values}
-
-    def _cost(self, plan: Plan, chosen: Mapping[str, int]) -> float:
-        sizes, total = self._sizes(plan), 0.0
-        for name, size in sizes.items():
-            total += size * chosen.get(name, FLOAT)
-        if self.cost == "bytes":
-            total += FLOAT * (plan.params - sum(sizes.values()))
-        return total
-
-
-def _nats(name: str, weight: Tensor, energy: Tensor, rounding: Rounding) -> float:
-    step = step_of(rounding, name, weight).double()
-    return float((energy.double() * step.square()).sum()) / 24
