@@ -97,6 +97,8 @@ def test_select_ranks_checkpoints(place, run):  # noqa: F811
     assert [line.split("\t")[1] for line in told.splitlines()[1:4]] == list(found["tpv"])
     assert "held-out loss" in told
     assert "rank correlation with the loss" in told
+    tuned = json.loads(run(*words, "--method", "fine-tuning", "--steps", "2", "--repeats", "2", "--json")[1])
+    assert (tuned["method"], set(tuned["tpv"])) == ("fine-tuning", set(files))
     code, _, told = run("select", "1.safetensors", "2.safetensors", "--data", "images")
     assert code == 2
     assert "of which model? Give --model NAME" in told

@@ -9,6 +9,7 @@ import typer
 from torch import nn
 from torch.nn import functional as F
 
+from tpvprune.analysis.labelnoise import LabelNoise
 from tpvprune.analysis.selection import Selection
 from tpvprune.analysis.selection import select as selected
 from tpvprune.analysis.values import correlation
@@ -33,6 +34,8 @@ def select(
         list[str] | None, typer.Option("--set", help="key=value of a recipe's model and data, as model.args.in_chans=1")
     ] = None,
     method: Annotated[str, typer.Option(help="auto, closed or fine-tuning.")] = "auto",
+    steps: Annotated[int, typer.Option(min=1, help="fine-tuning: steps of each.")] = 25,
+    repeats: Annotated[int, typer.Option(min=1, help="fine-tuning: how many for a checkpoint.")] = 4,
     samples: Annotated[int, typer.Option(min=2, help="Training images whose noisy targets are followed.")] = FITTED,
     seed: Annotated[int, typer.Option(help="Of images and noise.")] = 0,
     as_json: AsJson = False,
@@ -52,7 +55,8 @@ def select(
         models = {word: run.dense for word, run in runs.items()}
         batches = {word: _batches(run.images.scored.sample(samples, seed), run) for word, run in runs.items()}
         way: Any = method
-        found = selected(models, batches, method=way, seed=seed, progress=progress)
+        settings = LabelNoise(steps=steps, repeats=repeats)
+        found = selected(models, batches, method=way, settings=settings, seed=seed, progress=progress)
         losses = {word: _loss(run) for word, run in runs.items()} if labels is not None else {}
     told: dict[str, Any] = found.to_json()
     if losses:
