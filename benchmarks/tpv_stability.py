@@ -116,6 +116,7 @@ def plot(path: Path, found: analysis.Stability, samples: list[int]) -> None:
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     figure, axes = plt.subplots(1, len(MEASURED), figsize=(3.4 * len(MEASURED), 3.4))
     for axis, (noise, form) in zip(axes, MEASURED, strict=True):
@@ -131,6 +132,8 @@ def plot(path: Path, found: analysis.Stability, samples: list[int]) -> None:
         axis.plot([min(edges), max(edges)], [min(edges), max(edges)], color="grey", linewidth=0.8)
         axis.set_title(f"{noise} ({form})", fontsize=10)
         axis.set_xlabel("TPV on training inputs")
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_minor_formatter(NullFormatter())
     axes[0].set_ylabel("TPV on held-out inputs")
     axes[0].legend(fontsize=8)
     figure.tight_layout()
