@@ -178,7 +178,7 @@ def _print_findings(name: str, findings: list[Finding], head: str) -> None:
     if head == "softmax":
         lines.append("Half of a value is KL from the model as it is, in nats, while it is small.")
     if any(f.noise.startswith("label") for f in findings):
-        lines.append(f"label: fitted on {FITTED} images; the closed form is made where the Jacobian is small.")
+        lines.append(f"label: fitted on at most {FITTED} images; the closed form is made where the Jacobian is small.")
     if any(f.noise.startswith("prune") for f in findings):
         lines.append("prune: the plan is made from the training images, and so is better on them.")
     out.print("\n".join(lines), highlight=False, markup=False)
