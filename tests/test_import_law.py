@@ -14,7 +14,8 @@ FILES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("
 REFERENCE = Path(__file__).with_name("reference.py")
 STAGES = ("scoring", "planning", "surgery", "recovery")
 # The command line, and what its files share.
-CLI = {"cli.py", "comparecli.py", "deploycli.py", "lookcli.py", "plancli.py", "showing.py", "options.py", "console.py"}
+CLI = {"cli.py", "analysiscli.py", "comparecli.py", "deploycli.py", "lookcli.py", "plancli.py", "selectcli.py"}
+CLI |= {"showing.py", "options.py", "console.py"}
 
 
 def imports(path: Path, package: str = "tpvprune") -> set[str]:
@@ -74,12 +75,22 @@ def test_the_nouns_import_only_what_lies_below_them(file: str, allowed: set[str]
 @pytest.mark.parametrize("stage", STAGES)
 def test_stages_never_import_each_other(stage: str) -> None:
     above = {"pipeline", "report", "checkpoint", "recipe", "runfolder", "workflow", "zoo", "schedule", "targets", ""}
-    above |= {"comparing", "comparison", "lock", "recovering"}
+    above |= {"analysis", "comparing", "comparison", "lock", "recovering"}
     above |= {"curves", "deploy", "groupwise", "plots"} | {name.removesuffix(".py") for name in CLI}
     others = {*STAGES, *above} - {stage}
     for name, path in FILES.items():
         if name.startswith(f"{stage}/"):
             assert not {module for module in ours(path) if module.split(".")[0] in others}, name
+
+
+def test_analysis_stands_above_the_stages_and_below_runs() -> None:
+    above = {"recipe", "runfolder", "workflow", "targets", "deploy", "card", "checkpoint", "pipeline", "zoo", ""}
+    for name, path in FILES.items():
+        found = {module.split(".")[0] for module in ours(path)}
+        if name.startswith("analysis/"):
+            assert not found & (above | {file.removesuffix(".py") for file in CLI}), name
+        elif "analysis" in found:
+            assert name in CLI | {"__init__.py"}, name
 
 
 def test_zoo_imports_no_stage() -> None:

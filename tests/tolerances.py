@@ -40,3 +40,7 @@ MEASURED_VARIANCE = 0.03
 STATED_ERROR = 0.15
 """Relative, for the spread of estimates over seeds against the standard errors they state, averaged over units. Of 60
 seeds one spread is known to 9 %, and units of one net are not independent."""
+
+RATE = 0.1
+"""Relative, for the ratio of two gaps that fall as the square of the noise: what the next order adds at the sizes
+tested is a few percent."""

@@ -1,5 +1,6 @@
 """tpvprune: prune any timm checkpoint or `nn.Module` from unlabeled batches."""
 
+from tpvprune import analysis
 from tpvprune.budget import Budget
 from tpvprune.checkpoint import load, save
 from tpvprune.comparing import compare_criteria
@@ -118,6 +119,7 @@ __all__ = [
     "Wanda",
     "__version__",
     "allocate",
+    "analysis",
     "apply",
     "bench",
     "compare_criteria",

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 from rich.logging import RichHandler
 
+from tpvprune.analysiscli import add_analysis_verbs
 from tpvprune.checkpoint import ABOUT, load
 from tpvprune.comparecli import compare as compare_verb
 from tpvprune.console import bars, err, number, out, print_json, print_table
@@ -157,6 +158,7 @@ _stage("eval", "Measure before, pruned and recovered on images the scorer did no
 add_deploy_verbs(app)
 add_verbs(app)
 app.command("compare")(compare_verb)
+add_analysis_verbs(app)
 
 
 @recipes_app.command("ls")

@@ -46,15 +46,17 @@ Shares = Annotated[
 ]
 
 
-class ManyShares(TyperCommand):
-    """Takes all numbers that follow `--shares` as its values."""
+class Many(TyperCommand):
+    """Takes all numbers that follow an option as its values."""
+
+    option = "--shares"
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        """Say `--shares` before each of its values, which is how the parser below knows them."""
+        """Say the option before each of its values, which is how the parser below knows them."""
         spread: list[str] = []
         for place, word in enumerate(args):
-            follows = place > 0 and spread[-2:-1] == ["--shares"] and _is_number(args[place - 1])
-            spread += ["--shares", word] if follows and _is_number(word) else [word]
+            follows = place > 0 and spread[-2:-1] == [self.option] and _is_number(args[place - 1])
+            spread += [self.option, word] if follows and _is_number(word) else [word]
         return super().parse_args(ctx, spread)
 
 
@@ -69,7 +71,7 @@ def _is_number(word: str) -> bool:
 def add_verbs(app: typer.Typer) -> None:
     """Register `inspect` and `sensitivity`."""
     app.command("inspect")(inspect)
-    app.command("sensitivity", cls=ManyShares)(sensitivity)
+    app.command("sensitivity", cls=Many)(sensitivity)
 
 
 def inspect(
