@@ -105,12 +105,12 @@ class Product:
     Attributes:
         module: in which it stands.
         macs: of the whole batch.
-        slots: of the axis of it that units lie along, one entry per unit and repeat; None if there is none.
+        slots: of the axes that units lie along, in what comes out and in what is summed over.
     """
 
     module: str
     macs: int
-    slots: Tensor | None
+    slots: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)

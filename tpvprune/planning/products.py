@@ -31,7 +31,7 @@ def matmul(f: Follower, call: Call) -> None:
         f.ties(columns, f.along(call.given[0], call.given[0].ndim - 1))
     if not f.state(a).origins and not f.state(b).origins:
         along = (together, columns, rows, f.state(a).axes.get(last))
-        f.products.append(Product(f.here, macs, next((slots for slots in along if slots is not None), None)))
+        f.products.append(Product(f.here, macs, tuple(slots for slots in along if slots is not None)))
     f.settle(out, {0: together, last - 1: rows, last: columns} if last == 2 else {0: rows, 1: columns})
 
 
@@ -70,7 +70,7 @@ def convolution(f: Follower, call: Call) -> None:
     origins = f.state(weight).origins
     if not origins:
         f.pin([x, weight], f"{f.here!r} computes the weights of its convolution")
-        f.products.append(Product(f.here, macs, None))
+        f.products.append(Product(f.here, macs, ()))
         return
     _read(f, origins, macs)
     f.pin([x], f"{f.here!r} convolves over its units", [axis for axis in f.state(x).axes if axis > 1])

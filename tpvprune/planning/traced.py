@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -212,32 +213,36 @@ class Traced:
         return self.units.slots[place][1]
 
     def _add_products(self) -> None:
-        """What products of activations cost, where their size follows one group."""
-        spent: dict[tuple[str, str], int] = {}
+        """What products of activations cost, where their sizes follow groups."""
+        spent: dict[tuple[str, tuple[str, ...]], int] = {}
         for product in self.follower.products:
-            if product.slots is not None:
-                places = {self.place.get(root) for root in self._roots(product.slots)}
-                groups = {place[0] for place in places if place is not None}
-                whole = all(slot > STATIC for slot in product.slots.tolist()) and None not in places
-                if whole and len(groups) == 1:
-                    key = product.module, groups.pop()
-                    spent[key] = spent.get(key, 0) + product.macs
-        for (module, name), macs in spent.items():
-            number = next(i for i, g in enumerate(self.groups) if g.id == name)
-            group = self.groups[number]
-            each = max((m.width() for m in group.of_role("consume")), default=1) if group.kind == "head" else 1
-            times, rest = divmod(macs, group.units * each * self.usage.batch)
+            found = tuple(dict.fromkeys(name for slots in product.slots if (name := self._whole(slots)) is not None))
+            if found:
+                spent[product.module, found] = spent.get((product.module, found), 0) + product.macs
+        numbers = {group.id: number for number, group in enumerate(self.groups)}
+        for (module, names), macs in spent.items():
+            groups = [self.groups[numbers[name]] for name in names]
+            each = [
+                max((m.width() for m in g.of_role("consume")), default=1) if g.kind == "head" else 1 for g in groups
+            ]
+            shape = tuple(group.units * width for group, width in zip(groups, each, strict=True))
+            times, rest = divmod(macs, math.prod(shape) * self.usage.batch)
+            work = f"{module}{WORK}{'attention' if groups[0].kind == 'head' else 'product'}"
+            work = next(name for name in (work, *(f"{work}{n}" for n in range(2, 99))) if name not in self.shapes)
             if rest:
                 continue
-            work = f"{module}{WORK}{'attention' if group.kind == 'head' else 'product'}"
-            if work in self.shapes:
-                continue
-            self.shapes[work], self.reuse[work] = (group.units * each,), times
-            index = None if each == 1 else torch.arange(group.units * each).reshape(group.units, each)
-            member = Member(work, 0, index, "work")
-            self.groups[number] = Group(
-                group.id, group.kind, group.units, (*group.members, member), group.exact_mask, group.signature
-            )
+            self.shapes[work], self.reuse[work] = shape, times
+            for dim, (group, width) in enumerate(zip(groups, each, strict=True)):
+                index = None if width == 1 else torch.arange(group.units * width).reshape(group.units, width)
+                member = Member(work, dim, index, "work")
+                self.groups[numbers[group.id]] = replace(group, members=(*group.members, member))
+
+    def _whole(self, slots: Tensor) -> str | None:
+        """The group whose units lie along an axis, if those of one group do and nothing else."""
+        places = {self.place.get(root) for root in self._roots(slots)}
+        groups = {place[0] for place in places if place is not None}
+        alone = bool((slots > STATIC).all()) and None not in places and len(groups) == 1
+        return groups.pop() if alone else None
 
     def _count_attributes(self) -> None:
         """Whole numbers in modules that count the units of one group, so that they can be set anew after a cut."""
