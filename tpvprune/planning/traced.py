@@ -222,10 +222,12 @@ class Traced:
         numbers = {group.id: number for number, group in enumerate(self.groups)}
         for (module, names), macs in spent.items():
             groups = [self.groups[numbers[name]] for name in names]
-            each = [
-                max((m.width() for m in g.of_role("consume")), default=1) if g.kind == "head" else 1 for g in groups
-            ]
-            shape = tuple(group.units * width for group, width in zip(groups, each, strict=True))
+            units = [group.units for group in groups]
+            wide = [max((m.width() for m in g.of_role("consume")), default=1) for g in groups]
+            each = [width if group.kind == "head" else 1 for group, width in zip(groups, wide, strict=True)]
+            if macs % (math.prod(units) * math.prod(each) * self.usage.batch):  # keys and values of different widths
+                each = [1] * len(groups)
+            shape = tuple(count * width for count, width in zip(units, each, strict=True))
             times, rest = divmod(macs, math.prod(shape) * self.usage.batch)
             work = f"{module}{WORK}{'attention' if groups[0].kind == 'head' else 'product'}"
             work = next(name for name in (work, *(f"{work}{n}" for n in range(2, 99))) if name not in self.shapes)
