@@ -115,7 +115,13 @@ def _traced(recipe: Recipe, size: int | None, costs: dict[str, Costs] | None) ->
     shape = input_size(model, size or (recipe.data.size if recipe.data else None))
     name = f" on {'x'.join(map(str, shape))}"
     with bars() as progress:
-        graph = trace(model, torch.zeros(1, *shape), depth=recipe.plan.depth, progress=progress)
+        graph = trace(
+            model,
+            torch.zeros(1, *shape),
+            depth=recipe.plan.depth,
+            seconds=recipe.plan.trace_seconds,
+            progress=progress,
+        )
         if costs is not None:
             batch, compiled = recipe.latency.batch_size, recipe.latency.compiled
             example = torch.zeros(batch, *shape)

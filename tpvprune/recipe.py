@@ -103,6 +103,7 @@ PlanSection: Any = _section_of(
     Planning,
     "PlanSection",
     depth=(bool, False),  # whether residual blocks may be skipped as a whole, see `trace`
+    trace_seconds=(float | None, Field(default=None, gt=0)),  # to give up tracing after
 )
 
 

@@ -173,7 +173,13 @@ class Run:
         ):
             return self.graph
         start = time.perf_counter()
-        graph = trace(self.dense, self._example(), depth=self.recipe.plan.depth, progress=self.progress)
+        graph = trace(
+            self.dense,
+            self._example(),
+            depth=self.recipe.plan.depth,
+            seconds=self.recipe.plan.trace_seconds,
+            progress=self.progress,
+        )
         self._tracing = time.perf_counter() - start
         return graph
 

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tpvprune as tp
 from tests.cases import example, randomise
 from tests.helpers import NAMES, assert_same_state, built, plan_without, random_gone
+from tpvprune.planning import follower
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -333,3 +334,27 @@ def quiet() -> Iterator[None]:
 
 def test_tracing_warns_of_nothing(quiet: None, residual) -> None:
     tp.trace(residual.model, residual.inputs)
+
+
+def test_a_time_limit_names_the_last_operation(residual) -> None:
+    with pytest.raises(
+        tp.ModelError, match=r"takes more than 1e-09 s; the last it did was the operation '\w+' in '\w+"
+    ):
+        tp.trace(residual.model, residual.inputs, seconds=1e-9)
+    assert tp.trace(residual.model, residual.inputs, seconds=600).to_json() == residual.graph.to_json()
+    with pytest.raises(tp.errors.InputError, match="seconds=0 must be above zero"):
+        tp.trace(residual.model, residual.inputs, seconds=0)
+
+
+def test_the_limit_holds_while_cuts_are_rehearsed(monkeypatch: pytest.MonkeyPatch, residual) -> None:
+    now = iter([0.0, *[1.0] * 10_000])
+    real = follower.Limit.check
+
+    def check(self: follower.Limit, at: str) -> None:
+        if "rehearse" in at:
+            real(self, at)
+
+    monkeypatch.setattr(follower.Limit, "check", check)
+    monkeypatch.setattr(follower.time, "monotonic", lambda: next(now))
+    with pytest.raises(tp.ModelError, match=r"the last it did was to rehearse a cut of \d+ groups, "):
+        tp.trace(residual.model, residual.inputs, seconds=0.5)

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tpvprune.planning import axes, moves, products
 from tpvprune.planning.cost import tensors_of
-from tpvprune.planning.follower import Call, Follower, Policy, Rule
+from tpvprune.planning.follower import Call, Follower, Limit, Policy, Rule
 
 OUTPUT_REASON = "its outputs are the model's outputs"
 ELEMENTWISE = frozenset((
@@ -84,6 +84,7 @@ def follow(
     kwargs: Mapping[str, Any],
     policy: Policy,
     told: Callable[[str], None] | None = None,
+    limit: Limit | None = None,
 ) -> Follower:
     """Run a network once and follow its channels.
 
@@ -93,8 +94,9 @@ def follow(
         kwargs: likewise.
         policy: what is known not to work.
         told: called with the name of each module whose call ends.
+        limit: to the time it may take.
     """
-    follower = Follower(model, policy, rule_of, told)
+    follower = Follower(model, policy, rule_of, told, limit)
     modules = list(dict.fromkeys(model.modules()))
     handles = [m.register_forward_pre_hook(follower.enter, with_kwargs=True) for m in modules]
     handles += [m.register_forward_hook(follower.leave) for m in modules]

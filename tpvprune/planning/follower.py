@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tpvprune.elastic import calls_at, method_of, value_of
+from tpvprune.errors import ModelError
 from tpvprune.planning.conventions import infos
 from tpvprune.planning.cost import tensors_of
 from tpvprune.planning.labels import PLAIN, Origin, State, Tangled, is_static
@@ -48,6 +50,32 @@ class Policy:
     sealed: Mapping[str, str] = field(default_factory=dict)
     openings: Mapping[str, tuple[Opening, ...]] = field(default_factory=dict)
     kept: Mapping[tuple[str, int, int], str] = field(default_factory=dict)
+
+
+class Limit:
+    """A time by which tracing is to end.
+
+    Args:
+        seconds: from now.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self._end = seconds, time.monotonic() + seconds
+
+    def check(self, at: str) -> None:
+        """Go on if there is time left.
+
+        Args:
+            at: what is done at the moment, in words.
+
+        Raises:
+            ModelError: it is past the time.
+        """
+        if time.monotonic() > self._end:
+            raise ModelError(
+                f"tracing takes more than {self.seconds:g} s; the last it did was {at}. Trace on a smaller input, or "
+                "give it more seconds"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,8 +186,10 @@ class Follower(TorchDispatchMode):
         policy: Policy,
         rule: Callable[[Call], Rule | None],
         told: Callable[[str], None] | None = None,
+        limit: Limit | None = None,
     ) -> None:
         super().__init__()
+        self._limit = limit
         self.units = Units()
         self.widths: list[Width] = []
         self.products: list[Product] = []
@@ -310,6 +340,8 @@ class Follower(TorchDispatchMode):
         if not any(s.axes or s.origins for s in before):
             return out
         name = func.overloadpacket.__name__.rstrip("_")
+        if self._limit is not None:
+            self._limit.check(f"the operation {name!r} in {self.here or 'the model'!r}")
         call = Call(func, name, args, kwargs, given, before, shapes, tensors_of(out))
         rule = self._rule(call)
         if rule is None:

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from tpvprune.batches import Progress, arguments_of, device_of, evaluation_mode
-from tpvprune.errors import ModelError
+from tpvprune.errors import InputError, ModelError
 from tpvprune.layers import forget
 from tpvprune.plan import plan_of
 from tpvprune.planning.blocks import residual_blocks
 from tpvprune.planning.cost import Usage
 from tpvprune.planning.follow import follow
-from tpvprune.planning.follower import Policy
+from tpvprune.planning.follower import Limit, Policy
 from tpvprune.planning.rehearsal import rehearsed
 from tpvprune.planning.traced import Traced, tensors_and_buffers
 from tpvprune.types import Graph, fingerprint
@@ -34,6 +34,7 @@ def trace(
     *,
     depth: bool = False,
     bundles: bool = False,
+    seconds: float | None = None,
     progress: Progress | None = None,
 ) -> Graph:
     """Find which units can only leave a network together, and what each tensor costs.
@@ -49,11 +50,17 @@ def trace(
         bundles: whether the units around a grouped convolution are its groups, of kind "bundle", instead of one
             channel of each group. Where its groups cannot leave as a whole, `Graph.skipped` says why, and units are
             channels.
+        seconds: to give up after; None for as long as it takes.
         progress: called as `progress("trace", steps_done, steps_to_do)`.
 
     Raises:
-        ModelError: the model cannot be run on `example`, or not traced.
+        InputError: `seconds` is not above zero.
+        ModelError: the model cannot be run on `example`, or not traced, or not within `seconds`; the last operation is
+            named.
     """
+    if seconds is not None and not seconds > 0:
+        raise InputError(f"seconds={seconds} must be above zero, or None for no limit")
+    limit = None if seconds is None else Limit(seconds)
     twin = copy.deepcopy(model)
     for name, parameter in twin.named_parameters():
         if not parameter.is_floating_point():
@@ -65,9 +72,9 @@ def trace(
         notify = progress and _Told(progress, len(usage.order))
         while True:
             forget(twin)
-            traced = Traced(twin, follow(twin, args, kwargs, policy, notify), usage, policy)
+            traced = Traced(twin, follow(twin, args, kwargs, policy, notify, limit), usage, policy)
             found = traced.stricter() or rehearsed(
-                twin, traced.graph(model_id(model)), traced.follower, args, kwargs, policy
+                twin, traced.graph(model_id(model)), traced.follower, args, kwargs, policy, limit
             )
             if replace(found, openings=policy.openings) == policy:
                 break

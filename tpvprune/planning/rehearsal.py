@@ -19,7 +19,7 @@ from tpvprune.elastic import base_of, calls_at, method_of
 from tpvprune.layers import cut
 from tpvprune.plan import Plan
 from tpvprune.planning.cost import tensors_of
-from tpvprune.planning.follower import Follower, Policy, Reshaped, Site
+from tpvprune.planning.follower import Follower, Limit, Policy, Reshaped, Site
 from tpvprune.types import Graph, Group, Opening
 
 LEEWAY = 0.05  # of what the masks change: a wrong index changes about as much as they do
@@ -44,7 +44,13 @@ class _Failure:
 
 @torch.no_grad()
 def rehearsed(
-    model: nn.Module, graph: Graph, follower: Follower, args: tuple[Any, ...], kwargs: Mapping[str, Any], policy: Policy
+    model: nn.Module,
+    graph: Graph,
+    follower: Follower,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    policy: Policy,
+    limit: Limit | None = None,
 ) -> Policy:
     """The policy to follow the network under; where nothing but openings is new in it, every group can be cut as it is.
 
@@ -55,11 +61,12 @@ def rehearsed(
         args: of one forward pass.
         kwargs: likewise.
         policy: under which it was followed.
+        limit: to the time it may take.
     """
     groups = [g for g in graph.groups if g.units > 1]
     if not groups:
         return policy
-    stage = _Stage(model, graph, args, kwargs)
+    stage = _Stage(model, graph, args, kwargs, limit)
     exact = [g for g in groups if g.exact_mask]
     # One unit of each; one of each where all can be masked; and other numbers of each, for code that counts two groups
     # by one number.
@@ -99,12 +106,18 @@ def _kept(stage: _Stage, groups: list[Group], uneven: bool, failure: _Failure, p
 class _Stage:
     """Runs a model with units cut."""
 
-    def __init__(self, model: nn.Module, graph: Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def __init__(
+        self, model: nn.Module, graph: Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any], limit: Limit | None
+    ) -> None:
+        self.limit = limit
         self.model, self.graph, self.args, self.kwargs = model, graph, args, kwargs
         self.dense = tensors_of(model(*args, **kwargs))
 
     def fails(self, groups: Iterable[Group], uneven: bool = False) -> _Failure | None:
         """Cut one unit of each group, or other numbers of each, and run; where all of them can be masked, compare."""
+        groups = list(groups)
+        if self.limit is not None:
+            self.limit.check(f"to rehearse a cut of {len(groups)} groups, {groups[0].id!r} the first")
         least = {g.id: 1 if all(m.width() == 1 for m in g.of_role("affine", "stat")) else 2 for g in groups}
         gone = {g.id: max(1, min(1 + n % 5 if uneven else 1, g.units - least[g.id])) for n, g in enumerate(groups)}
         keep = {g.id: torch.arange(g.units) < g.units - gone[g.id] for g in groups}
