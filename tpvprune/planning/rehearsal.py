@@ -13,7 +13,7 @@ from traceback import walk_tb
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tpvprune.elastic import base_of, calls_at, method_of
 from tpvprune.layers import cut
@@ -137,23 +137,48 @@ class _Stage:
             return _Failure(module, why, _site(self.model, error))
         if [t.shape for t in got] != [t.shape for t in self.dense]:
             return _Failure(None, "without them the outputs have another shape")
-        if not all(g.exact_mask for g in groups):
+        if not all(g.exact_mask for g in groups) or self._same(
+            self.model, plan, got, self.dense, self.args, self.kwargs
+        ):
             return None
-        masked = copy.deepcopy(self.model)
+        # A network that makes much of rounding tells nothing in float32.
+        model, args, kwargs = _doubled((self.model, self.args, self.kwargs))
+        try:
+            got, dense = (tensors_of(m(*args, **kwargs)) for m in (cut(model, plan), model))
+        except Exception:  # code that asks for another type
+            return _Failure(None, DIFFERS)
+        return None if self._same(model, plan, got, dense, args, kwargs) else _Failure(None, DIFFERS)
+
+    @staticmethod
+    def _same(
+        model: nn.Module, plan: Plan, got: list[Tensor], dense: list[Tensor], args: Any, kwargs: Mapping[str, Any]
+    ) -> bool:
+        """Whether a model gives, with units masked, what it gave with them cut."""
+        masked = copy.deepcopy(model)
         for name, mask in plan.as_masks().weights.items():
             masked.get_parameter(name).masked_fill_(~mask.to(masked.get_parameter(name).device), 0)
-        wanted = tensors_of(masked(*self.args, **self.kwargs))
-        for a, b, c in zip(got, wanted, self.dense, strict=True):
+        for a, b, c in zip(got, tensors_of(masked(*args, **kwargs)), dense, strict=True):
             if a.is_floating_point() and not bool(a.isnan().any()):
                 bound = LEEWAY * float((b - c).abs().max()) + NOISE * float(c.abs().max())
                 if float((a - b).abs().max()) > bound:
-                    return _Failure(None, DIFFERS)
-        return None
+                    return False
+        return True
 
     @staticmethod
     def _left(running: list[str], name: str) -> None:
         while running and running.pop() != name:
             pass
+
+
+def _doubled(value: Any) -> Any:
+    """The same in float64: modules, tensors, and what holds them."""
+    if isinstance(value, nn.Module):
+        return copy.deepcopy(value).double()
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {key: _doubled(item) for key, item in value.items()}
+    return type(value)(map(_doubled, value)) if type(value) in (tuple, list) else value
 
 
 def _site(model: nn.Module, error: BaseException) -> Site | None:
