@@ -59,7 +59,7 @@ def users_of(package: str) -> set[str]:
         ("batches.py", {"errors"}),
         ("elastic.py", {"errors", "types"}),
         ("reads.py", set()),
-        ("layers.py", {"elastic", "plan", "types"}),
+        ("layers.py", {"elastic", "errors", "plan", "types"}),
         ("timing.py", {"batches"}),
         ("scores.py", {"errors", "files", "types"}),
         ("budget.py", {"errors", "files", "types"}),

@@ -24,6 +24,7 @@ from tpvprune.errors import (
     TpvpruneError,
 )
 from tpvprune.groupwise import sensitivity
+from tpvprune.layers import register_layer
 from tpvprune.pipeline import Pruned, prune
 from tpvprune.plan import Plan
 from tpvprune.planning.allocate import allocate
@@ -136,6 +137,7 @@ __all__ = [
     "reconstruct",
     "recover",
     "reestimate_batchnorm",
+    "register_layer",
     "report_page",
     "save",
     "score",

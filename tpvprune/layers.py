@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from tpvprune.elastic import opened
+from tpvprune.errors import InputError
 from tpvprune.plan import Plan
 from tpvprune.types import FEATURES
 
@@ -25,8 +26,37 @@ def replace(module: nn.Module, key: str, new: Tensor) -> None:
         module._buffers[key] = new.clone()
 
 
+Refresh = Callable[[Any], None]
+_REGISTERED: dict[type[nn.Module], Refresh] = {}
+
+
+def register_layer(kind: type[nn.Module], refresh: Refresh) -> None:
+    """Tell how modules of a class, and of its subclasses, set anew what they remember of their widths.
+
+    Few need it: whole numbers among a module's attributes that count units, and sizes that its code writes out, are
+    found by tracing. It is for what follows from a width otherwise, such as a scale of `width ** -0.5`.
+
+    Args:
+        kind: the class. Registered again, the last one holds; of a class and its base class, both are called.
+        refresh: called with every such module of a model that was cut, whose parameters have their new shapes.
+
+    Raises:
+        InputError: `kind` is no class of modules.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise InputError(f"{kind!r} is no class of torch.nn.Module; give the class of the layer, not a layer")
+    _REGISTERED[kind] = refresh
+
+
 def refresh(module: nn.Module) -> None:
-    """Set a layer's width attributes from the shapes of its own parameters."""
+    """Set a layer's width attributes from the shapes of its own parameters, then what is registered for its class."""
+    _resize(module)
+    for kind, own in _REGISTERED.items():
+        if isinstance(module, kind):
+            own(module)
+
+
+def _resize(module: nn.Module) -> None:
     if isinstance(module, _ConvNd):
         first, second = module.weight.shape[:2]
         if module.transposed:
@@ -95,8 +125,6 @@ def cut(model: nn.Module, plan: Plan) -> nn.Module:
             setattr(small.get_submodule(around), key, nn.Identity().train(small.get_submodule(name).training))
     for module, count in _groups_left(small, plan):
         module.groups = count
-    for module in small.modules():
-        refresh(module)
     lost = graph.lost({name: ~mask for name, mask in plan.keep.items()})
     for name, (group, each) in graph.counts.items():
         if group in plan.keep and group not in lost:
@@ -106,6 +134,8 @@ def cut(model: nn.Module, plan: Plan) -> nn.Module:
         _retell(small, name, sum(int((~plan.keep[group]).sum()) * each for group, each in left.items()))
     for name, openings in graph.openings.items():
         opened(small.get_submodule(name), openings)
+    for module in small.modules():
+        refresh(module)
     return small
 
 

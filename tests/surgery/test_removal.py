@@ -11,6 +11,7 @@ from torch import nn
 
 import tpvprune as tp
 from tests import reference, tolerances
+from tests.cases import example, randomise
 from tests.helpers import NAMES, assert_same_state, built, gap, outputs, plan_without, random_gone
 from tpvprune.plan import plan_of
 
@@ -193,3 +194,32 @@ def test_kept_entries_are_those_of_every_group_of_a_tensor() -> None:
         wanted = [i for i in range(9) if i not in left and i - 4 not in right]
         assert plan.kept_entries("join.weight", 1).tolist() == wanted
         assert plan.kept_entries("join.weight", 0).tolist() == list(range(6))
+
+
+class Remembers(nn.Linear):
+    """Keeps something that follows from its width in a way of its own, and a number that does not count units."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 3)
+        self.damping, self.code = width**-0.5, f"width {width}"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.damping
+
+
+def test_layers_that_are_registered_are_set_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tpvprune.layers._REGISTERED", {})
+    model = randomise(nn.Sequential(nn.Linear(5, 8), nn.ReLU(), Remembers(8)))
+    graph = tp.trace(model, example(2, 5))
+    plan = plan_without(graph, {"0": [1, 2, 6]})
+    assert (tp.apply(model, plan)[2].damping, tp.apply(model, plan)[2].code) == (8**-0.5, "width 8")
+
+    def anew(layer: Remembers) -> None:
+        layer.damping, layer.code = layer.in_features**-0.5, f"width {layer.in_features}"
+
+    tp.register_layer(Remembers, anew)
+    small = tp.apply(model, plan)
+    assert (small[2].damping, small[2].code) == (5**-0.5, "width 5")
+    assert model[2].damping == 8**-0.5
+    with pytest.raises(tp.errors.InputError, match="give the class of the layer"):
+        tp.register_layer(model[2], anew)  # type: ignore[arg-type]
