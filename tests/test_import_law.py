@@ -58,6 +58,7 @@ def users_of(package: str) -> set[str]:
         ("plan.py", {"errors", "files", "types"}),
         ("batches.py", {"errors"}),
         ("elastic.py", {"errors", "types"}),
+        ("measures.py", set()),
         ("reads.py", set()),
         ("layers.py", {"elastic", "errors", "plan", "types"}),
         ("timing.py", {"batches"}),

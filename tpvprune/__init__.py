@@ -25,6 +25,7 @@ from tpvprune.errors import (
 )
 from tpvprune.groupwise import sensitivity
 from tpvprune.layers import register_layer
+from tpvprune.measures import Measure, Report
 from tpvprune.pipeline import Pruned, prune
 from tpvprune.plan import Plan
 from tpvprune.planning.allocate import allocate
@@ -51,7 +52,7 @@ from tpvprune.surgery.masking import mask
 from tpvprune.surgery.removal import apply
 from tpvprune.surgery.semistructured import to_semi_structured
 from tpvprune.timing import measured_latency
-from tpvprune.types import Graph, Group, Measure, Member, Report
+from tpvprune.types import Graph, Group, Member
 from tpvprune.version import __version__
 
 __all__ = [

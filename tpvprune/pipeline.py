@@ -12,6 +12,7 @@ from tpvprune import report as reporting
 from tpvprune.batches import Batch, Progress, Selector, inputs_of, repeatable
 from tpvprune.budget import Budget
 from tpvprune.errors import DataError
+from tpvprune.measures import Report
 from tpvprune.plan import Plan
 from tpvprune.planning.graph import trace
 from tpvprune.recovery.finetune import Finetune
@@ -21,7 +22,6 @@ from tpvprune.schedule import Planning, plan_for
 from tpvprune.scores import Scores
 from tpvprune.scoring.criteria import TPV, Criterion, predicted_kl, score
 from tpvprune.surgery.removal import apply
-from tpvprune.types import Report
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,11 +27,12 @@ from tpvprune.batches import (
 )
 from tpvprune.budget import Budget
 from tpvprune.errors import DataError
+from tpvprune.measures import REPORT_FORMAT, Measure, Report
 from tpvprune.plan import Plan
 from tpvprune.planning.latency import LatencyTable
 from tpvprune.planning.widths import costs_of
 from tpvprune.timing import device_name, latencies
-from tpvprune.types import REPORT_FORMAT, Measure, Report, check_format, read_json
+from tpvprune.types import check_format, read_json
 
 Each = Callable[[Tensor, Tensor, Mapping[str, Tensor], "Tensor | None"], None]
 PACKAGES = ("tpvprune", "torch", "timm", "numpy")

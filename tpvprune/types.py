@@ -25,7 +25,6 @@ Kind = Literal["channel", "head", "bundle", "weight", "block"]
 ROLES: tuple[str, ...] = ("produce", "affine", "consume", "stat", "work", "inside")
 KINDS: tuple[str, ...] = ("channel", "head", "bundle", "weight", "block")
 GRAPH_FORMAT = 1
-REPORT_FORMAT = 2
 FEATURES = "feature_info"  # timm's list of what a model's stages give
 WORK = "#"  # marks a tensor that costs multiply-adds and holds no parameter, as the two products of attention
 REST = "#rest"  # the multiply-adds that belong to no layer, and that no plan changes
@@ -444,55 +443,3 @@ def read_json(path: str | PathLike[str], what: str) -> Any:
         raise PlanError(f"no {what} at {path}: {error.strerror or error}") from error
     except ValueError as error:
         raise PlanError(f"{path} is no {what}: {error}") from error
-
-
-@dataclass(frozen=True)
-class Measure:
-    """What one model costs and how well it does.
-
-    Attributes:
-        params: number of parameters.
-        macs: multiply-adds per example.
-        latency_ms: median milliseconds of one forward pass; the report's environment says batch and device.
-        metrics: `kl` (nats, dense to this model) and `agreement` (share of equal top-1) on held-out
-            images, `top1` where labels were given.
-    """
-
-    params: int
-    macs: int
-    latency_ms: float | None
-    metrics: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Report:
-    """What was asked, what came out, and how it was measured.
-
-    Attributes:
-        asked: per quantity that the budget bounds, `at_most` in absolute numbers and `as_written`.
-        got: per quantity, `value` of the model that came out and its `share` of the dense model's.
-        before: the dense model.
-        pruned: cut, not yet recovered.
-        recovered: after recovery; None if none was asked for.
-        drift: KL in nats, predicted from the scores' own first-order formula and measured.
-        steps: what was done, in order, with what each said of itself.
-        seconds: wall-clock seconds per stage.
-        data: how many images each stage saw and how many were skipped.
-        environment: versions, device, threads, batch size of the latency.
-    """
-
-    asked: Mapping[str, Any]
-    got: Mapping[str, Any]
-    before: Measure
-    pruned: Measure
-    recovered: Measure | None
-    drift: Mapping[str, float | None]
-    steps: tuple[Mapping[str, Any], ...]
-    seconds: Mapping[str, float]
-    data: Mapping[str, Any]
-    environment: Mapping[str, Any]
-    format: int = REPORT_FORMAT
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-ready form."""
-        return asdict(self)
