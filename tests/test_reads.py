@@ -77,3 +77,26 @@ def test_what_is_used_by_hand_is_refitted(how: tp.Reconstruct) -> None:
         assert not torch.equal(fitted.get_parameter(name), small.get_parameter(name)), name
     wanted = b.model(inputs)
     assert (fitted(inputs) - wanted).norm() < 0.8 * (small(inputs) - wanted).norm()
+
+
+class Inner(nn.Module):
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(x, weight, bias)
+
+
+class Outer(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.inner = Inner()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, self.weight, self.bias)
+
+
+def test_a_layer_that_is_running_is_not_called_again() -> None:
+    model = randomise(nn.Sequential(Outer(), nn.ReLU(), Outer()))
+    seen, _ = calls_of(model, example(2, 4))
+    assert [name for name in seen if name in ("0", "2")] == ["0", "2"]
+    tied = randomise(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    tied[1].weight, tied[1].bias = tied[0].weight, tied[0].bias
+    assert calls_of(tied, example(2, 4))[0] == ["0", "1"]

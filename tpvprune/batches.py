@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tpvprune.errors import DataError, ModelError, NonFiniteError
 
+_SWITCHES = threading.RLock()
 Batch = Any
 Progress = Callable[[str, int, "int | None"], None]
 """Called as `progress(stage, done, total)`; total is None where it is not known."""
@@ -214,6 +217,22 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention made of matrix products, as it can be followed, counted and mapped over samples.
+
+    Kernels are chosen for the whole process, so that one thread at a time can.
+    """
+    with _SWITCHES:
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # one kernel for a whole layer
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def is_classifier(output: Tensor) -> bool:

@@ -22,6 +22,7 @@ from tpvprune.types import Opening
 
 NAME = "reshaped_"  # of the tensor that a rewritten call reshapes
 SHAPING = frozenset(("reshape", "view"))
+TAKING = SHAPING | {"split", "chunk", "narrow", "unflatten", "expand", "repeat", "split_with_sizes", "tensor_split"}
 PLAIN = (
     ast.Expression, ast.Name, ast.Attribute, ast.Constant, ast.BinOp, ast.UnaryOp, ast.Subscript, ast.operator,
     ast.unaryop, ast.expr_context,
@@ -29,6 +30,7 @@ PLAIN = (
 
 
 _CALLS: dict[tuple[type[Any], str, int], tuple[tuple[str, tuple[str, ...]], ...]] = {}
+_NAMES: dict[tuple[type[Any], str, int], frozenset[str]] = {}
 _MADE: dict[tuple[type[Any], tuple[Opening, ...]], type[Any]] = {}
 
 
@@ -61,18 +63,39 @@ def calls_at(kind: type[Any], method: str, line: int) -> tuple[tuple[str, tuple[
     return _CALLS[key]
 
 
+def names_at(kind: type[Any], method: str, line: int) -> frozenset[str]:
+    """The attributes of itself by which a module shapes, cuts or looks something up in a statement; see `calls_at`."""
+    key = base_of(kind), method, line
+    if key not in _NAMES:
+        statement = _statement(*key)
+        told: list[ast.AST] = []
+        for node in ast.walk(statement) if statement is not None else ():
+            if isinstance(node, ast.Subscript):
+                told.append(node.slice)
+            elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") in TAKING:
+                told += [*node.args, *(keyword.value for keyword in node.keywords)]
+        read = (node for part in told for node in ast.walk(part) if isinstance(node, ast.Attribute))
+        _NAMES[key] = frozenset(node.attr for node in read if getattr(node.value, "id", "") == "self")
+    return _NAMES[key]
+
+
 def _calls_at(base: type[Any], method: str, line: int) -> Iterable[tuple[str, tuple[str, ...]]]:
+    statement = _statement(base, method, line)
+    calls = [] if statement is None else _calls(statement)
+    return tuple((ast.unparse(call), tuple(ast.unparse(size) for size in _sizes(call))) for call in calls)
+
+
+def _statement(base: type[Any], method: str, line: int) -> ast.stmt | None:
+    """The innermost statement at a line; None if the source cannot be read."""
     try:
         function, _ = _source(base, method)
     except Unreadable:
-        return ()
+        return None
     around = [
         node for node in ast.walk(function)
         if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or 0)
     ]  # fmt: skip
-    statement = max(around, key=lambda node: node.lineno, default=None)
-    calls = [] if statement is None else _calls(statement)
-    return tuple((ast.unparse(call), tuple(ast.unparse(size) for size in _sizes(call))) for call in calls)
+    return max(around, key=lambda node: node.lineno, default=None)
 
 
 def value_of(size: str, frame: FrameType) -> int | None:
@@ -102,6 +125,13 @@ def opened(module: nn.Module, openings: Iterable[Opening]) -> None:
     module.__class__ = _rewritten(base, tuple(dict.fromkeys((*done, *openings))))
 
 
+class _Silent:
+    """Stands before a class that is rewritten, so that it is told of no subclass."""
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        pass
+
+
 def _rewritten(base: type[Any], openings: tuple[Opening, ...]) -> type[Any]:
     key = base, openings
     if key not in _MADE:
@@ -110,14 +140,16 @@ def _rewritten(base: type[Any], openings: tuple[Opening, ...]) -> type[Any]:
             for method in dict.fromkeys(opening.method for opening in openings)
         }
         marks = {"_rewritten": key, "__reduce_ex__": _reduce, "__module__": base.__module__}
-        _MADE[key] = type(base.__name__, (base,), {**methods, **marks})
+        _MADE[key] = type(base.__name__, (_Silent, base), {**methods, **marks})
         _MADE[key].__qualname__ = base.__qualname__
     return _MADE[key]
 
 
 def _reduce(module: nn.Module, protocol: Any) -> Any:
     """How a rewritten module is pickled and copied: by its class and what is open in it."""
-    return _blank, type(module)._rewritten, module.__dict__  # type: ignore[attr-defined]
+    own = getattr(type(module), "__getstate__", None)  # which may leave something out
+    kept = module.__dict__ if own is None else own(module)
+    return _blank, type(module)._rewritten, kept  # type: ignore[attr-defined]
 
 
 def _blank(base: type[Any], openings: tuple[Opening, ...]) -> nn.Module:
@@ -141,6 +173,9 @@ def _written(base: type[Any], method: str, openings: Iterable[Opening]) -> Funct
         for call in found:
             _open(call, opening)
     owner = next(owner for owner in base.__mro__ if method in vars(owner))
+    for node in ast.walk(function):  # names that are private to a class
+        if isinstance(node, ast.Attribute) and node.attr.startswith("__") and not node.attr.endswith("__"):
+            node.attr = f"_{owner.__name__.lstrip('_')}{node.attr}"
     # A method that calls super() looks for its class in the scope around it.
     around = ast.parse("def around(__class__):\n    return None").body[0]
     assert isinstance(around, ast.FunctionDef)

@@ -77,17 +77,23 @@ def _resize(module: nn.Module) -> None:
             module.num_features = left.shape[0]
     elif isinstance(getattr(module, "normalized_shape", None), tuple):  # layer norms, RMS norms
         norm: Any = module
-        if norm.weight is not None and len(norm.normalized_shape) == 1:
+        if isinstance(getattr(norm, "weight", None), Tensor) and len(norm.normalized_shape) == 1:
             norm.normalized_shape = (norm.weight.shape[0],)
     elif isinstance(module, nn.GroupNorm):
         if module.weight is not None:
             module.num_channels = module.weight.shape[0]
     elif isinstance(module, nn.PReLU):
         module.num_parameters = module.weight.numel()
-    elif hasattr(module, "attn_dim") and isinstance(getattr(module, "qkv", None), nn.Linear):
+    elif _fused(module):
         attention: Any = module
         attention.attn_dim = attention.qkv.weight.shape[0] // 3
         attention.num_heads = attention.attn_dim // attention.head_dim
+
+
+def _fused(module: Any) -> bool:
+    """Whether `attn_dim` and `num_heads` follow from one projection, as they do in timm's attention."""
+    told = isinstance(getattr(module, "qkv", None), nn.Linear) and hasattr(module, "attn_dim")
+    return told and isinstance(getattr(module, "head_dim", None), int) and hasattr(module, "num_heads")
 
 
 def forget(model: nn.Module) -> None:

@@ -33,7 +33,9 @@ class ThroughLayers(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         layers = (m for m in model.modules() if isinstance(m, (nn.Linear, _ConvNd)))
-        self._layers = {id(layer.weight): layer for layer in layers}
+        self._layers: dict[int, list[nn.Module]] = {}
+        for layer in layers:
+            self._layers.setdefault(id(layer.weight), []).append(layer)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function, or the layer whose weight it is given."""
@@ -42,7 +44,8 @@ class ThroughLayers(TorchFunctionMode):
         if names is None:
             return func(*args, **kwargs)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        layer = self._layers.get(id(given.get("weight")))
+        users = self._layers.get(id(given.get("weight")), [])
+        layer: Any = users[0] if len(users) == 1 else None  # of a shared weight nobody knows whose it is here
         if layer is None or layer.weight is not given["weight"] or _runs(layer) or not _alike(layer, given):
             return func(*args, **kwargs)
         out, bias = layer(given["input"]), given.get("bias")
@@ -52,11 +55,11 @@ class ThroughLayers(TorchFunctionMode):
 
 
 def _runs(layer: nn.Module) -> bool:
-    """Whether it is the layer's own code that runs."""
+    """Whether the layer's own code runs, or something that it has called."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
-        if frame.f_code.co_varnames[:1] == ("self",) and isinstance(frame.f_locals["self"], nn.Module):
-            return frame.f_locals["self"] is layer
+        if frame.f_code.co_varnames[:1] == ("self",) and frame.f_locals["self"] is layer:
+            return True
         frame = frame.f_back
     return False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -222,3 +223,90 @@ def test_rounding_is_not_taken_for_a_mistake() -> None:
     plan = plan_without(graph, random_gone(graph, 0))
     with torch.no_grad():
         assert gap(tp.apply(model, plan)(inputs), tp.mask(model, plan)(inputs)) > tolerances.OTHER_FUNCTION
+
+
+class Looks(nn.Module):
+    """Looks units up by their places, behind something that pools over them."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.a, self.norm = how, nn.Linear(5, 8), nn.LayerNorm(8)
+        self.b, self.c, self.table = nn.Linear(8, 3), nn.Linear(4, 3), nn.Embedding(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.a(x))
+        if self.how == "roll":
+            return self.b(x.roll(2, -1))
+        if self.how == "argmax":
+            return self.b(x) + self.table(x.argmax(-1))
+        places = torch.tensor([0, 2, 4, 6])
+        return self.b(x) + self.c(x[:, places] if self.how == "index" else x.index_select(1, places))
+
+
+@pytest.mark.parametrize("how", ["roll", "argmax", "index", "index_select"])
+def test_units_that_are_told_by_their_places_stay(how: str) -> None:
+    model = randomise(Looks(how))
+    graph = tp.trace(model, example(3, 5))
+    assert graph.groups == ()
+    assert "by their" in graph.skipped["a"]
+
+
+class HeadSize(nn.Module):
+    """As many heads as a head has channels; the size of a head is a scale, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.head_size = 4, 4
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N = x.shape[:2]
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = (q @ k.mT * self.head_size**-0.5).softmax(-1) @ v
+        return self.proj(mixed.transpose(1, 2).reshape(B, N, -1))
+
+
+class Tempered(nn.Module):
+    """A number that happens to be the width, where nothing can be compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.temp = 16, 16
+        self.a, self.b = nn.Linear(5, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).view(len(x), self.hidden)
+        return self.b((x / self.temp).softmax(-1).view(len(x), -1))
+
+
+def test_a_number_counts_where_the_code_names_it() -> None:
+    heads = randomise(nn.Sequential(nn.Linear(8, 16), HeadSize(), nn.Linear(16, 5)))
+    graph = tp.trace(heads, example(2, 6, 8))
+    assert graph.counts == {"1.num_heads": ("1", 1)}
+    plan = plan_without(graph, random_gone(graph, 0))
+    assert (
+        gap(tp.apply(heads, plan)(example(2, 6, 8)), tp.mask(heads, plan)(example(2, 6, 8))) < tolerances.SAME_FUNCTION
+    )
+    tempered = randomise(Tempered())
+    assert set(tp.trace(tempered, example(2, 5)).counts) == {"hidden"}
+
+
+def test_a_group_that_would_turn_depthwise_is_left_when_it_is_cut_again(tmp_path) -> None:
+    model = randomise(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 16, 3, groups=4), nn.Conv2d(16, 5, 1)))
+    inputs = example(2, 3, 6, 6)
+    graph = tp.trace(model, inputs)
+    small = tp.apply(model, plan_without(graph, {"0": [0]}))
+    again = tp.trace(small, inputs)
+    smaller = tp.apply(small, plan_without(again, random_gone(again, 0)))
+    tp.save(smaller, tmp_path / "out")
+    assert torch.equal(tp.load(tmp_path / "out", skeleton=model)(inputs), smaller(inputs))
+
+
+def test_traces_side_by_side_leave_the_switches_of_the_process_alone() -> None:
+    model, inputs = randomise(Activations()).float(), example(1, 3, 7, 7).float()
+    switches = (torch.backends.mha.get_fastpath_enabled, torch.backends.cuda.flash_sdp_enabled)
+    switches += (torch.backends.cuda.mem_efficient_sdp_enabled,)
+    before = [switch() for switch in switches]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: tp.trace(model, inputs), range(12)))
+    assert [switch() for switch in switches] == before

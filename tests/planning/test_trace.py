@@ -243,15 +243,29 @@ def test_heads_leave_together(kwargs: dict[str, object]) -> None:
     assert same == group.exact_mask
 
 
-def test_attention_with_one_head_is_skipped() -> None:
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_with_one_head_keeps_it_and_is_cut_within_only_if_its_scale_stays(fused: bool) -> None:
     class OneHead(ManyHeads):
         def __init__(self) -> None:
             super().__init__()
             self.attn = timm.layers.Attention(12, num_heads=1)
+            self.attn.fused_attn = fused
 
-    graph = tp.trace(OneHead(), torch.randn(2, 7, 5))
+    model, x = randomise(OneHead()), example(2, 7, 5)
+    graph = tp.trace(model, x)
     assert "attn" not in graph
-    assert "the code of 'attn' (Attention) cannot do without them" in graph.skipped["attn.qkv"]
+    if fused:  # the kernel's own scale follows the width
+        assert "attn.qkv" not in graph
+        assert "sets the scale of the attention" in graph.skipped["attn.qkv"]
+        return
+    group = graph["attn.qkv"]
+    assert (group.kind, group.units, group.exact_mask) == ("channel", 12, False)
+    small = tp.apply(model, plan_without(graph, {"attn.qkv": [0, 5, 11]}))
+    tokens, kept = example(2, 7, 12), [c for c in range(12) if c not in (0, 5, 11)]
+    q, k, v = (part[..., kept] for part in model.attn.qkv(tokens).chunk(3, -1))
+    mixed = (q @ k.mT * 12**-0.5).softmax(-1) @ v
+    wanted = mixed @ model.attn.proj.weight[:, kept].mT + model.attn.proj.bias
+    assert torch.allclose(small.attn(tokens), wanted, rtol=0, atol=1e-12)
 
 
 def test_attention_whose_code_fixes_its_width_keeps_it_and_what_is_around_it_is_cut() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -202,3 +203,33 @@ def test_defaults_of_arguments_stay(inputs: Tensor) -> None:
     x = example(1, 4, 7)
     assert torch.equal(small.attn(x), small.attn(x, 1.0, shift=0.0))
     assert not torch.equal(small.attn(x), small.attn(x, 2.0, shift=1.0))
+
+
+class Private(Attend):
+    """Names that are private to its class, something that cannot be copied, and subclasses that must say a word."""
+
+    def __init_subclass__(cls, word: str) -> None:
+        raise AssertionError(word)
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__(dim, heads)
+        self.__gain, self.lock = 0.5, threading.Lock()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "lock": None}
+
+    def forward(self, x: Tensor, gain: float = 1.0, *, shift: float = 0.0) -> Tensor:
+        B, N, C = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        return self.proj(self.mixed(*qkv.unbind(0)).transpose(1, 2).reshape(B, N, C)) * self.__gain
+
+
+def test_classes_keep_their_ways(inputs: Tensor) -> None:
+    net = randomise(Net(Private))
+    graph = tp.trace(net, inputs)
+    assert {g.id: g.units for g in graph.groups} == {"embed": 12, "attn": 3, "more": 3}
+    plan = plan_without(graph, GONE)
+    small = tp.apply(net, plan)
+    assert gap(small(inputs), tp.mask(net, plan)(inputs)) < tolerances.SAME_FUNCTION
+    for other in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        assert torch.equal(other(inputs), small(inputs))

@@ -17,11 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tpvprune.analysis.descent import gathered, mean_gradient, movements_at
 from tpvprune.analysis.perturbations import parameters_of
-from tpvprune.batches import Batch, Outputs, Progress, Selector, evaluation_mode, model_inputs, single_tensor
+from tpvprune.batches import (
+    Batch,
+    Outputs,
+    Progress,
+    Selector,
+    evaluation_mode,
+    model_inputs,
+    plain_attention,
+    single_tensor,
+)
 from tpvprune.errors import InputError, ModelError
 from tpvprune.scoring.engine import stream
 from tpvprune.scoring.heads import Head, head_named
@@ -164,7 +172,7 @@ def _jacobian(model: nn.Module, weights: Mapping[str, Tensor], inputs: Tensor, o
 
     size = max(1, VMAPPED // sum(p.numel() for p in weights.values()) // 16)
     try:
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be mapped over samples
+        with plain_attention():  # fused attention cannot be mapped over samples
             pieces: list[Any] = [vmap(jacrev(answer), (None, 0))(dict(weights), x) for x in inputs.split(size)]
     except (RuntimeError, ValueError) as error:
         if isinstance(error, ModelError):

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tpvprune.analysis.perturbations import Moments
-from tpvprune.batches import evaluation_mode, finite_outputs, single_tensor
+from tpvprune.batches import evaluation_mode, finite_outputs, plain_attention, single_tensor
 from tpvprune.errors import ModelError
 from tpvprune.patches import patches
 from tpvprune.scoring.activations import backward
@@ -292,7 +291,7 @@ def _rest(
 
     size = max(1, VMAPPED // sum(p.numel() for p in wanted.values()))
     try:
-        with evaluation_mode(model), sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be mapped over samples
+        with evaluation_mode(model), plain_attention():  # fused attention cannot be mapped over samples
             pieces = zip(inputs.split(size), cotangent.split(size), strict=True)
             found: list[Any] = [vmap(one)(x, u) for x, u in pieces]
     except (RuntimeError, ValueError) as error:

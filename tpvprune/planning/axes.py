@@ -135,6 +135,8 @@ def reduce(f: Follower, call: Call) -> None:
     left = [axis for axis in range(len(shape)) if axis not in gone]
     for axis in gone & set(state.axes):
         f.units.pool(state.axes[axis])
+        if call.name in ("argmax", "argmin"):
+            f.units.pin(state.axes[axis], f"{f.here!r} tells its units by their numbers")
     for out in call.out:
         places = left if out.ndim == len(shape) else range(out.ndim)
         if state.origins:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tpvprune.batches import plain_attention
 from tpvprune.errors import ModelError
 
 
@@ -53,7 +53,7 @@ class Usage:
             handles += [module.register_forward_hook(_clock(name, 1, flops, counter))]
         try:
             # The plain attention kernel is made of matrix products, which every counter knows.
-            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            with torch.no_grad(), plain_attention(), counter:
                 model(*args, **kwargs)
         except Exception as error:
             shape = tuple(first.shape)

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
+from tpvprune.batches import plain_attention
 from tpvprune.planning import axes, moves, products
 from tpvprune.planning.cost import tensors_of
 from tpvprune.planning.follower import Call, Follower, Limit, Policy, Rule
@@ -78,6 +80,25 @@ def rule_of(call: Call) -> Rule | None:
     return None if call.out else lambda follower, call: None
 
 
+class _Scaled(TorchFunctionMode):
+    """Knows when attention runs that takes its scale from how many channels its queries have."""
+
+    def __init__(self, follower: Follower) -> None:
+        super().__init__()
+        self.follower = follower
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function, having told the follower."""
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or kwargs.get("scale") is not None:
+            return func(*args, **kwargs)
+        self.follower.scaled = True
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.follower.scaled = False
+
+
 def follow(
     model: nn.Module,
     args: tuple[Any, ...],
@@ -100,14 +121,10 @@ def follow(
     modules = list(dict.fromkeys(model.modules()))
     handles = [m.register_forward_pre_hook(follower.enter, with_kwargs=True) for m in modules]
     handles += [m.register_forward_hook(follower.leave) for m in modules]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one kernel for a whole layer
     try:
-        # The plain attention kernel is made of matrix products.
-        with sdpa_kernel(SDPBackend.MATH), follower:
+        with plain_attention(), _Scaled(follower), follower:
             out = model(*args, **kwargs)
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         for handle in handles:
             handle.remove()
     follower.pin(tensors_of(out), OUTPUT_REASON)

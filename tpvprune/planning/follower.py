@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tpvprune.elastic import calls_at, method_of, value_of
+from tpvprune.elastic import calls_at, method_of, names_at, value_of
 from tpvprune.errors import ModelError
 from tpvprune.planning.conventions import infos
 from tpvprune.planning.cost import tensors_of
@@ -91,6 +91,7 @@ class Width:
         shape: what a tensor is brought to there.
         axis: of that shape.
         must: whether nothing can be cut unless an attribute tells the length.
+        named: attributes of its own that the module reads in that statement.
     """
 
     module: str
@@ -101,6 +102,7 @@ class Width:
     shape: tuple[int, ...] = ()
     axis: int = 0
     must: bool = False
+    named: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,6 +179,7 @@ class Follower(TorchDispatchMode):
         bundled: grouped convolutions whose groups are units, and the slots they write.
         sites: what calls of `reshape` and `view` did, by class, method, line and text.
         outputs: of modules that the model's `feature_info` names, and the slots along their axes.
+        scaled: whether attention runs that takes its scale from the width of what it is given.
         policy: what may be cut.
     """
 
@@ -190,6 +193,7 @@ class Follower(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self._limit = limit
+        self.scaled = False
         self.units = Units()
         self.widths: list[Width] = []
         self.products: list[Product] = []
@@ -299,7 +303,10 @@ class Follower(TorchDispatchMode):
 
     def width(self, length: int, slots: Tensor, **more: Any) -> None:
         """Note that the code that runs depends on how many entries an axis has, see `Width`."""
-        self.widths.append(Width(self.here, self._names[id(self.author()[0])], length, slots, **more))
+        owner, frame = self.author()
+        method = None if frame is None else method_of(type(owner), frame.f_code)
+        named = frozenset[str]() if frame is None or method is None else names_at(type(owner), method, frame.f_lineno)
+        self.widths.append(Width(self.here, self._names[id(owner)], length, slots, named=named, **more))
 
     def site(self, before: Sequence[int], slots: Tensor, axes: Iterable[int]) -> None:
         """Note that the code that runs reshapes a tensor.

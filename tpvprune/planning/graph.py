@@ -69,10 +69,12 @@ def trace(
     with evaluation_mode(twin), torch.no_grad():
         usage = Usage(twin.requires_grad_(False), args, kwargs)
         policy = Policy(bundles=bundles)
+        carried = plan_of(model)
+        dense = carried.graph if carried is not None and carried.graph.groups else None
         notify = progress and _Told(progress, len(usage.order))
         while True:
             forget(twin)
-            traced = Traced(twin, follow(twin, args, kwargs, policy, notify, limit), usage, policy)
+            traced = Traced(twin, follow(twin, args, kwargs, policy, notify, limit), usage, policy, dense)
             found = traced.stricter() or rehearsed(
                 twin, traced.graph(model_id(model)), traced.follower, args, kwargs, policy, limit
             )
@@ -80,9 +82,8 @@ def trace(
                 break
             policy = found
         traced.policy = found
-        carried = plan_of(model)
-        if carried is not None and carried.graph.groups:
-            traced.restrict(carried.graph)
+        if carried is not None and dense is not None:
+            traced.restrict(carried)
         if depth:
             names, held = residual_blocks(twin, args, kwargs)
             traced.add_blocks(names, held)

@@ -28,6 +28,7 @@ def move(f: Follower, call: Call) -> None:
     if all(s.origins or not s.axes for s in call.before) and any(s.origins for s in call.before):
         _move_parameters(f, call)
         return
+    _by_place(f, call)
     found: list[dict[int, Tensor | None]] = [{} for _ in call.out]
     joins = call.name in ("cat", "stack")
     axes = {a: None for state in call.before for a in state.axes}
@@ -57,6 +58,20 @@ def move(f: Follower, call: Call) -> None:
     for tensor, axes_of in zip(call.out, found, strict=True):
         f.settle(tensor, axes_of)
     _cuts(f, call)
+
+
+def _by_place(f: Follower, call: Call) -> None:
+    """Pin what is looked up or rolled along its units by places that no cut sets anew."""
+    shape = call.shapes[0]
+    if call.name == "index":
+        dims = [dim for dim, index in enumerate(call.args[1]) if index is not None]
+    elif call.name in ("index_select", "gather"):
+        dims = [call.argument("dim", 0) % max(1, len(shape))]
+    elif call.name == "roll":
+        dims = [dim % len(shape) for dim in call.argument("dims") or range(len(shape))]
+    else:
+        return
+    f.pin(call.given[:1], f"{f.here!r} looks up its units by their places", dims)
 
 
 def _joined_across(f: Follower, call: Call, axis: int, found: dict[int, Tensor | None]) -> bool:

@@ -52,6 +52,8 @@ def _contract(f: Follower, a: Tensor, b: Tensor, last: int, macs: int) -> None:
         if one is not None:
             f.units.pool(one)
             f.ties(one, other_slots)
+            if f.scaled:
+                f.units.pin(one, f"how many there are sets the scale of the attention in {f.here!r}")
 
 
 def _read(f: Follower, origins: Sequence[Origin], macs: int) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from tpvprune.plan import Plan
 from tpvprune.planning.blocks import block_group
 from tpvprune.planning.conventions import told
 from tpvprune.planning.cost import Usage
@@ -22,6 +23,7 @@ from tpvprune.types import REST, WORK, Graph, Group, Kind, Member
 
 ROOTS = (_ConvNd, nn.Linear, nn.Embedding)
 LAYERS = (*ROOTS, _NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU)  # set anew by `layers.refresh`
+OF_ONE_HEAD = ("head_dim", "dim_head", "head_size", "head_channels", "d_head", "dim_per_head")
 UNUSED = "it is not used in the forward pass"
 UNREAD = "no convolution or linear layer consumes its outputs"
 LOST = "its channels cannot be followed"
@@ -48,7 +50,9 @@ class _Class:
 class Traced:
     """Turns what was followed into groups, costs and reasons."""
 
-    def __init__(self, model: nn.Module, follower: Follower, usage: Usage, policy: Policy) -> None:
+    def __init__(
+        self, model: nn.Module, follower: Follower, usage: Usage, policy: Policy, dense: Graph | None = None
+    ) -> None:
         self.model, self.follower, self.usage, self.policy = model, follower, usage, policy
         self.units = follower.units
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -66,7 +70,7 @@ class Traced:
         self.place: dict[int, tuple[str, int]] = {}  # class to (group, unit)
         self.groups = self._groups()
         self._add_products()
-        self._count_attributes()
+        self._count_attributes(None if dense is None else frozenset(dense.counts))
         self.told = self._told()
         self._explain()
 
@@ -86,13 +90,17 @@ class Traced:
         adapted = dict(self.counts), openings, dict(self.told)
         return Graph(tuple(self.groups), shapes, reuse, name, dict(self.skipped), itemsize, *adapted)
 
-    def restrict(self, dense: Graph) -> None:
+    def restrict(self, carried: Plan) -> None:
         """Leave alone what is no group of the dense model's graph: what comes of it could not be told in its terms."""
+
+        def known(group: Group) -> bool:
+            return group.id in carried.graph and int(carried.mask(group.id).sum()) == group.units
+
         for group in self.groups:
-            if group.id not in dense:
+            if not known(group):
                 written = {m.layer for m in group.of_role("produce", "affine")}
                 self.skipped |= dict.fromkeys(written - set(self.skipped), NEW)
-        self.groups = [group for group in self.groups if group.id in dense]
+        self.groups = [group for group in self.groups if known(group)]
 
     def add_blocks(self, names: Iterable[str], held: Mapping[str, str]) -> None:
         """Residual blocks that can be skipped as groups of one unit."""
@@ -246,41 +254,52 @@ class Traced:
         alone = bool((slots > STATIC).all()) and None not in places and len(groups) == 1
         return groups.pop() if alone else None
 
-    def _count_attributes(self) -> None:
+    def _count_attributes(self, known: frozenset[str] | None) -> None:
         """Whole numbers in modules that count the units of one group, so that they can be set anew after a cut."""
         counted: set[int] = set()
         sizes = {group.id: group.units for group in self.groups}
         kinds = {group.id: group.kind for group in self.groups}
-        for width in self.follower.widths:
+        sure: set[tuple[str, str, int]] = set()
+        # What a statement names is what it counts by; of numbers that merely are the same nothing is known.
+        for width in sorted(self.follower.widths, key=lambda w: not w.named):
             author = self.model.get_submodule(width.author)
-            if isinstance(author, LAYERS):
+            group = None if isinstance(author, LAYERS) else self._counted(width, sizes)
+            if group is None:
                 continue
-            if width.module in self.policy.whole or width.module in self.policy.still:
-                continue
-            places = [self.place.get(root) for root in self._roots(width.slots)]
-            times = Counter(place for place in places if place is not None)
-            groups = {place[0] for place in times}
-            if len(groups) != 1 or None in places or len(set(times.values())) != 1:
-                continue
-            group = groups.pop()
-            if len(times) != sizes[group] or width.length % sizes[group]:
-                continue
+            each, found = width.length // sizes[group], []
             for key, value in numbers(author):
-                tells = ("head" in key and "dim" not in key) == (
-                    kinds[group] == "head" and width.length == sizes[group]
-                )
-                size = kinds[group] == "head" and "head" in key and "dim" in key  # of one head, however many there are
-                if value == width.length and tells and not size:
-                    name = f"{width.author}.{key}".removeprefix(".")
-                    self.counts.setdefault(name, (group, width.length // sizes[group]))
+                tells = ("head" in key and "dim" not in key) == (kinds[group] == "head" and each == 1)
+                one = kinds[group] == "head" and any(part in key for part in OF_ONE_HEAD)
+                if value == width.length and tells and not one:
+                    found.append(key)
+            named = [key for key in found if key in width.named]
+            place = width.author, group, width.length
+            if named:
+                sure.add(place)
+            for key in named or ([] if place in sure else found):
+                name = f"{width.author}.{key}".removeprefix(".")
+                if known is None or name in known:
+                    self.counts.setdefault(name, (group, each))
                     counted.add(id(width))
             for key, shape in shapes(author):
-                if shape == width.shape:
-                    name = f"{width.author}.{key}[{width.axis}]".removeprefix(".")
-                    self.counts.setdefault(name, (group, width.length // sizes[group]))
+                name = f"{width.author}.{key}[{width.axis}]".removeprefix(".")
+                if shape == width.shape and (known is None or name in known):
+                    self.counts.setdefault(name, (group, each))
 
         lost = (width for width in self.follower.widths if width.must and id(width) not in counted)
         self.untold = {width.module for width in lost if self._cuttable(width)}
+
+    def _counted(self, width: Width, sizes: Mapping[str, int]) -> str | None:
+        """The group of which all units, and nothing else, lie along an axis, each as often; None if there is none."""
+        if width.module in self.policy.whole or width.module in self.policy.still:
+            return None
+        places = [self.place.get(root) for root in self._roots(width.slots)]
+        times = Counter(place for place in places if place is not None)
+        groups = {place[0] for place in times}
+        if len(groups) != 1 or None in places or len(set(times.values())) != 1:
+            return None
+        group = groups.pop()
+        return group if len(times) == sizes[group] and width.length % sizes[group] == 0 else None
 
     def _cuttable(self, width: Width) -> bool:
         return any(root in self.place for root in self._roots(width.slots))
