@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tpvprune as tp
 from tests.cases import example, randomise
 from tests.helpers import NAMES, assert_same_state, built, plan_without, random_gone
-from tpvprune.planning import follower
+from tpvprune.planning import seen
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -362,13 +362,13 @@ def test_a_time_limit_names_the_last_operation(residual) -> None:
 
 def test_the_limit_holds_while_cuts_are_rehearsed(monkeypatch: pytest.MonkeyPatch, residual) -> None:
     now = iter([0.0, *[1.0] * 10_000])
-    real = follower.Limit.check
+    real = seen.Limit.check
 
-    def check(self: follower.Limit, at: str) -> None:
+    def check(self: seen.Limit, at: str) -> None:
         if "rehearse" in at:
             real(self, at)
 
-    monkeypatch.setattr(follower.Limit, "check", check)
-    monkeypatch.setattr(follower.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(seen.Limit, "check", check)
+    monkeypatch.setattr(seen.time, "monotonic", lambda: next(now))
     with pytest.raises(tp.ModelError, match=r"the last it did was to rehearse a cut of \d+ groups, "):
         tp.trace(residual.model, residual.inputs, seconds=0.5)

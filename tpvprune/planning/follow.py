@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from tpvprune.batches import plain_attention
 from tpvprune.planning import axes, moves, products
 from tpvprune.planning.cost import tensors_of
-from tpvprune.planning.follower import Call, Follower, Limit, Policy, Rule
+from tpvprune.planning.follower import Follower, Rule
+from tpvprune.planning.seen import Call, Limit, Policy
 
 OUTPUT_REASON = "its outputs are the model's outputs"
 ELEMENTWISE = frozenset((

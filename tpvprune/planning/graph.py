@@ -22,8 +22,8 @@ from tpvprune.plan import plan_of
 from tpvprune.planning.blocks import residual_blocks
 from tpvprune.planning.cost import Usage
 from tpvprune.planning.follow import follow
-from tpvprune.planning.follower import Limit, Policy
 from tpvprune.planning.rehearsal import rehearsed
+from tpvprune.planning.seen import Limit, Policy
 from tpvprune.planning.traced import Traced, tensors_and_buffers
 from tpvprune.types import Graph, fingerprint
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from tpvprune.planning.cost import tensors_of
-from tpvprune.planning.follower import FIXED, Call, Follower, numbers, shapes
+from tpvprune.planning.follower import FIXED, Follower, numbers, shapes
 from tpvprune.planning.labels import Origin, gathered, spread, varying
+from tpvprune.planning.seen import Call
 from tpvprune.planning.units import FREE, STATIC, modulo
 
 VIEWS = ("view", "_unsafe_view", "reshape", "_reshape_copy", "view_copy", "_reshape_alias")

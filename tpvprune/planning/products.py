@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tpvprune.planning.follower import FIXED, Call, Follower, Product
+from tpvprune.planning.follower import FIXED, Follower
 from tpvprune.planning.labels import Origin
+from tpvprune.planning.seen import Call, Product
 from tpvprune.planning.units import STATIC, modulo
 
 

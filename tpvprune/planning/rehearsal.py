@@ -19,7 +19,8 @@ from tpvprune.elastic import base_of, calls_at, method_of
 from tpvprune.layers import cut
 from tpvprune.plan import Plan
 from tpvprune.planning.cost import tensors_of
-from tpvprune.planning.follower import Follower, Limit, Policy, Reshaped, Site
+from tpvprune.planning.follower import Follower
+from tpvprune.planning.seen import Limit, Policy, Reshaped, Site
 from tpvprune.types import Graph, Group, Opening
 
 LEEWAY = 0.05  # of what the masks change: a wrong index changes about as much as they do

@@ -17,7 +17,8 @@ from tpvprune.plan import Plan
 from tpvprune.planning.blocks import block_group
 from tpvprune.planning.conventions import told
 from tpvprune.planning.cost import Usage
-from tpvprune.planning.follower import Follower, Policy, Width, numbers, shapes
+from tpvprune.planning.follower import Follower, numbers, shapes
+from tpvprune.planning.seen import Policy, Width
 from tpvprune.planning.units import STATIC
 from tpvprune.types import REST, WORK, Graph, Group, Kind, Member
 
