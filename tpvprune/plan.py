@@ -187,6 +187,9 @@ class Plan:
         graph = self.graph
         if not graph.groups and graph.model_id == later.graph.model_id:
             graph = later.graph  # a plan of weights alone cuts nothing, and the later one may know what can be cut
+        # Code that only the later cut made fail: on the dense model an open size is the same as one written out.
+        more = {name: all_of for name, all_of in later.graph.openings.items() if name not in graph.openings}
+        graph = replace(graph, openings={**graph.openings, **more}) if more else graph
         before = Plan(self.keep, graph, self.made_by, self.weights)
         keep = {name: mask.clone() for name, mask in self.keep.items()}
         for name, mask in later.keep.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import threading
 
@@ -233,3 +234,13 @@ def test_classes_keep_their_ways(inputs: Tensor) -> None:
     assert gap(small(inputs), tp.mask(net, plan)(inputs)) < tolerances.SAME_FUNCTION
     for other in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
         assert torch.equal(other(inputs), small(inputs))
+
+
+def test_what_only_a_later_cut_needs_goes_into_the_plan_of_both(inputs: Tensor, tmp_path) -> None:
+    net = randomise(Net())
+    graph = tp.trace(net, inputs)
+    bare = dataclasses.replace(graph, openings={})
+    small = tp.apply(net, plan_without(bare, {}))
+    smaller = tp.apply(small, plan_without(tp.trace(small, inputs), GONE))
+    tp.save(smaller, tmp_path / "out")
+    assert torch.equal(tp.load(tmp_path / "out", skeleton=net)(inputs), smaller(inputs))
