@@ -45,6 +45,19 @@ def test_tpv_of_every_noise_on_training_and_held_out_images(place, run):  # noqa
     assert not (place / "runs").exists()
 
 
+def test_tpv_of_a_plan_that_moves_nothing_is_said_in_valid_json(place, run):  # noqa: F811
+    weights = timm.create_model("test_resnet", num_classes=CLASSES).state_dict()
+    still = {key: torch.zeros_like(value) if key.startswith("fc.") else value for key, value in weights.items()}
+    save_file(still, "still.safetensors")
+    given = ["--checkpoint", "still.safetensors", "--data", "images", "--samples", "8"]
+    code, text, _ = run("tpv", "test_resnet", *SMALL, *given, "--noise", "prune", "--macs", "0.9", "--json")
+    assert code == 0
+    found = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    (empirical,) = (one for one in found["findings"] if one["form"] == "empirical")
+    assert empirical["train"]["value"] == 0
+    assert empirical["ratio"] == {"value": None, "stderr": None, "samples": 8}
+
+
 def test_tpv_says_what_is_missing(place, run):  # noqa: F811
     code, _, told = run("tpv", "test_resnet", *SMALL, *GIVEN, "--noise", "heat")
     assert code == 2

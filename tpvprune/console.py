@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,8 +45,19 @@ def bars() -> Iterator[Progress | None]:
 
 
 def print_json(value: Any) -> None:
-    """One document, one line."""
-    sys.stdout.write(json.dumps(value) + "\n")
+    """One document, one line. JSON has no word for NaN and infinity: they are null."""
+    sys.stdout.write(json.dumps(_finite(value), allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {key: _finite(one) for key, one in value.items()}
+        case list() | tuple():
+            return [_finite(one) for one in value]
+    return value
 
 
 def print_table(

@@ -96,6 +96,18 @@ def test_errors_of_crossed_means_are_those_that_are_made() -> None:
         assert spread / math.sqrt(sum(squares) / len(squares)) == pytest.approx(1.0, abs=tolerances.STATED_ERROR)
 
 
+@pytest.mark.parametrize("draws", [1, 3])
+def test_a_side_that_does_not_move_has_a_ratio_without_an_error(draws: int) -> None:
+    still, moved = torch.zeros(draws, 5), torch.rand(draws, 4) + 1
+    found = crossed_ratio(still, moved)
+    assert (found.value, found.samples) == (0.0, 4)
+    assert math.isnan(found.stderr)
+    for above in (still, moved):
+        found = crossed_ratio(above, still)
+        assert math.isnan(found.value)
+        assert math.isnan(found.stderr)
+
+
 def test_ratios_of_estimates() -> None:
     ratio = Estimate(2.0, 0.2, 10).over(Estimate(4.0, 0.8, 7))
     assert (ratio.value, ratio.samples) == (0.5, 7)

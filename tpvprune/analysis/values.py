@@ -72,18 +72,23 @@ def crossed_ratio(above: Tensor, below: Tensor) -> Estimate:
     Args:
         above: `(draws, inputs)`.
         below: `(draws, other inputs)`, the same draws.
+
+    Returns:
+        The ratio, NaN where nothing moved below. Its error is NaN where nothing moved on either side.
     """
     above, below = above.double(), below.double()
-    top, bottom = above.mean(), below.mean()
+    top, bottom, samples = above.mean(), below.mean(), min(above.shape[1], below.shape[1])
     ratio = float(top / bottom) if float(bottom) else math.nan
+    if not ratio or math.isnan(ratio):  # one side did not move: it has no spread to tell an error from
+        return Estimate(ratio, math.nan, samples)
     if len(above) == 1:
         one, other = _stderr(above[0]) / float(top), _stderr(below[0]) / float(bottom)
-        return Estimate(ratio, abs(ratio) * math.hypot(one, other), min(above.shape[1], below.shape[1]))
+        return Estimate(ratio, abs(ratio) * math.hypot(one, other), samples)
     by_draw = above.mean(1) / top - below.mean(1) / bottom
     variance = float(by_draw.var()) / len(by_draw)
     for values, mean in ((above, top), (below, bottom)):
         variance += float(values.mean(0).var()) / values.shape[1] / float(mean) ** 2
-    return Estimate(ratio, abs(ratio) * math.sqrt(variance), min(above.shape[1], below.shape[1]))
+    return Estimate(ratio, abs(ratio) * math.sqrt(variance), samples)
 
 
 def _stderr(values: Tensor) -> float:
