@@ -3,7 +3,8 @@
     python benchmarks/recovery.py --data cifar10/ --checkpoints checkpoints/ --net resnet20 --macs 0.5 --seeds 0 1 2
     python benchmarks/recovery.py --report --results benchmarks/results/recovery.jsonl
 
-A seed draws 2,000 unlabeled training images, which are scored and refitted on; everything is measured on 10,000 test
+A seed draws 2,000 unlabeled training images, which are scored and refitted on ("varied": flipped and shifted,
+otherwise in each step); everything is measured on 10,000 test
 images. Distillation takes all training images that are not measured on, without labels unless the row says so. Every
 row is appended to the results file as soon as it is done, and not run again. Seconds are of the whole way from the
 dense model to the recovered one, without measuring.
@@ -34,8 +35,8 @@ COMPENSATED, PLAIN = tp.TPV(compensated=True), tp.TPV(sensitivities=0)
 JOINT, BOTH = tp.TPV(), tp.TPV(compensated=True, sensitivities=1280)
 STEPS = tp.Planning(steps=4, refit=True, per="macs")
 
-# Name to (criterion, planning, closed form or "fold" or None, settings of the distillation or None).
-WAYS: dict[str, tuple[tp.TPV, tp.Planning, tp.Reconstruct | str | None, tp.Finetune | None]] = {
+# Name to (criterion, planning, closed form or "fold" or None, settings of what follows it or None).
+WAYS: dict[str, tuple[tp.TPV, tp.Planning, tp.Reconstruct | str | None, tp.GaussNewton | tp.Finetune | None]] = {
     "cut, not recovered": (JOINT, tp.Planning(per="macs"), None, None),
     "cut, means folded": (JOINT, tp.Planning(per="macs"), "fold", None),
     "cut, closed form": (JOINT, tp.Planning(per="macs"), BEST, None),
@@ -61,14 +62,16 @@ WAYS: dict[str, tuple[tp.TPV, tp.Planning, tp.Reconstruct | str | None, tp.Finet
         BEST,
         None,
     ),
+    "4 steps, Gauss-Newton": (COMPENSATED, STEPS, BEST, tp.GaussNewton()),
+    "4 steps, Gauss-Newton, varied": (COMPENSATED, STEPS, BEST, tp.GaussNewton()),
     "4 steps, distilled": (COMPENSATED, STEPS, BEST, tp.Finetune(epochs=10, lr=2e-3)),
     "4 steps, distilled, labels": (COMPENSATED, STEPS, BEST, tp.Finetune(epochs=10, lr=2e-3, label_weight=0.3)),
 }
-CLOSED = [name for name, (*_, tuned) in WAYS.items() if tuned is None]
+CLOSED = [name for name, (*_, tuned) in WAYS.items() if not isinstance(tuned, tp.Finetune)]
 
 
 def way(
-    dense: nn.Module, batches: list[Tensor], name: str, macs: float, seed: int, train: Callable[[], Any]
+    dense: nn.Module, batches: list[Tensor], name: str, macs: float, seed: int, train: Callable[..., Any]
 ) -> tuple[nn.Module, tp.Plan, float]:
     """The recovered model, its plan, and how many seconds it took."""
     criterion, planning, closed, tuned = WAYS[name]
@@ -82,7 +85,10 @@ def way(
     small = tp.recover(
         small, batches, teacher=dense, fold=closed == "fold", reconstruct_with=settings, finetune_with=None
     )
-    if tuned is not None:
+    if isinstance(tuned, tp.GaussNewton):
+        torch.manual_seed(seed)
+        small = tp.refine(small, train(IMAGES) if "varied" in name else batches, dense, tuned, log=print)
+    elif tuned is not None:
         torch.manual_seed(seed)
         small = tp.finetune(small, train(), dense, tuned, log=lambda told: print(told, flush=True))
     return small, plan, time.perf_counter() - start
@@ -157,9 +163,9 @@ def main() -> None:
                         order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(seed))
                         drawn = {seed: list(tensors(pool)[0][order].split(125))}
 
-                    def train(seed: int = seed) -> Any:
-                        whole = open_pool(args.data / "train", dense, labels="folders")
-                        return whole.loader(128, shuffle=True, augment=True, seed=seed)
+                    def train(images: int | None = None, seed: int = seed) -> Any:
+                        whole = open_pool(args.data / "train", dense, labels="folders").sample(images, seed)
+                        return whole.loader(125, shuffle=True, augment=True, seed=seed)
 
                     small, plan, seconds = way(dense, drawn[seed], name, macs, seed, train)
                     row = {

@@ -37,9 +37,11 @@ from tpvprune.planning.weights import weight_graph
 from tpvprune.recovery.batchnorm import reestimate_batchnorm
 from tpvprune.recovery.denseinputs import fold_means
 from tpvprune.recovery.finetune import Finetune, finetune
+from tpvprune.recovery.gaussnewton import refine
 from tpvprune.recovery.masks import Masks
 from tpvprune.recovery.reconstruct import Reconstruct, reconstruct
 from tpvprune.recovery.recover import recover
+from tpvprune.recovery.settings import GaussNewton
 from tpvprune.schedule import Planning, plan_for
 from tpvprune.scores import Scores, Sensitivities, Settled
 from tpvprune.scoring.criteria import TPV, score
@@ -77,6 +79,7 @@ __all__ = [
     "Finetune",
     "Fisher",
     "Function",
+    "GaussNewton",
     "Graph",
     "Group",
     "InputError",
@@ -138,6 +141,7 @@ __all__ = [
     "reconstruct",
     "recover",
     "reestimate_batchnorm",
+    "refine",
     "register_layer",
     "report_page",
     "save",

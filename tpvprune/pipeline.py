@@ -18,6 +18,7 @@ from tpvprune.planning.graph import trace
 from tpvprune.recovery.finetune import Finetune
 from tpvprune.recovery.reconstruct import Reconstruct
 from tpvprune.recovery.recover import CLOSED_FORM, recover
+from tpvprune.recovery.settings import GaussNewton
 from tpvprune.schedule import Planning, plan_for
 from tpvprune.scores import Scores
 from tpvprune.scoring.criteria import TPV, Criterion, predicted_kl, score
@@ -52,6 +53,7 @@ def prune(
     depth: bool = False,
     held_out: Iterable[Batch] | None = None,
     reconstruct_with: Reconstruct | None = CLOSED_FORM,
+    refine_with: GaussNewton | None = None,
     finetune_with: Finetune | None = None,
     progress: Progress | None = None,
 ) -> Pruned:
@@ -70,6 +72,7 @@ def prune(
         held_out: other batches to measure on, with labels or without. Without them the report measures
             on the scoring batches and says so.
         reconstruct_with: closed-form recovery; None leaves it out.
+        refine_with: Gauss-Newton refit after it; left out by default.
         finetune_with: distillation; left out by default.
         progress: called as `progress(stage, done, total)`.
 
@@ -110,12 +113,13 @@ def prune(
     cut = apply(model, plan)
     clock = timed("apply", clock)
     small = None
-    if reconstruct_with is not None or finetune_with is not None:
+    if any(stage is not None for stage in (reconstruct_with, refine_with, finetune_with)):
         small = recover(
             cut,
             batches,
             teacher=model,
             reconstruct_with=reconstruct_with,
+            refine_with=refine_with,
             finetune_with=finetune_with,
             output=output,
             progress=progress,

@@ -22,6 +22,7 @@ from tpvprune.errors import InputError, RecipeError
 from tpvprune.files import read_text
 from tpvprune.recovery.finetune import Finetune
 from tpvprune.recovery.reconstruct import Reconstruct
+from tpvprune.recovery.settings import GaussNewton
 from tpvprune.schedule import Planning
 from tpvprune.scoring.criteria import TPV, Criterion
 from tpvprune.scoring.heads import HEADS
@@ -90,6 +91,8 @@ BudgetSection: Any = _section_of(
 ReconstructSection: Any = _section_of(
     Reconstruct, "ReconstructSection", samples=(int | None, Field(default=1000, ge=1))
 )
+# On the images of the closed form.
+RefineSection: Any = _section_of(GaussNewton, "RefineSection", augment=(bool, True))
 FinetuneSection: Any = _section_of(
     Finetune,
     "FinetuneSection",
@@ -134,6 +137,7 @@ class RecoverSection(_Strict):
     """What follows the cut; null leaves a step out."""
 
     reconstruct: Optional[ReconstructSection] = Field(default_factory=ReconstructSection)  # noqa: UP045
+    refine: Optional[RefineSection] = None  # noqa: UP045
     fold: bool = False
     batchnorm: bool = False
     finetune: Optional[FinetuneSection] = Field(default_factory=FinetuneSection)  # noqa: UP045
@@ -193,6 +197,11 @@ class Recipe(_Strict):
         """How to refit, or None."""
         section = self.recover.reconstruct
         return None if section is None else _settings(Reconstruct, section, "recover.reconstruct")
+
+    def gauss_newton(self) -> GaussNewton | None:
+        """How to refit all layers at once, or None."""
+        section = self.recover.refine
+        return None if section is None else _settings(GaussNewton, section, "recover.refine")
 
     def distillation(self) -> Finetune | None:
         """How to fine-tune, or None."""
@@ -300,7 +309,9 @@ def validate_recipe(
         raise RecipeError(_explain(error, kind, origin, set_by, lines or {})) from error
     if isinstance(recipe, Recipe):
         try:
-            recipe.criterion(), recipe.limits(), recipe.planning(), recipe.closed_form(), recipe.distillation()
+            for settings in (recipe.criterion, recipe.limits, recipe.planning, recipe.closed_form):
+                settings()
+            recipe.gauss_newton(), recipe.distillation()
         except RecipeError as error:
             raise RecipeError(f"{_place(str(error), origin, set_by, lines or {})}: {error}") from error
     return recipe

@@ -7,10 +7,11 @@ the stage is done.
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -76,22 +77,31 @@ class Recovery:
     def _refit(self, small: nn.Module) -> tuple[dict[str, Any], nn.Module]:
         told: dict[str, Any] = {"steps": []}
         closed, section = self.recipe.closed_form(), self.recipe.recover
-        if closed is None and not section.fold and not section.batchnorm:
+        newton = self.recipe.gauss_newton()
+        if closed is None and newton is None and not section.fold and not section.batchnorm:
             return told, small
         pool = refitted(self.recipe, self.scored)
+        varied = None
+        if newton is not None:
+            self._seed()
+            augment = cast(Any, section.refine).augment
+            varied = self.loader(pool, train=True, augment=augment)
         small = recover(
             small,
             self.loader(pool),
             teacher=self.dense,
             reconstruct_with=closed,
+            refine_with=newton,
+            refine_batches=varied,
             fold=section.fold,
             batchnorm=section.batchnorm,
             finetune_with=None,
             progress=self.progress,
-            log=lambda cost: told.__setitem__("closed_form", cost),
+            log=lambda cost: told.__setitem__("refine" if "after" in cost else "closed_form", cost),
         )
         told["steps"] += ["fold"] if section.fold else []
         told["steps"] += ["reconstruct"] if closed is not None else []
+        told["steps"] += ["refine"] if newton is not None else []
         told["steps"] += ["batchnorm"] if section.batchnorm else []
         told["reconstruct_images"] = len(pool)
         return told, small
@@ -102,7 +112,7 @@ class Recovery:
         learnt, held = pool, None
         if tuning.patience is not None:  # a tenth is kept back to see when to end
             learnt, held = pool.part(lambda place: place % 10 < 9), pool.part(lambda place: place % 10 == 9)
-        torch.manual_seed(self.recipe.seed)
+        self._seed()
         told.setdefault("epochs", [])
         small = recover(
             small,
@@ -127,6 +137,11 @@ class Recovery:
             f"epoch {found['epoch']}: loss {found['loss']:.4g}{held}, {found['samples_per_second']:.0f} images/s, "
             f"at most {found['seconds_left']:.0f} s left"
         )
+
+    def _seed(self) -> None:
+        """Of what augmentation draws: torchvision from torch, timm from Python."""
+        torch.manual_seed(self.recipe.seed)
+        random.seed(self.recipe.seed)
 
     def _keep(self, told: dict[str, Any]) -> None:
         write_text(self.partial / TOLD, json.dumps(told))

@@ -1,4 +1,4 @@
-"""The recovery verb: means or closed form, then (if asked) batch-norm statistics, then distillation."""
+"""The recovery verb: means or closed form, then (if asked) Gauss-Newton and batch norms, then distillation."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from tpvprune.batches import Batch, Progress, Selector, repeatable
 from tpvprune.recovery.batchnorm import reestimate_batchnorm
 from tpvprune.recovery.denseinputs import fold_means
 from tpvprune.recovery.finetune import Log, finetune
+from tpvprune.recovery.gaussnewton import refine
 from tpvprune.recovery.reconstruct import Reconstruct, reconstruct
-from tpvprune.recovery.settings import Finetune
+from tpvprune.recovery.settings import Finetune, GaussNewton
 
 CLOSED_FORM = Reconstruct()
 DISTILLATION = Finetune()
@@ -24,6 +25,8 @@ def recover(
     *,
     teacher: nn.Module,
     reconstruct_with: Reconstruct | None = CLOSED_FORM,
+    refine_with: GaussNewton | None = None,
+    refine_batches: Iterable[Batch] | None = None,
     fold: bool = False,
     batchnorm: bool = False,
     finetune_with: Finetune | None = DISTILLATION,
@@ -41,6 +44,8 @@ def recover(
         batches: unlabeled; a list or a DataLoader.
         teacher: the dense model.
         reconstruct_with: settings of the closed form; None leaves it out.
+        refine_with: settings of the Gauss-Newton refit that follows the closed form; left out by default.
+        refine_batches: other (augmented) batches for it.
         fold: whether to add the means of what has left to biases first: the cheapest recovery, of no use before a
             closed form.
         batchnorm: whether to re-estimate batch-norm statistics before fine-tuning.
@@ -50,7 +55,7 @@ def recover(
         save: a folder for the distillation's state; one found there is gone on with. See `finetune`.
         output: which part of what the models return the distillation compares; see `finetune`.
         progress: called as `progress(stage, done, total)`.
-        log: receives what the closed form cost, and the distillation's loss per epoch.
+        log: receives what the closed form and the Gauss-Newton refit cost, and the distillation's loss per epoch.
 
     Raises:
         PlanError: the model carries no plan, or the teacher is another model.
@@ -61,6 +66,9 @@ def recover(
         model = fold_means(model, batches, teacher, progress=progress)
     if reconstruct_with is not None:
         model = reconstruct(model, batches, teacher, reconstruct_with, progress=progress, log=log)
+    if refine_with is not None:
+        chosen = batches if refine_batches is None else refine_batches
+        model = refine(model, chosen, teacher, refine_with, progress=progress, log=log)
     if batchnorm:
         model = reestimate_batchnorm(model, batches, progress=progress)
     if finetune_with is not None:

@@ -1,13 +1,44 @@
-"""Settings of the distillation."""
+"""Settings of the Gauss-Newton refit and of the distillation."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from tpvprune.errors import InputError
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "constant")
+
+
+@dataclass(frozen=True)
+class GaussNewton:
+    """Settings of the Gauss-Newton refit.
+
+    Attributes:
+        steps: linearisations.
+        iterations: of conjugate gradients in each.
+        curvature: share of the batches that each product with the curvature is taken over; gradients and step lengths
+            are of all of them.
+        damping: pull toward the weights at hand, as a share of the mean curvature of each tensor.
+        positions: of a sample's positions (pixels, tokens) of a layer, at most so many enter the preconditioner.
+    """
+
+    steps: int = 2
+    iterations: int = 6
+    curvature: float = 1.0
+    damping: float = 1e-4
+    positions: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "iterations", "positions"):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= 1):
+                raise InputError(f"{name}={value!r} must be a whole number from 1")
+        if not 0 < self.curvature <= 1:
+            raise InputError(f"curvature={self.curvature} must be above zero and at most 1")
+        if not (math.isfinite(self.damping) and self.damping > 0):
+            raise InputError(f"damping={self.damping} must be a number above zero")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,328 @@
+"""The Gauss-Newton refit against dense Jacobians and a dense solve."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev
+from torch.nn import functional as F
+
+import tpvprune as tp
+from tests import tolerances
+from tests.cases import randomise
+from tests.helpers import assert_same_state, gap
+from tests.recovery.test_reconstruct import cut, data
+from tpvprune.batches import evaluation_mode, plain_attention
+from tpvprune.plan import plan_of
+from tpvprune.recovery.gaussnewton import _conjugate_gradients
+from tpvprune.recovery.matching import Task, _spread
+
+
+class Attention(nn.Module):
+    """Two heads on a stream; three layers read one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.norm = nn.Linear(5, 6), nn.LayerNorm(6)
+        self.q, self.k, self.v, self.out = (nn.Linear(6, 6) for _ in range(4))
+        self.up, self.down = nn.Linear(6, 9), nn.Linear(9, 6)
+        self.last, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.read(x)
+        y = self.norm(x)
+        q, k, v = (f(y).unflatten(-1, (2, 3)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + self.down(F.gelu(self.up(x)))
+        return self.head(F.gelu(self.last(x)).mean(1))
+
+
+class Convolutions(nn.Module):
+    """A stream with a residual sum, a norm, a depthwise layer and an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.norm = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.inner, self.depth = nn.Conv2d(6, 8, 3, padding=1, stride=1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.outer = nn.Conv2d(8, 6, 1)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.norm(self.read(x)))
+        x = x + self.outer(F.silu(self.depth(self.inner(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, list[int]]]] = {
+    "perceptron": (
+        lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3)),
+        (30, 5),
+        {"0": [1, 4], "2": [0, 3]},
+    ),
+    "convolutions": (Convolutions, (6, 3, 5, 5), {"inner": [0, 5], "read": [2]}),
+    "attention": (Attention, (10, 4, 5), {"up": [0, 2, 3]}),
+}
+
+
+def built(name: str) -> tuple[nn.Module, nn.Module, list[Tensor]]:
+    make, shape, gone = MODELS[name]
+    torch.manual_seed(0)
+    model = randomise(make())
+    batches = data(*shape, batches=3)
+    return model, cut(model, batches[0], gone), batches
+
+
+def read_by(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    held: dict[str, Tensor] = {}
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    handles = [m.register_forward_pre_hook(lambda _, a, n=n: held.update({n: a[0]})) for n, m in layers]
+    model(x)
+    for handle in handles:
+        handle.remove()
+    return held
+
+
+# Names of layers whose inputs are compared, each tensor once; and what is left of it, as the plans above say.
+COMPARED = {
+    "perceptron": {"2": [0, 2, 3, 5, 6, 7], "4": [1, 2, 4, 5, 6]},
+    "convolutions": {
+        "inner": [0, 1, 3, 4, 5],
+        "depth": [1, 2, 3, 4, 6, 7],
+        "outer": [1, 2, 3, 4, 6, 7],
+    },
+    "attention": {"q": None, "out": None, "up": None, "down": [1, 4, 5, 6, 7, 8], "last": None},
+}
+
+
+def reference(name: str, model: nn.Module, small: nn.Module, batches: list[Tensor]) -> Callable[[dict], Tensor]:
+    """All residuals, each over the standard deviation and the root of the count, as one vector of the parameters."""
+    x, kept = torch.cat(batches), COMPARED[name]
+
+    def rows(value: Tensor, layer: str) -> Tensor:
+        if kept[layer] is None:
+            return value
+        return value[..., kept[layer]] if isinstance(model.get_submodule(layer), nn.Linear) else value[:, kept[layer]]
+
+    wanted = {layer: rows(value, layer).detach() for layer, value in read_by(model, x).items() if layer in kept}
+
+    def residuals(theta: dict[str, Tensor]) -> Tensor:
+        held: dict[str, Tensor] = {}
+        handles = [
+            small.get_submodule(n).register_forward_pre_hook(lambda _, a, n=n: held.update({n: a[0]})) for n in kept
+        ]
+        functional_call(small, theta, (x,))
+        for handle in handles:
+            handle.remove()
+        parts = [(held[n] - wanted[n]) / (wanted[n].var(correction=0) * wanted[n].numel()).sqrt() for n in kept]
+        return torch.cat([p.flatten() for p in parts])
+
+    return residuals
+
+
+def dense(jacobian: dict[str, Tensor], names: list[str]) -> Tensor:
+    return torch.cat([jacobian[n].flatten(1) for n in names], 1)
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_loss_gradient_and_curvature_are_those_of_dense_jacobians(name: str) -> None:
+    model, small, batches = built(name)
+    plan = plan_of(small)
+    assert plan is not None
+    with evaluation_mode(small, model), plain_attention(), torch.no_grad():
+        task = Task(small, model, plan, batches, tp.GaussNewton(curvature=1.0), None, 0)
+        assert [point.layer for point in task.points] == list(COMPARED[name])
+        loss, gradient = task.gradient(task.start)
+        vector = {n: torch.randn(p.shape, dtype=p.dtype) for n, p in task.start.items()}
+        image = task.curved(task.start, vector)
+    residuals = reference(name, model, small, batches)
+    at = {n: p.detach() for n, p in small.named_parameters()}
+    with plain_attention():
+        found, jacobian = residuals(at), jacrev(residuals)(at)
+    moved = [n for n in at if float(jacobian[n].abs().max()) > 0]
+    assert set(moved) <= set(task.start)
+    j = dense(jacobian, moved)
+    assert loss == pytest.approx(float(found.square().sum()), rel=tolerances.EXACT)
+    assert float(task.loss(task.start)) == pytest.approx(loss, rel=tolerances.EXACT)
+
+    def flat(v: dict[str, Tensor]) -> Tensor:
+        return torch.cat([v[n].flatten() for n in moved])
+
+    for mine, wanted in ((flat(gradient), j.T @ found), (flat(image), j.T @ (j @ flat(vector)))):
+        torch.testing.assert_close(mine, wanted.detach(), rtol=0, atol=tolerances.EXACT * float(wanted.abs().max()))
+
+
+def test_many_iterations_solve_the_damped_problem() -> None:
+    model, small, batches = built("perceptron")
+    plan = plan_of(small)
+    assert plan is not None
+    settings = tp.GaussNewton(curvature=1.0, damping=1e-2)
+    with torch.no_grad():
+        task = Task(small, model, plan, batches, settings, None, 0)
+        loss, gradient = task.gradient(task.start)
+        factors = task.factors(task.start)
+        right = {n: -g for n, g in gradient.items()}
+        found = _conjugate_gradients(lambda v: task.curved(task.start, v), right, factors, 300)
+    residuals = reference("perceptron", model, small, batches)
+    at = {n: p.detach() for n, p in small.named_parameters()}
+    names = list(task.start)
+    j = dense(jacrev(residuals)(at), names)
+    damping = torch.cat([torch.full((at[n].numel(),), factors._damping[n], dtype=torch.float64) for n in names])
+    assert float(damping.min()) > 0
+    wanted = torch.linalg.solve(j.T @ j + damping.diag(), -j.T @ residuals(at))
+    mine = torch.cat([found[n].flatten() for n in names])
+    torch.testing.assert_close(mine, wanted, rtol=0, atol=tolerances.SOLVE * float(wanted.abs().max()))
+    assert loss > 0
+
+
+def test_damping_is_a_share_of_the_mean_curvature() -> None:
+    """Many draws of signs, against the diagonal of a dense Jacobian."""
+    model, small, _ = built("perceptron")
+    plan = plan_of(small)
+    assert plan is not None
+    many = data(10, 5, batches=50)
+    with torch.no_grad():
+        task = Task(small, model, plan, many, tp.GaussNewton(damping=0.5), None, 0)
+        found = task.factors(task.start)._damping
+    at = {n: p.detach() for n, p in small.named_parameters()}
+    jacobian = jacrev(reference("perceptron", model, small, many))(at)
+    for name in ("0.bias", "2.bias"):
+        wanted = 0.5 * float(jacobian[name].square().sum(0).mean())
+        assert found[name] == pytest.approx(
+            wanted, rel=0.25
+        )  # of 50 squares; the standard error of a mean is 20 % less
+
+
+def test_parameters_that_nothing_depends_on_stay() -> None:
+    """A key's bias adds the same to all of a query's products, which softmax takes out."""
+    model, small, batches = built("attention")
+    found = tp.refine(small, batches, model)
+    assert torch.equal(found.k.bias, small.k.bias)
+    assert gap(found.q.bias, small.q.bias) > 1e-6
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_what_layers_read_and_the_outputs_come_closer(name: str) -> None:
+    model, small, batches = built(name)
+    before, told, seen = copy.deepcopy(small), [], []
+    small = tp.reconstruct(small, batches, model)
+    kept = copy.deepcopy(small.state_dict())
+    found = tp.refine(
+        small,
+        batches,
+        model,
+        tp.GaussNewton(steps=3, iterations=20),
+        progress=lambda *passes: seen.append(passes),
+        log=told.append,
+    )
+    assert_same_state(small.state_dict(), kept)
+    (cost,) = told
+    assert cost["samples"] == sum(map(len, batches))
+    assert cost["after"] < 0.8 * cost["before"]
+    residuals = reference(name, model, before, batches)
+    losses = [float(residuals({n: p.detach() for n, p in m.named_parameters()}).square().sum()) for m in (small, found)]
+    count = len(COMPARED[name])
+    assert [cost["before"], cost["after"]] == pytest.approx([loss / count for loss in losses], rel=1e-6)
+    stages, done, most = zip(*seen, strict=True)
+    assert set(stages) == {"refine"}
+    assert list(done) == sorted(set(done))
+    assert max(done) <= most[0]
+    assert len(set(most)) == 1
+
+
+def test_a_classifier_and_statistics_stay() -> None:
+    model, small, batches = built("convolutions")
+    found = tp.refine(small, batches, model, tp.GaussNewton(steps=1))
+    assert_same_state(found.fc.state_dict(), small.fc.state_dict())
+    for name in ("running_mean", "running_var"):
+        assert torch.equal(getattr(found.norm, name), getattr(small.norm, name))
+    assert gap(found.inner.weight, small.inner.weight) > 1e-3
+    assert plan_of(found) is not None
+
+
+def test_masked_weights_stay_zero() -> None:
+    model, _, batches = built("convolutions")
+    graph = tp.weight_graph(model)
+    small = tp.apply(model, tp.sparsify(tp.score(model, batches, graph, tp.L1()), graph, 0.6))
+    told: list[dict[str, float]] = []
+    found = tp.refine(small, batches, model, log=told.append)
+    assert told[0]["after"] < told[0]["before"]
+    for name, mask in plan_of(small).weight_masks().items():
+        weight = found.get_parameter(name)
+        assert not bool(weight[~mask].any())
+        if name not in ("outer.weight", "fc.weight"):  # nothing that is compared follows those
+            assert gap(weight[mask], small.get_parameter(name)[mask]) > 1e-4
+
+
+def test_each_step_reads_the_batches_again() -> None:
+    model, small, batches = built("perceptron")
+
+    class Varied:
+        reads = 0
+
+        def __len__(self) -> int:
+            return len(batches)
+
+        def __iter__(self):
+            self.reads += 1
+            yield from [batch + 0.1 * self.reads for batch in batches]
+
+    varied = Varied()
+    found = tp.refine(small, varied, model, tp.GaussNewton(steps=2))
+    assert varied.reads == 2
+    first = tp.refine(small, [b + 0.1 for b in batches], model, tp.GaussNewton(steps=1))
+    second = tp.refine(first, [b + 0.2 for b in batches], model, tp.GaussNewton(steps=1))
+    assert_same_state(found.state_dict(), second.state_dict())
+
+
+def test_the_same_images_give_the_same_weights() -> None:
+    model, small, batches = built("convolutions")
+    torch.manual_seed(1)
+    one = tp.refine(small, batches, model)
+    torch.manual_seed(2)
+    assert_same_state(tp.refine(small, batches, model).state_dict(), one.state_dict())
+
+
+def test_batches_are_taken_evenly_spaced() -> None:
+    inputs = [torch.full((1,), float(i)) for i in range(10)]
+    assert [int(t) for t in _spread(inputs, 5)] == [0, 2, 4, 6, 8]
+    assert [int(t) for t in _spread(inputs, 3)] == [0, 3, 6]
+    assert len(_spread(inputs, 99)) == 10
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext", "test_efficientnet", "test_mambaout"])
+def test_timm_models_come_closer(name: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10).eval()
+    side = 160 if name == "test_vit" else 64
+    batches = [torch.randn(4, 3, side, side) for _ in range(4)]
+    settings = tp.GaussNewton(steps=1, iterations=3)
+    found = tp.prune(model, batches, tp.Budget(macs=0.6), refine_with=settings)
+    told: list[dict[str, float]] = []
+    small = tp.apply(model, found.plan)
+    again = tp.recover(small, batches, teacher=model, refine_with=settings, finetune_with=None, log=told.append)
+    assert told[-1]["after"] < told[-1]["before"]
+    assert_same_state(again.state_dict(), found.model.state_dict())
+
+
+def test_errors_name_what_is_wrong() -> None:
+    model, small, batches = built("perceptron")
+    with pytest.raises(tp.PlanError, match="refine needs a model that apply"):
+        tp.refine(model, batches, model)
+    with pytest.raises(tp.DataError, match="every step reads them"):
+        tp.refine(small, iter(batches), model)
+    with pytest.raises(tp.DataError, match="refine: there is no batch"):
+        tp.refine(small, [], model)
+    with pytest.raises(tp.NonFiniteError, match="not finite"):
+        tp.refine(small, [b * float("inf") for b in batches], model)
+    flat = randomise(nn.Sequential(nn.Linear(5, 4)))
+    with pytest.raises(tp.ModelError, match="leave it out"):
+        tp.refine(tp.apply(flat, tp.Plan({}, tp.trace(flat, batches[0]))), batches, flat)
+    for settings in ({"steps": 0}, {"iterations": 0}, {"positions": 0}, {"damping": 0.0}, {"curvature": 0.0}):
+        ((key, value),) = settings.items()
+        with pytest.raises(tp.InputError, match=f"{key}={value}"):
+            tp.GaussNewton(**settings)

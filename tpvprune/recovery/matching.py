@@ -1,0 +1,266 @@
+"""What layers of a pruned model read, against what those of the dense model read: a least-squares problem."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+
+from tpvprune.batches import Progress
+from tpvprune.errors import ModelError
+from tpvprune.plan import Plan
+from tpvprune.recovery.fits import REFITTED, kept_inputs
+from tpvprune.recovery.kronecker import Factors, Vector
+from tpvprune.recovery.settings import GaussNewton
+
+logger = logging.getLogger(__name__)
+LENGTHS = tuple(2.0**-i for i in range(10))  # of steps, that are tried in turn
+ESTIMATED_ON = 512  # samples that the preconditioner is estimated on
+
+
+@dataclass(frozen=True)
+class Point:
+    """An input that is compared.
+
+    Attributes:
+        layer: name of the layer that reads it.
+        dim: that channels lie along.
+        kept: the dense model's channels that are left, `(channels,)`; None for all.
+    """
+
+    layer: str
+    dim: int
+    kept: Tensor | None
+
+    def of_dense(self, value: Tensor) -> Tensor:
+        """What is left of what the dense model's layer reads."""
+        return value if self.kept is None else value.index_select(self.dim % value.ndim, self.kept.to(value.device))
+
+
+class Task:
+    """The least-squares problem over all parameters: its loss, its gradient, and products with its curvature.
+
+    Args:
+        small: the pruned model, in eval mode; its parameters are replaced in calls and never written.
+        teacher: the dense model.
+        plan: what `small` lacks.
+        inputs: batches.
+        settings: how many passes there are, for progress.
+        progress: told of every pass.
+        step: number of this one, from 0.
+    """
+
+    def __init__(
+        self,
+        small: nn.Module,
+        teacher: nn.Module,
+        plan: Plan,
+        inputs: Sequence[Tensor],
+        settings: GaussNewton,
+        progress: Progress | None,
+        step: int,
+    ) -> None:
+        self.small, self.teacher, self.inputs, self.settings = small, teacher, inputs, settings
+        self.points = _points(small, teacher, plan, inputs[0])
+        if not self.points:
+            raise ModelError(
+                "refine compares the inputs of linear layers and convolutions, and this model has none that depend on "
+                "its parameters in the same way as the dense one's; leave it out"
+            )
+        masks = plan.weight_masks()
+        self._masks = {name: mask for name, mask in masks.items() if not bool(mask.all())}
+        each = 3 + settings.iterations + len(LENGTHS)
+        self._progress, self._done, self._most = progress, step * each, settings.steps * each
+        self._weights = self._scales()
+        self.start = {n: p.detach() for n, p in small.named_parameters() if n in self._reached()}
+
+    def loss(self, theta: Vector) -> float:
+        """Sum over points of the squared distance over the variance."""
+        total = 0.0
+        for batch in self.inputs:
+            wanted, found = self._wanted(batch), self._found(theta, batch)
+            total += sum(float((f - w).square().sum() * s) for f, w, s in self._rows(found, wanted))
+        self._tell()
+        return total
+
+    def gradient(self, theta: Vector) -> tuple[float, Vector]:
+        """The loss and half its gradient."""
+        total, summed = 0.0, {name: torch.zeros_like(value) for name, value in theta.items()}
+        for batch in self.inputs:
+            wanted = self._wanted(batch)
+            with self._graph(theta, batch) as (leaves, found):
+                parts = [(f - w.to(f.dtype)) for f, w, _ in self._rows(found, wanted)]
+                total += sum(float(d.detach().square().sum()) * s for d, s in zip(parts, self._weights, strict=True))
+                cotangents = [d.detach() * s for d, s in zip(parts, self._weights, strict=True)]
+                self._add(summed, leaves, found, cotangents)
+        self._tell()
+        return total, self._masked(summed)
+
+    def curved(self, theta: Vector, vector: Vector) -> Vector:
+        """`J^T S J v`, `S` the scale of each point."""
+        summed = {name: torch.zeros_like(value) for name, value in theta.items()}
+        some = _spread(self.inputs, math.ceil(len(self.inputs) * self.settings.curvature))
+        for batch in some:
+            try:
+                with _no_advice():
+                    tangents = jvp(lambda t, at=batch: tuple(self._found(t, at)), (theta,), (vector,))[1]
+            except NotImplementedError as error:
+                raise ModelError(f"refine needs forward derivatives, and the model uses one without: {error}") from None
+            with self._graph(theta, batch) as (leaves, found):
+                cotangents = [t.detach() * s for t, s in zip(tangents, self._weights, strict=True)]
+                self._add(summed, leaves, found, cotangents)
+        self._tell()
+        times = sum(map(len, self.inputs)) / sum(map(len, some))
+        return self._masked({name: value * times for name, value in summed.items()})
+
+    def factors(self, theta: Vector) -> Factors:
+        """What the preconditioner is made of, estimated on some of the batches."""
+        found = Factors(self.small, theta, self.settings, self._masks)
+        generator = torch.Generator(self.inputs[0].device).manual_seed(0)
+        some = _spread(self.inputs, max(1, ESTIMATED_ON // len(self.inputs[0])))
+        for batch in some:
+            with found.watched(), self._graph(theta, batch) as (leaves, points):
+                signs = [
+                    (torch.randint(0, 2, p.shape, generator=generator, device=p.device) * 2 - 1) * s**0.5
+                    for p, s in zip(points, self._weights, strict=True)
+                ]
+                summed = {name: torch.zeros_like(value) for name, value in theta.items()}
+                self._add(summed, leaves, points, [s.to(p.dtype) for s, p in zip(signs, points, strict=True)])
+                found.add(summed)
+        self._tell()
+        found.finish(sum(map(len, self.inputs)) / sum(map(len, some)))
+        return found
+
+    @contextmanager
+    def _graph(self, theta: Vector, batch: Tensor) -> Iterator[tuple[Vector, list[Tensor]]]:
+        with torch.enable_grad():
+            leaves = {name: value.detach().clone().requires_grad_() for name, value in theta.items()}
+            yield leaves, self._found(leaves, batch)
+
+    @staticmethod
+    def _add(summed: Vector, leaves: Vector, found: Sequence[Tensor], cotangents: Sequence[Tensor]) -> None:
+        gradients = torch.autograd.grad(found, list(leaves.values()), cotangents, allow_unused=True)
+        for name, gradient in zip(leaves, gradients, strict=True):
+            if gradient is not None:
+                summed[name] += gradient
+
+    def _found(self, theta: Vector, batch: Tensor) -> list[Tensor]:
+        with _inputs_of(self.small, self._names) as held:
+            functional_call(self.small, theta, (batch,))
+        return [held[name][0] for name in self._names]
+
+    def _wanted(self, batch: Tensor) -> list[Tensor]:
+        with torch.no_grad(), _inputs_of(self.teacher, self._names) as held:
+            self.teacher(batch)
+        return [point.of_dense(held[point.layer][0]) for point in self.points]
+
+    def _rows(self, found: Iterable[Tensor], wanted: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, float]]:
+        return zip(found, wanted, self._weights, strict=True)
+
+    @property
+    def _names(self) -> list[str]:
+        return [point.layer for point in self.points]
+
+    def _scales(self) -> list[float]:
+        """For each point one over its variance and its count of numbers."""
+        count = [0] * len(self.points)
+        sums, squares = [0.0] * len(self.points), [0.0] * len(self.points)
+        for batch in self.inputs:
+            for i, value in enumerate(self._wanted(batch)):
+                count[i] += value.numel()
+                sums[i] += float(value.sum(dtype=torch.float64))
+                squares[i] += float(value.double().square().sum())
+        self._tell()
+        spread = [q / n - (s / n) ** 2 for n, s, q in zip(count, sums, squares, strict=True)]
+        return [1 / (n * v) if v > 0 else 0.0 for n, v in zip(count, spread, strict=True)]
+
+    def _reached(self) -> set[str]:
+        """Names of the parameters that move any point."""
+        theta = {name: p.detach() for name, p in self.small.named_parameters() if p.is_floating_point()}
+        with self._graph(theta, self.inputs[0][:2]) as (leaves, found):
+            ones = [torch.ones_like(f) for f in found]
+            gradients = torch.autograd.grad(found, list(leaves.values()), ones, allow_unused=True)
+        return {name for name, gradient in zip(leaves, gradients, strict=True) if gradient is not None}
+
+    def _masked(self, vector: Vector) -> Vector:
+        for name, mask in self._masks.items():
+            if name in vector:
+                vector[name] = vector[name] * mask.to(vector[name].device)
+        return vector
+
+    def _tell(self) -> None:
+        self._done += 1
+        if self._progress:
+            self._progress("refine", self._done, self._most)
+
+
+@contextmanager
+def _no_advice() -> Iterator[None]:
+    """Forward derivatives compile some of torch's own code the way that torch advises against."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
+        yield
+
+
+def _spread(inputs: Sequence[Tensor], count: int) -> list[Tensor]:
+    """So many of the batches, evenly spaced: neighbours may be of one class."""
+    count = min(count, len(inputs))
+    return [inputs[i * len(inputs) // count] for i in range(count)]
+
+
+@contextmanager
+def _inputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """What named layers read in each call while this is on."""
+    held: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor):
+                held[name].append(args[0])
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
+    try:
+        yield held
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _points(small: nn.Module, teacher: nn.Module, plan: Plan, batch: Tensor) -> list[Point]:
+    """Inputs of layers that both networks run once, each tensor once, that the pruned network's parameters move."""
+    both = [dict(model.named_modules()) for model in (small, teacher)]
+    names = [n for n, m in both[0].items() if isinstance(m, REFITTED) and isinstance(both[1].get(n), REFITTED)]
+    few, found, known, many = batch[:2], [], set(), set()
+    with torch.enable_grad(), _inputs_of(small, names) as mine:
+        leaves = {n: p.detach().clone().requires_grad_() for n, p in small.named_parameters() if p.is_floating_point()}
+        functional_call(small, leaves, (few,))
+    with _inputs_of(teacher, names) as dense:
+        teacher(few)
+    for name in names:
+        if len(mine[name]) != 1 or len(dense[name]) != 1:
+            continue
+        value = mine[name][0]
+        if id(value) in known or not value.requires_grad:
+            continue
+        layer: Any = both[1][name]
+        kept = kept_inputs(plan, layer, name) if f"{name}.weight" in plan.graph.shapes else None
+        point = Point(name, -1 if isinstance(layer, nn.Linear) else 1, kept)
+        if point.of_dense(dense[name][0]).shape != value.shape:
+            logger.info("refine: what %s reads has another shape in the pruned model and is not compared", name)
+            continue
+        known.add(id(value))
+        found.append(point)
+        if value.numel() > value.shape[0] * value.shape[point.dim]:
+            many.add(name)
+    # One vector a sample has too few numbers for the parameters before it, and was measured to be fitted too well.
+    return [point for point in found if not many or point.layer in many]
