@@ -35,6 +35,21 @@ def test_what_the_closed_form_cost_is_told(place: Path) -> None:  # noqa: F811
     assert 0 < told["closed_form"]["memory_mib"] < 100
 
 
+def test_a_gauss_newton_refit_follows_the_closed_form(place: Path) -> None:  # noqa: F811
+    newton = ("recover.refine.steps=2", "recover.refine.iterations=2")
+    told = Run(recipe(place, *newton), place / "out").until("recover")
+    assert told["steps"] == ["reconstruct", "refine"]
+    assert told["refine"]["samples"] == 12
+    assert told["refine"]["after"] < told["refine"]["before"]
+    again = Run(recipe(place, *newton), place / "again").until("recover")
+    assert again["refine"]["after"] == told["refine"]["after"]
+    assert_same_state(tp.load(place / "out").state_dict(), tp.load(place / "again").state_dict())
+    plain = Run(recipe(place, *newton, "recover.refine.augment=false"), place / "plain").until("recover")
+    assert plain["refine"]["before"] != told["refine"]["before"]
+    with pytest.raises(RecipeError, match=r"recover.refine.*damping=0"):
+        recipe(place, "recover.refine.damping=0")
+
+
 def test_refits_between_steps_follow_the_recipe(place: Path) -> None:  # noqa: F811
     steps = ("plan.steps=3", "plan.refit=true")
     plain, other = recipe(place, *steps), recipe(place, *steps, "recover.reconstruct.ridge=0.5")
