@@ -68,7 +68,9 @@ class Task:
         progress: Progress | None,
         step: int,
     ) -> None:
-        self.small, self.teacher, self.inputs, self.settings = small, teacher, inputs, settings
+        # Not channels_last: torch 2.14's gradients of such weights, cut to odd widths, crashed a CPU at two threads.
+        self.inputs = [batch.contiguous() for batch in inputs]
+        self.small, self.teacher, self.settings = small, teacher, settings
         self.points = _points(small, teacher, plan, inputs[0])
         if not self.points:
             raise ModelError(
@@ -80,7 +82,8 @@ class Task:
         each = 3 + settings.iterations + len(LENGTHS)
         self._progress, self._done, self._most = progress, step * each, settings.steps * each
         self._weights = self._scales()
-        self.start = {n: p.detach() for n, p in small.named_parameters() if n in self._reached()}
+        reached = self._reached()
+        self.start = {n: p.detach().contiguous() for n, p in small.named_parameters() if n in reached}
 
     def loss(self, theta: Vector) -> float:
         """Sum over points of the squared distance over the variance."""
@@ -184,7 +187,7 @@ class Task:
 
     def _reached(self) -> set[str]:
         """Names of the parameters that move any point."""
-        theta = {name: p.detach() for name, p in self.small.named_parameters() if p.is_floating_point()}
+        theta = {n: p.detach().contiguous() for n, p in self.small.named_parameters() if p.is_floating_point()}
         with self._graph(theta, self.inputs[0][:2]) as (leaves, found):
             ones = [torch.ones_like(f) for f in found]
             gradients = torch.autograd.grad(found, list(leaves.values()), ones, allow_unused=True)
