@@ -134,7 +134,7 @@ def test_loss_gradient_and_curvature_are_those_of_dense_jacobians(name: str) -> 
     plan = plan_of(small)
     assert plan is not None
     with evaluation_mode(small, model), plain_attention(), torch.no_grad():
-        task = Task(small, model, plan, batches, tp.GaussNewton(curvature=1.0), None, 0)
+        task = Task(small, model, plan, batches, tp.GaussNewton(), None, 0)
         assert [point.layer for point in task.points] == list(COMPARED[name])
         loss, gradient = task.gradient(task.start)
         vector = {n: torch.randn(p.shape, dtype=p.dtype) for n, p in task.start.items()}
@@ -160,7 +160,7 @@ def test_many_iterations_solve_the_damped_problem() -> None:
     model, small, batches = built("perceptron")
     plan = plan_of(small)
     assert plan is not None
-    settings = tp.GaussNewton(curvature=1.0, damping=1e-2)
+    settings = tp.GaussNewton(damping=1e-2)
     with torch.no_grad():
         task = Task(small, model, plan, batches, settings, None, 0)
         loss, gradient = task.gradient(task.start)
@@ -322,7 +322,7 @@ def test_errors_name_what_is_wrong() -> None:
     flat = randomise(nn.Sequential(nn.Linear(5, 4)))
     with pytest.raises(tp.ModelError, match="leave it out"):
         tp.refine(tp.apply(flat, tp.Plan({}, tp.trace(flat, batches[0]))), batches, flat)
-    for settings in ({"steps": 0}, {"iterations": 0}, {"positions": 0}, {"damping": 0.0}, {"curvature": 0.0}):
+    for settings in ({"steps": 0}, {"iterations": 0}, {"positions": 0}, {"damping": 0.0}):
         ((key, value),) = settings.items()
         with pytest.raises(tp.InputError, match=f"{key}={value}"):
             tp.GaussNewton(**settings)

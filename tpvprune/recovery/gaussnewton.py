@@ -47,8 +47,8 @@ def refine(
     classifier's, are left out where others have more. Layers that nothing of the kind follows,
     as a classifier, keep their weights; masked weights stay zero. A step of which no length helps ends it early.
 
-    Each step costs one forward and backward pass over the batches, `iterations` of about two and a half such over a
-    share of them (`curvature`), and three to five forward ones of both networks. Memory is that of a forward and
+    Each step costs one forward and backward pass over the batches, `iterations` of about two and a half such,
+    and three to five forward ones of both networks. Memory is that of a forward and
     backward pass over one batch, and the batches.
 
     Args:

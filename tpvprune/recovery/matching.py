@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -110,8 +109,7 @@ class Task:
     def curved(self, theta: Vector, vector: Vector) -> Vector:
         """`J^T S J v`, `S` the scale of each point."""
         summed = {name: torch.zeros_like(value) for name, value in theta.items()}
-        some = _spread(self.inputs, math.ceil(len(self.inputs) * self.settings.curvature))
-        for batch in some:
+        for batch in self.inputs:
             try:
                 with _no_advice():
                     tangents = jvp(lambda t, at=batch: tuple(self._found(t, at)), (theta,), (vector,))[1]
@@ -121,8 +119,7 @@ class Task:
                 cotangents = [t.detach() * s for t, s in zip(tangents, self._weights, strict=True)]
                 self._add(summed, leaves, found, cotangents)
         self._tell()
-        times = sum(map(len, self.inputs)) / sum(map(len, some))
-        return self._masked({name: value * times for name, value in summed.items()})
+        return self._masked(summed)
 
     def factors(self, theta: Vector) -> Factors:
         """What the preconditioner is made of, estimated on some of the batches."""

@@ -18,15 +18,12 @@ class GaussNewton:
     Attributes:
         steps: linearisations.
         iterations: of conjugate gradients in each.
-        curvature: share of the batches that each product with the curvature is taken over; gradients and step lengths
-            are of all of them.
         damping: pull toward the weights at hand, as a share of the mean curvature of each tensor.
         positions: of a sample's positions (pixels, tokens) of a layer, at most so many enter the preconditioner.
     """
 
     steps: int = 2
     iterations: int = 6
-    curvature: float = 1.0
     damping: float = 1e-4
     positions: int = 64
 
@@ -35,8 +32,6 @@ class GaussNewton:
             value = getattr(self, name)
             if not (isinstance(value, int) and value >= 1):
                 raise InputError(f"{name}={value!r} must be a whole number from 1")
-        if not 0 < self.curvature <= 1:
-            raise InputError(f"curvature={self.curvature} must be above zero and at most 1")
         if not (math.isfinite(self.damping) and self.damping > 0):
             raise InputError(f"damping={self.damping} must be a number above zero")
 
