@@ -194,14 +194,14 @@ def plot(path: Path, named: dict[str, list[Any]], order: list[str], title: str) 
     pyplot.close(figure)
 
 
-def batches_of(folder: Path, dense: nn.Module, count: int, seed: int) -> list[Any]:
+def batches_of(folder: Path, dense: nn.Module, count: int, seed: int, device: str) -> list[Any]:
     """`count` batches of 128 training images drawn by `seed`, with labels (read by criteria that need them alone)."""
     pool = open_pool(folder / "train", dense, labels="folders").sample(count * 128, seed)
     # Drawn images come back sorted by class; a batch must hold a mixture.
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()
     items: list[Any] = [pool[i] for i in order]
-    images = torch.stack([item[0] for item in items]).contiguous(memory_format=torch.channels_last)
-    labels = torch.tensor([item[1] for item in items])
+    images = torch.stack([item[0] for item in items]).to(device, memory_format=torch.channels_last)
+    labels = torch.tensor([item[1] for item in items], device=device)
     return list(zip(images.split(128), labels.split(128), strict=True))
 
 
@@ -223,17 +223,19 @@ def main() -> None:
     parser.add_argument("--criteria", nargs="+", default=list(CRITERIA), choices=list(ALL))
     parser.add_argument("--per", nargs="+", default=["units", "macs"], choices=["units", "macs"])
     parser.add_argument("--test", type=int, default=3000)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--results", type=Path, default=Path("runs/criteria.jsonl"))
     parser.add_argument("--plots", type=Path)
     parser.add_argument("--report", action="store_true", help="print what the results file holds, run nothing")
     args = parser.parse_args()
     if not args.report:
         checkpoint = args.checkpoints / f"{args.net}_cifar10.safetensors"
-        dense = create_model(f"cifar_{args.net}", str(checkpoint)).eval().to(memory_format=torch.channels_last)
+        dense = create_model(f"cifar_{args.net}", str(checkpoint)).to(args.device, memory_format=torch.channels_last)
         held = open_pool(args.data / "test", dense, labels="folders").sample(args.test, 0)
         items: list[Any] = [held[i] for i in range(len(held))]
         images = torch.stack([item[0] for item in items]).contiguous(memory_format=torch.channels_last)
-        test, labels = list(images.split(250)), torch.tensor([item[1] for item in items])
+        test = list(images.to(args.device).split(250))
+        labels = torch.tensor([item[1] for item in items], device=args.device)
         drawn: dict[int, list[Any]] = {}
         for name, per, seed in jobs(args):
             count = None if name in FROM_WEIGHTS else args.batches
@@ -241,7 +243,7 @@ def main() -> None:
             if any(about.items() <= row.items() for row in read(args.results)):
                 continue
             if seed not in drawn:
-                drawn = {seed: batches_of(args.data, dense, args.batches, seed)}
+                drawn = {seed: batches_of(args.data, dense, args.batches, seed, args.device)}
             start = time.perf_counter()
             points = curve(dense, name, per, drawn[seed], test, labels, seed)
             row = {**about, "test": args.test, "curve": points, "seconds": time.perf_counter() - start}

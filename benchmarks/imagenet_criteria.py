@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import tpvprune as tp
 from tpvprune.report import compare
 from tpvprune.zoo.data import open_pool
@@ -66,15 +68,18 @@ def main() -> None:
     parser.add_argument("--images", type=Path)
     parser.add_argument("--labels", type=Path, help="class map; read by the criteria that need labels alone")
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--criteria", nargs="+", default=list(CRITERIA), choices=list(CRITERIA))
     parser.add_argument("--results", type=Path, default=Path("runs/imagenet_criteria.jsonl"))
     args = parser.parse_args()
     if args.images:
-        dense = create_model(args.model, args.checkpoint).eval()
+        dense = create_model(args.model, args.checkpoint).to(args.device)
         pool, held = open_pool(args.images, dense, labels=args.labels).split()
-        batches: list[Any] = list(pool.loader(args.batch))
+        batches: list[Any] = [
+            (images.to(args.device), labels.to(args.device)) for images, labels in pool.loader(args.batch)
+        ]
         # A refit wants batches of mixed classes no more than scoring does: one image a class is what there is.
-        test: list[Any] = [images for images, _ in held.loader(args.batch)]
+        test: list[Any] = [images.to(args.device) for images, _ in held.loader(args.batch)]
         graph = tp.trace(dense, batches[0][0][:1])
         done = (
             [json.loads(line)["criterion"] for line in args.results.read_text().splitlines()]

@@ -143,14 +143,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ways", nargs="+", default=CLOSED, choices=list(WAYS))
     parser.add_argument("--test", type=int, default=None, help="measure on so many test images; all by default")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read images for distillation")
     parser.add_argument("--results", type=Path, default=Path("runs/recovery.jsonl"))
     parser.add_argument("--report", action="store_true", help="print what the results file holds, run nothing")
     args = parser.parse_args()
     if not args.report:
         checkpoint = args.checkpoints / f"{args.net}_cifar10.safetensors"
-        dense = create_model(f"cifar_{args.net}", str(checkpoint)).eval().to(memory_format=torch.channels_last)
+        dense = create_model(f"cifar_{args.net}", str(checkpoint)).to(args.device, memory_format=torch.channels_last)
         images, labels = tensors(open_pool(args.data / "test", dense, labels="folders").sample(args.test, 0))
-        test = list(images.split(250))
+        test, labels = list(images.to(args.device).split(250)), labels.to(args.device)
         drawn: dict[int, list[Tensor]] = {}
         for seed in args.seeds:
             for name in args.ways:
@@ -161,11 +163,11 @@ def main() -> None:
                     if seed not in drawn:
                         pool = open_pool(args.data / "train", dense).sample(IMAGES, seed)
                         order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(seed))
-                        drawn = {seed: list(tensors(pool)[0][order].split(125))}
+                        drawn = {seed: list(tensors(pool)[0][order].to(args.device).split(125))}
 
                     def train(images: int | None = None, seed: int = seed) -> Any:
                         whole = open_pool(args.data / "train", dense, labels="folders").sample(images, seed)
-                        return whole.loader(125, shuffle=True, augment=True, seed=seed)
+                        return whole.loader(125, shuffle=True, augment=True, workers=args.workers, seed=seed)
 
                     small, plan, seconds = way(dense, drawn[seed], name, macs, seed, train)
                     row = {
