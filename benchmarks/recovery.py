@@ -1,13 +1,16 @@
 """What each way of recovery brings back: top-1 and agreement after a cut to a share of the multiply-adds.
 
     python benchmarks/recovery.py --data cifar10/ --checkpoints checkpoints/ --net resnet20 --macs 0.5 --seeds 0 1 2
+    python benchmarks/recovery.py --images imagenet-600/ --labels imagenet_synsets.txt --checkpoints checkpoints/ \
+        --net tf_efficientnet_lite0 --macs 0.9 0.8 0.7 0.6 --seeds 0
     python benchmarks/recovery.py --report --results benchmarks/results/recovery.jsonl
 
-A seed draws 2,000 unlabeled training images, which are scored and refitted on ("varied": flipped and shifted,
-otherwise in each step); everything is measured on 10,000 test
-images. Distillation takes all training images that are not measured on, without labels unless the row says so. Every
-row is appended to the results file as soon as it is done, and not run again. Seconds are of the whole way from the
-dense model to the recovered one, without measuring.
+CIFAR-10: a seed draws 2,000 unlabeled training images, which are scored and refitted on ("varied": flipped and
+shifted, otherwise in each step); everything is measured on the 10,000 test images. Distillation takes all training
+images, without labels unless the row says so. ImageNet: images at even positions for all of that, those at odd
+positions to measure on. Every row is appended to the results file as soon as it is done, and not run again; networks
+that another way goes on from are kept in a folder beside it. Seconds are of the whole way from the dense model to the
+recovered one, without measuring.
 """
 
 from __future__ import annotations
@@ -17,14 +20,18 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from varied import Varied, tensors
 
 import tpvprune as tp
+from tpvprune.plan import plan_of
 from tpvprune.zoo.data import open_pool
 from tpvprune.zoo.models import create_model
 
@@ -33,65 +40,162 @@ FAST = {"positions": 64}
 BEST = tp.Reconstruct(sums=True, **FAST)
 COMPENSATED, PLAIN = tp.TPV(compensated=True), tp.TPV(sensitivities=0)
 JOINT, BOTH = tp.TPV(), tp.TPV(compensated=True, sensitivities=1280)
-STEPS = tp.Planning(steps=4, refit=True, per="macs")
+ONE, FOUR = tp.Planning(per="macs"), tp.Planning(steps=4, refit=True, per="macs")
+DISTILL = tp.Finetune(epochs=10, lr=0.05, optimizer="momentum", weight_decay=5e-4, temperature=4.0, clip=5.0)
+GENTLE = tp.Finetune(epochs=10, lr=2e-4, norms="freeze")  # for few images
 
-# Name to (criterion, planning, closed form or "fold" or None, settings of what follows it or None).
-WAYS: dict[str, tuple[tp.TPV, tp.Planning, tp.Reconstruct | str | None, tp.GaussNewton | tp.Finetune | None]] = {
-    "cut, not recovered": (JOINT, tp.Planning(per="macs"), None, None),
-    "cut, means folded": (JOINT, tp.Planning(per="macs"), "fold", None),
-    "cut, closed form": (JOINT, tp.Planning(per="macs"), BEST, None),
-    "compensated, not recovered": (COMPENSATED, tp.Planning(per="macs"), None, None),
-    "compensated, means folded": (COMPENSATED, tp.Planning(per="macs"), "fold", None),
-    "compensated, dense inputs": (COMPENSATED, tp.Planning(per="macs"), tp.Reconstruct(inputs="dense", **FAST), None),
-    "compensated, no sums": (COMPENSATED, tp.Planning(per="macs"), tp.Reconstruct(sums=False, **FAST), None),
-    "compensated, ridge auto": (
-        COMPENSATED,
-        tp.Planning(per="macs"),
-        tp.Reconstruct(ridge="auto", sums=True, **FAST),
-        None,
+
+@dataclass(frozen=True)
+class Way:
+    """A cut with a closed form ("fold" or settings) behind it, or what follows after another way."""
+
+    criterion: tp.TPV = COMPENSATED
+    planning: tp.Planning = ONE
+    closed: tp.Reconstruct | str | None = None
+    after: str | None = None
+    then: tp.GaussNewton | tp.Finetune | None = None
+    varied: bool = False  # images of a Gauss-Newton refit
+
+
+WAYS = {
+    "cut, not recovered": Way(JOINT),
+    "cut, means folded": Way(JOINT, closed="fold"),
+    "cut, closed form": Way(JOINT, closed=BEST),
+    "cut, closed form, Gauss-Newton": Way(after="cut, closed form", then=tp.GaussNewton(), varied=True),
+    "cut, closed form, distilled": Way(after="cut, closed form", then=GENTLE),
+    "compensated, not recovered": Way(),
+    "compensated, means folded": Way(closed="fold"),
+    "compensated, dense inputs": Way(closed=tp.Reconstruct(inputs="dense", **FAST)),
+    "compensated, no sums": Way(closed=tp.Reconstruct(sums=False, **FAST)),
+    "compensated, ridge auto": Way(closed=tp.Reconstruct(ridge="auto", sums=True, **FAST)),
+    "compensated, closed form": Way(closed=BEST),
+    "4 steps, no refit between": Way(planning=replace(FOUR, refit=False), closed=BEST),
+    "4 steps, refitted between": Way(planning=FOUR, closed=BEST),
+    "8 steps, refitted between": Way(planning=replace(FOUR, steps=8), closed=BEST),
+    "4 steps, not compensated": Way(PLAIN, replace(FOUR, allocator="global"), BEST),
+    "4 steps, joint": Way(JOINT, replace(FOUR, allocator="joint"), BEST),
+    "4 steps, joint and compensated": Way(BOTH, replace(FOUR, allocator="joint"), BEST),
+    "4 steps, Gauss-Newton": Way(after="4 steps, refitted between", then=tp.GaussNewton()),
+    "4 steps, Gauss-Newton, varied": Way(after="4 steps, refitted between", then=tp.GaussNewton(), varied=True),
+    "4 steps, distilled": Way(after="4 steps, refitted between", then=DISTILL),
+    "4 steps, Gauss-Newton, distilled": Way(after="4 steps, Gauss-Newton", then=DISTILL),
+    "4 steps, Gauss-Newton, distilled with labels": Way(
+        after="4 steps, Gauss-Newton", then=replace(DISTILL, label_weight=0.3)
     ),
-    "compensated, closed form": (COMPENSATED, tp.Planning(per="macs"), BEST, None),
-    "4 steps, no refit between": (COMPENSATED, tp.Planning(steps=4, per="macs"), BEST, None),
-    "4 steps, refitted between": (COMPENSATED, STEPS, BEST, None),
-    "8 steps, refitted between": (COMPENSATED, tp.Planning(steps=8, refit=True, per="macs"), BEST, None),
-    "4 steps, not compensated": (PLAIN, tp.Planning(steps=4, refit=True, per="macs", allocator="global"), BEST, None),
-    "4 steps, joint": (JOINT, tp.Planning(steps=4, refit=True, per="macs", allocator="joint"), BEST, None),
-    "4 steps, joint and compensated": (
-        BOTH,
-        tp.Planning(steps=4, refit=True, per="macs", allocator="joint"),
-        BEST,
-        None,
-    ),
-    "4 steps, Gauss-Newton": (COMPENSATED, STEPS, BEST, tp.GaussNewton()),
-    "4 steps, Gauss-Newton, varied": (COMPENSATED, STEPS, BEST, tp.GaussNewton()),
-    "4 steps, distilled": (COMPENSATED, STEPS, BEST, tp.Finetune(epochs=10, lr=2e-3)),
-    "4 steps, distilled, labels": (COMPENSATED, STEPS, BEST, tp.Finetune(epochs=10, lr=2e-3, label_weight=0.3)),
 }
-CLOSED = [name for name, (*_, tuned) in WAYS.items() if not isinstance(tuned, tp.Finetune)]
+CLOSED = [name for name, way in WAYS.items() if not isinstance(way.then, tp.Finetune)]
+Images = Callable[[int], Any]
 
 
-def way(
-    dense: nn.Module, batches: list[Tensor], name: str, macs: float, seed: int, train: Callable[..., Any]
-) -> tuple[nn.Module, tp.Plan, float]:
-    """The recovered model, its plan, and how many seconds it took."""
-    criterion, planning, closed, tuned = WAYS[name]
-    start = time.perf_counter()
-    graph = tp.trace(dense, batches[0][:1])
-    seeded = tp.TPV(**{**vars(criterion), "seed": seed})
-    settings = closed if isinstance(closed, tp.Reconstruct) else None
-    budget = tp.Budget(macs=macs, round_to=1)
-    plan = tp.plan_for(dense, batches, graph, budget, criterion=seeded, planning=planning, refit_with=settings)
-    small = tp.apply(dense, plan)
-    small = tp.recover(
-        small, batches, teacher=dense, fold=closed == "fold", reconstruct_with=settings, finetune_with=None
-    )
-    if isinstance(tuned, tp.GaussNewton):
-        torch.manual_seed(seed)
-        small = tp.refine(small, train(IMAGES) if "varied" in name else batches, dense, tuned, log=print)
-    elif tuned is not None:
-        torch.manual_seed(seed)
-        small = tp.finetune(small, train(), dense, tuned, log=lambda told: print(told, flush=True))
-    return small, plan, time.perf_counter() - start
+class Cifar:
+    """Images of the CIFAR benchmarks: 2,000 to refit on, all training images to distil on, the test images."""
+
+    def __init__(self, folder: Path, dense: nn.Module, device: str) -> None:
+        self.folder, self.dense, self.device = folder, dense, device
+
+    def test(self, count: int | None) -> tuple[list[Tensor], Tensor]:
+        """Batches to measure on, and their labels."""
+        images, labels = tensors(open_pool(self.folder / "test", self.dense, labels="folders").sample(count, 0))
+        return list(images.to(self.device).split(250)), labels.to(self.device)
+
+    def drawn(self, seed: int) -> list[Tensor]:
+        """The unlabeled batches of a seed."""
+        pool = open_pool(self.folder / "train", self.dense).sample(IMAGES, seed)
+        order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(seed))
+        return list(tensors(pool)[0][order].to(self.device).split(125))
+
+    def varied(self, seed: int) -> Varied:
+        """The same images, otherwise each time."""
+        images = torch.cat(self.drawn(seed))
+        return Varied(images, torch.zeros(len(images), device=self.device), 125)
+
+    @cached_property
+    def _train(self) -> tuple[Tensor, ...]:
+        pool = open_pool(self.folder / "train", self.dense, labels="folders")
+        return tuple(part.to(self.device) for part in tensors(pool))
+
+    def train(self, seed: int) -> Varied:
+        """All images to distil on, otherwise each time."""
+        return Varied(*self._train, 125)
+
+
+class ImageNet:
+    """Images of one folder: even positions to score, refit and distil on, odd ones to measure on."""
+
+    def __init__(self, folder: Path, labels: Path, dense: nn.Module, device: str) -> None:
+        self.device = device
+        self.mine, self.held = open_pool(folder, dense, labels=labels).split()
+
+    def test(self, count: int | None) -> tuple[list[Tensor], Tensor]:
+        """Batches to measure on, and their labels."""
+        images, labels = tensors(self.held.sample(count, 0))
+        return list(images.to(self.device).split(50)), labels.to(self.device)
+
+    def drawn(self, seed: int) -> list[Tensor]:
+        """The unlabeled batches of a seed."""
+        return list(tensors(self.mine)[0].to(self.device).split(25))
+
+    def varied(self, seed: int) -> Any:
+        """The same images, otherwise each time."""
+        return self.mine.loader(25, shuffle=True, augment=True, seed=seed)
+
+    train = varied
+
+
+@dataclass(frozen=True)
+class Run:
+    """One network, budget and seed: makes the recovered models, each from what it goes on from."""
+
+    dense: nn.Module
+    images: Cifar | ImageNet
+    batches: list[Tensor]
+    macs: float
+    seed: int
+    kept: Path
+
+    def made(self, name: str) -> tuple[nn.Module, float]:
+        """The recovered model and the seconds it took; read back if it was kept."""
+        folder = self.kept / name.replace(", ", "_").replace(" ", "-")
+        told = folder.with_suffix(".json")
+        if told.is_file():
+            device = next(self.dense.parameters()).device
+            return tp.load(folder).to(device, memory_format=torch.channels_last), json.loads(told.read_text())[
+                "seconds"
+            ]
+        way = WAYS[name]
+        before, spent = self.made(way.after) if way.after else (None, 0.0)
+        start = time.perf_counter()
+        small = self._cut(way) if before is None else self._followed(before, way)
+        spent += time.perf_counter() - start
+        if any(other.after == name for other in WAYS.values()):
+            tp.save(small, folder)
+            told.write_text(json.dumps({"seconds": spent}))
+        return small, spent
+
+    def _cut(self, way: Way) -> nn.Module:
+        graph = tp.trace(self.dense, self.batches[0][:1])
+        seeded = tp.TPV(**{**vars(way.criterion), "seed": self.seed})
+        settings = way.closed if isinstance(way.closed, tp.Reconstruct) else None
+        budget = tp.Budget(macs=self.macs, round_to=1)
+        plan = tp.plan_for(
+            self.dense, self.batches, graph, budget, criterion=seeded, planning=way.planning, refit_with=settings
+        )
+        return tp.recover(
+            tp.apply(self.dense, plan),
+            self.batches,
+            teacher=self.dense,
+            fold=way.closed == "fold",
+            reconstruct_with=settings,
+            finetune_with=None,
+        )
+
+    def _followed(self, small: nn.Module, way: Way) -> nn.Module:
+        torch.manual_seed(self.seed)
+        if isinstance(way.then, tp.GaussNewton):
+            images = self.images.varied(self.seed) if way.varied else self.batches
+            return tp.refine(small, images, self.dense, way.then, log=print)
+        log: Any = lambda told: print(told, flush=True)  # noqa: E731
+        return tp.finetune(small, self.images.train(self.seed), self.dense, way.then, log=log)
 
 
 def measured(model: nn.Module, dense: nn.Module, test: list[Tensor], labels: Tensor) -> dict[str, float]:
@@ -128,15 +232,11 @@ def report(path: Path) -> None:
             print(f"| {name} | {len(rows)} | {' | '.join(cells)} |")
 
 
-def tensors(pool: Any) -> tuple[Tensor, Tensor]:
-    items = [pool[i] for i in range(len(pool))]
-    images = torch.stack([item[0] for item in items]).contiguous(memory_format=torch.channels_last)
-    return images, torch.tensor([item[1] for item in items])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with train/<class>/ and test/<class>/")
+    parser.add_argument("--images", type=Path, help="in its place, a folder of images for an ImageNet network")
+    parser.add_argument("--labels", type=Path, help="class map of those images")
     parser.add_argument("--checkpoints", type=Path, help="folder with resnet20_cifar10.safetensors and the like")
     parser.add_argument("--net", default="resnet20")
     parser.add_argument("--macs", type=float, nargs="+", default=[0.5])
@@ -144,44 +244,45 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=CLOSED, choices=list(WAYS))
     parser.add_argument("--test", type=int, default=None, help="measure on so many test images; all by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read images for distillation")
     parser.add_argument("--results", type=Path, default=Path("runs/recovery.jsonl"))
+    parser.add_argument("--kept", type=Path, help="folder of networks that others go on from; beside the results")
     parser.add_argument("--report", action="store_true", help="print what the results file holds, run nothing")
     args = parser.parse_args()
     if not args.report:
-        checkpoint = args.checkpoints / f"{args.net}_cifar10.safetensors"
-        dense = create_model(f"cifar_{args.net}", str(checkpoint)).to(args.device, memory_format=torch.channels_last)
-        images, labels = tensors(open_pool(args.data / "test", dense, labels="folders").sample(args.test, 0))
-        test, labels = list(images.to(args.device).split(250)), labels.to(args.device)
-        drawn: dict[int, list[Tensor]] = {}
-        for seed in args.seeds:
-            for name in args.ways:
-                for macs in args.macs:
-                    about = {"net": args.net, "macs": macs, "way": name, "seed": seed}
-                    if any(about.items() <= row.items() for row in read(args.results)):
-                        continue
-                    if seed not in drawn:
-                        pool = open_pool(args.data / "train", dense).sample(IMAGES, seed)
-                        order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(seed))
-                        drawn = {seed: list(tensors(pool)[0][order].to(args.device).split(125))}
-
-                    def train(images: int | None = None, seed: int = seed) -> Any:
-                        whole = open_pool(args.data / "train", dense, labels="folders").sample(images, seed)
-                        return whole.loader(125, shuffle=True, augment=True, workers=args.workers, seed=seed)
-
-                    small, plan, seconds = way(dense, drawn[seed], name, macs, seed, train)
-                    row = {
-                        **about,
-                        "test": len(labels),
-                        "kept": plan.macs / plan.graph.macs(),
-                        **measured(small, dense, test, labels),
-                        "seconds": seconds,
-                    }
-                    args.results.parent.mkdir(parents=True, exist_ok=True)
-                    with args.results.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
-                    print(row, flush=True)
+        run(args)
     report(args.results)
+
+
+def run(args: argparse.Namespace) -> None:
+    name, weights = (args.net, args.net) if args.images else (f"cifar_{args.net}", f"{args.net}_cifar10")
+    dense = create_model(name, str(args.checkpoints / f"{weights}.safetensors"))
+    dense = dense.to(args.device, memory_format=torch.channels_last)
+    images: Cifar | ImageNet = (
+        ImageNet(args.images, args.labels, dense, args.device) if args.images else Cifar(args.data, dense, args.device)
+    )
+    test, labels = images.test(args.test)
+    drawn = cache(images.drawn)
+    for seed in args.seeds:
+        for way in args.ways:
+            for macs in args.macs:
+                about = {"net": args.net, "macs": macs, "way": way, "seed": seed}
+                if any(about.items() <= row.items() for row in read(args.results)):
+                    continue
+                kept = (args.kept or args.results.with_suffix("")) / f"{args.net}-{macs:g}-{seed}"
+                small, seconds = Run(dense, images, drawn(seed), macs, seed, kept).made(way)
+                plan = plan_of(small)
+                row = {
+                    **about,
+                    "test": len(labels),
+                    "kept": plan.macs / plan.graph.macs(),
+                    **measured(small, dense, test, labels),
+                    "seconds": seconds,
+                    "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
+                }
+                args.results.parent.mkdir(parents=True, exist_ok=True)
+                with args.results.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(row, flush=True)
 
 
 if __name__ == "__main__":

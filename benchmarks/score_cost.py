@@ -54,33 +54,34 @@ def one_by_one(model: nn.Module, batch: Tensor, graph: tp.Graph) -> None:
                 (parameters[member.param] * found[member.param]).movedim(member.axis, 0).flatten(1).sum(1).square()
 
 
-def rows(model: nn.Module, batch: Tensor, graph: tp.Graph) -> dict[str, tuple[Callable[[], Any], float]]:
-    """Name to (what to time, what its time is multiplied by)."""
+def rows(model: nn.Module, batch: Tensor, graph: tp.Graph, count: int) -> dict[str, tuple[Callable[[], Any], float]]:
+    """Name to (what to time, what its time is multiplied by), over the batch `count` times."""
     labels = torch.randint(0, 1000, (len(batch),), device=batch.device)
-    labelled = [(batch, labels)]
-    scale = len(batch) / ONE_BY_ONE
+    batches, labelled = [batch] * count, [(batch, labels)] * count
+    scale = count * len(batch) / ONE_BY_ONE
     return {
-        "plain forward + backward": (lambda: plain(model, batch, labels), 1.0),
-        "forward alone": (lambda: forward(model, batch), 1.0),
-        "forward + backward to the layers that read units": (lambda: no_reduction(model, batch, graph), 1.0),
-        "tpv, 1 probe": (lambda: tp.score(model, [batch], graph), 1.0),
-        "tpv, 1 probe, sensitivities": (lambda: tp.score(model, [batch], graph, tp.TPV(sensitivities=10**6)), 1.0),
-        "tpv, all members": (lambda: tp.score(model, [batch], graph, tp.TPV(over="all")), 1.0),
-        "tpv, per weight, batched": (lambda: tp.score(model, [batch], tp.weight_graph(model)), 1.0),
-        "jbr": (lambda: tp.score(model, [batch], graph, tp.JBR(confidence=0.0)), 1.0),
+        "plain forward + backward": (lambda: plain(model, batch, labels), count),
+        "forward alone": (lambda: forward(model, batch), count),
+        "forward + backward to the layers that read units": (lambda: no_reduction(model, batches, graph), 1.0),
+        "tpv, 1 probe": (lambda: tp.score(model, batches, graph), 1.0),
+        "tpv, 1 probe, sensitivities": (lambda: tp.score(model, batches, graph, tp.TPV(sensitivities=10**6)), 1.0),
+        "tpv, all members": (lambda: tp.score(model, batches, graph, tp.TPV(over="all")), 1.0),
+        "tpv, per weight, batched": (lambda: tp.score(model, batches, tp.weight_graph(model)), 1.0),
+        "jbr": (lambda: tp.score(model, batches, graph, tp.JBR(confidence=0.0)), 1.0),
         "taylor": (lambda: tp.score(model, labelled, graph, tp.Taylor()), 1.0),
-        "wanda": (lambda: tp.score(model, [batch], graph, tp.Wanda()), 1.0),
+        "wanda": (lambda: tp.score(model, batches, graph, tp.Wanda()), 1.0),
         "one sample at a time (scaled up)": (lambda: one_by_one(model, batch, graph), scale),
     }
 
 
-def no_reduction(model: nn.Module, batch: Tensor, graph: tp.Graph) -> None:
+def no_reduction(model: nn.Module, batches: list[Tensor], graph: tp.Graph) -> None:
     """What one probe costs without the products of activations and gradients."""
     tapped = Tapped(model, graph, "consume")
     tapped.sink.add = lambda *args: None  # type: ignore[method-assign]
-    with tapped() as taps:
-        output = taps.forward(batch)
-        taps.backward(output, torch.randn_like(output), keep_graph=False)
+    for batch in batches:
+        with tapped() as taps:
+            output = taps.forward(batch)
+            taps.backward(output, torch.randn_like(output), keep_graph=False)
 
 
 @torch.no_grad()
@@ -118,8 +119,8 @@ def peak(args: argparse.Namespace, name: str, row: str) -> float:
 
 def one_row(args: argparse.Namespace) -> None:
     model, batch, graph = build(args, args.nets[0])
-    run = rows(model, batch, graph)[args.row][0]
-    small = rows(model, batch[:1], graph)[args.row][0]
+    run = rows(model, batch, graph, 1)[args.row][0]
+    small = rows(model, batch[:1], graph, 1)[args.row][0]
     small()  # libraries make their own buffers on first use
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -143,6 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="+", default=["resnet50", "vit_small_patch16_224"])
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batches", type=int, default=4, help="batches that one scoring takes")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -161,8 +163,12 @@ def main() -> None:
         model, batch, graph = build(args, net)
         layout = "channels last" if args.channels_last else "contiguous"
         where = f"{device.type} ({name}), {layout}, torch {torch.__version__}"
-        print(f"\n{net}, batch {args.batch} of {args.size} px, {where}")
-        chosen = {k: v for k, v in rows(model, batch, graph).items() if not args.only or k in args.only or "plain" in k}
+        print(f"\n{net}, {args.batches} batches of {args.batch} at {args.size} px, {where}")
+        chosen = {
+            k: v
+            for k, v in rows(model, batch, graph, args.batches).items()
+            if not args.only or k in args.only or "plain" in k
+        }
         times: dict[str, list[float]] = {row: [] for row in chosen}
         for number in range(args.rounds + 1):
             for row, (run, scale) in chosen.items():
@@ -182,7 +188,7 @@ def main() -> None:
             more = ""
             if memory:
                 more = f" {memory[row]:.0f} | {memory[row] / memory['plain forward + backward']:.2f} |"
-            print(f"| {row} | {median:.2f} | {median / base:.2f} |{more}")
+            print(f"| {row} | {median:.3f} | {median / base:.2f} |{more}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Train the small networks that ship with the package and the benchmarks.
 
     python benchmarks/train_small.py digits_cnn digits_vit
-    python benchmarks/train_small.py cifar_convnext cifar_vit --cifar cifar10/ --device cuda --workers 4
+    python benchmarks/train_small.py cifar_convnext cifar_vit --cifar cifar10/ --device cuda
 
 The digits (scikit-learn's; the quickstart) are trained on their even positions and measured on the odd ones, and take a
 few minutes on two cores. CIFAR-10 is trained on `train/` and measured on `test/`, and takes a GPU some minutes. Weights
@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch.nn import functional as F
+from varied import Varied, tensors
 
 from tpvprune.zoo.data import Pool, open_pool
 from tpvprune.zoo.models import create_model
@@ -97,13 +98,16 @@ def pools(small: Small, model: torch.nn.Module, cifar: Path | None) -> tuple[Poo
     return train, test, ROOT / "benchmarks" / "checkpoints"
 
 
-def train(name: str, cifar: Path | None, device: str, workers: int, out: Path | None) -> None:
+def train(name: str, cifar: Path | None, device: str, out: Path | None) -> None:
     torch.manual_seed(0)
     small = MODELS[name]
     model = create_model(small.model, args=small.args).to(device)
     train_pool, test_pool, folder = pools(small, model, cifar)
     folder = out or folder
-    batches = train_pool.loader(small.batch, shuffle=True, augment=True, workers=workers)
+    if small.data == "cifar":
+        batches: Any = Varied(*(part.to(device) for part in tensors(train_pool)), small.batch)
+    else:
+        batches = train_pool.loader(small.batch, shuffle=True, augment=True)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=small.lr, weight_decay=0.05)
     steps = small.epochs * len(batches)
     schedule = CosineLRScheduler(
@@ -154,11 +158,10 @@ def main() -> None:
     parser.add_argument("names", nargs="+", choices=list(MODELS))
     parser.add_argument("--cifar", type=Path, help="folder with train/<class>/ and test/<class>/")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read images")
     parser.add_argument("--out", type=Path, help="where weights and card go, in place of the folders above")
     args = parser.parse_args()
     for name in args.names:
-        train(name, args.cifar, args.device, args.workers, args.out)
+        train(name, args.cifar, args.device, args.out)
 
 
 if __name__ == "__main__":

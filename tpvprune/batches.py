@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -209,14 +210,15 @@ def _describe(value: Any) -> str:
 @contextmanager
 def evaluation_mode(*models: nn.Module) -> Iterator[None]:
     """Put models into eval mode and give every module its own mode back."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
+    training = [[module for module in model.modules() if module.training] for model in models]
     try:
-        for model in models:
-            model.eval()
+        for model, modules in zip(models, training, strict=True):
+            if modules:
+                model.eval()
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module in itertools.chain(*training):
+            module.training = True
 
 
 @contextmanager

@@ -28,10 +28,14 @@ class ThroughLayers(TorchFunctionMode):
 
     Args:
         model: whose linear layers and convolutions are meant.
+
+    Attributes:
+        led: whether any function has run as a layer so far.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self.led = False
         layers = (m for m in model.modules() if isinstance(m, (nn.Linear, _ConvNd)))
         self._layers: dict[int, list[nn.Module]] = {}
         for layer in layers:
@@ -48,6 +52,7 @@ class ThroughLayers(TorchFunctionMode):
         layer: Any = users[0] if len(users) == 1 else None  # of a shared weight nobody knows whose it is here
         if layer is None or layer.weight is not given["weight"] or _runs(layer) or not _alike(layer, given):
             return func(*args, **kwargs)
+        self.led = True
         out, bias = layer(given["input"]), given.get("bias")
         if bias is None or bias is layer.bias:
             return out

@@ -61,6 +61,17 @@ class Tally:
         even_rows = (rows + 1) // 2
         return cls(sums, (even_rows * stands_for, (rows - even_rows) * stands_for), rows * stands_for**2, rows, 1)
 
+    @classmethod
+    def of_units(cls, values: Tensor, sizes: Mapping[str, int]) -> Tally:
+        """The tally of one batch, of a row a sample.
+
+        Args:
+            values: `(samples, entries of all keys)`.
+            sizes: how many entries each key has, in their order.
+        """
+        whole = cls.of_rows({"": values})
+        return replace(whole, sums=dict(zip(sizes, whole.sums[""].split(list(sizes.values()), 1), strict=True)))
+
     def __add__(self, other: Tally) -> Tally:
         """Both together; the rows of `other` are counted on from where this one ends."""
         if not self.rows:

@@ -10,15 +10,16 @@ the cotangents of different samples are independent.)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from functools import reduce
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from tpvprune.batches import Outputs, Selector, evaluation_mode, finite_outputs
+from tpvprune.batches import Outputs, Selector, device_of, evaluation_mode, finite_outputs
 from tpvprune.errors import ModelError, PlanError
 from tpvprune.reads import ThroughLayers
 from tpvprune.types import Graph, Group
@@ -131,6 +132,14 @@ def _fused_activation(module: nn.Module) -> nn.Module | None:
     return inside.get("drop", inside.get("act"))
 
 
+class _Part(NamedTuple):
+    """A layer's share in the effects of a group: its tap, how many entries its weight has there, which a unit has."""
+
+    key: str
+    size: int
+    entries: Tensor | None
+
+
 class Tapped:
     """A model with taps on the layers that a graph's groups touch, for the length of a `with` block.
 
@@ -170,15 +179,19 @@ class Tapped:
                 else:
                     self.left_out.add(member.param)
         self.blocks = {g.id: model.get_submodule(g.id) for g in graph.groups if g.kind == "block"}
+        self._parameters = list(model.parameters())
+        device = device_of(model)
+        self._parts = {group.id: self._parts_of(group, device) for group in graph.groups}
+        self._through, self._by_hand = ThroughLayers(model), True
 
     @contextmanager
     def __call__(self) -> Iterator[Tapped]:
         """Taps on, parameters without gradients, eval mode; everything is put back at the end."""
-        flags = [(p, p.requires_grad) for p in self.model.parameters()]
+        trained = [parameter for parameter in self._parameters if parameter.requires_grad]
         handles: list[Any] = []
         try:
-            with evaluation_mode(self.model), ThroughLayers(self.model):
-                for parameter, _ in flags:
+            with evaluation_mode(self.model):
+                for parameter in trained:
                     parameter.requires_grad_(False)
                 for name, module in self.inputs.items():
                     handles.append(module.register_forward_pre_hook(self._on_input(f"in:{name}", channel_axis(module))))
@@ -195,8 +208,8 @@ class Tapped:
         finally:
             for handle in handles:
                 handle.remove()
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
     def _root(self, value: Tensor) -> Tensor:
         """The gradient starts at the first tap: nothing before it is worth a backward pass."""
@@ -242,12 +255,12 @@ class Tapped:
             ModelError: a layer that reads units was not called.
             NonFiniteError: the outputs hold NaN or infinity; names the first module that made them.
         """
-        self.roots: list[Tensor] = []
-        self._reached: set[str] = set()
         self.sink.numbers = range(first, first + len(inputs))
-        with torch.enable_grad():
-            output = finite_outputs(self.model, inputs, select)
-        idle = next((name for name in self.inputs if f"in:{name}" not in self._reached), None)
+        output, idle = self._pass(inputs, select)
+        if idle is not None and not self._by_hand:  # this batch goes another way than the first
+            self._by_hand = True
+            output, idle = self._pass(inputs, select)
+        self._by_hand = self._through.led  # watching every function takes time, and few models need it
         if idle is not None:
             raise ModelError(
                 f"the model multiplies with the weight of {idle!r} without calling it: what it reads is not seen; "
@@ -256,6 +269,14 @@ class Tapped:
         if not any(value.requires_grad for value in tensors(output)):
             raise ModelError("no layer of the graph is on the way to the model's output")
         return output
+
+    def _pass(self, inputs: Tensor, select: Selector) -> tuple[Outputs, str | None]:
+        """Outputs, and the name of a layer that reads units and was not called."""
+        self.roots: list[Tensor] = []
+        self._reached: set[str] = set()
+        with torch.enable_grad(), self._through if self._by_hand else nullcontext():
+            output = finite_outputs(self.model, inputs, select)
+        return output, next((name for name in self.inputs if f"in:{name}" not in self._reached), None)
 
     def backward(self, output: Outputs, cotangent: Outputs, keep_graph: bool) -> dict[str, list[Tensor]]:
         """Per group and member layer, sensitivities `(batch, units)` of `cotangent . output`.
@@ -269,20 +290,27 @@ class Tapped:
         zeros = self.roots[0].new_zeros(len(self.sink.numbers), 1)
         return {group.id: self._of_group(group, zeros) for group in self.graph.groups}
 
-    def _of_group(self, group: Group, zeros: Tensor) -> list[Tensor]:
+    def _parts_of(self, group: Group, device: torch.device) -> list[_Part]:
+        """What the effects of a group's units are gathered from."""
         if group.kind == "block":
-            return [self.sink.sums.get(f"block:{group.id}", zeros)]
-        parts: dict[str, Tensor] = {}
+            return [_Part(f"block:{group.id}", 1, None)]
+        found: dict[str, _Part] = {}
         for member in group.members:
             key = ("in:" if member.role == "consume" else "out:") + member.layer
-            if key in parts or key not in self.sink.sums:
-                continue
-            sums = self.sink.sums[key]
-            size = self.graph.shapes[member.param][member.axis]
-            if sums.shape[1] != size:  # a grouped convolution's weight holds one group's in-channels
-                sums = sums.reshape(sums.shape[0], -1, size).sum(1)
-            index = member.index
-            parts[key] = sums if index is None else sums[:, index.to(sums.device)].sum(2)
-        if self.over == "all":
-            return list(parts.values()) or [zeros.expand(-1, group.units)]
-        return [sum(parts.values(), zeros.expand(-1, group.units)) if parts else zeros.expand(-1, group.units)]
+            tapped = self.inputs if member.role == "consume" else self.outputs
+            if key not in found and member.layer in tapped:
+                entries = None if member.index is None else member.index.to(device)
+                found[key] = _Part(key, self.graph.shapes[member.param][member.axis], entries)
+        return list(found.values())
+
+    def _of_group(self, group: Group, zeros: Tensor) -> list[Tensor]:
+        parts: list[Tensor] = []
+        for part in self._parts[group.id]:
+            if part.key in self.sink.sums:
+                sums = self.sink.sums[part.key]
+                if sums.shape[1] != part.size:  # a grouped convolution's weight holds one group's in-channels
+                    sums = sums.reshape(sums.shape[0], -1, part.size).sum(1)
+                parts.append(sums if part.entries is None else sums[:, part.entries].sum(2))
+        if not parts:
+            return [zeros.expand(-1, group.units)]
+        return parts if self.over == "all" else [reduce(torch.add, parts)]

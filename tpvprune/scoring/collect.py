@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
@@ -245,10 +246,15 @@ def _scores(
 
 
 def _manifest(digest: str, tally: Tally, world: int) -> dict[str, Any]:
+    return {"data": digest, "batches": tally.batches, "processes": world, "versions": dict(_versions())}
+
+
+@cache
+def _versions() -> Mapping[str, str]:
     versions = {"tpvprune": __version__}
     for name in ("torch", "timm"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = "unknown"
-    return {"data": digest, "batches": tally.batches, "processes": world, "versions": versions}
+    return versions

@@ -168,12 +168,16 @@ class TPV:
         self, model: nn.Module, batches: Iterable[Batch], graph: Graph, first: int, progress: Progress | None
     ) -> Iterator[Observation]:
         left = self.cap
+        sizes = {group.id: group.units for group in graph.groups}
 
         def fold(sensitivities: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-            found = {n: torch.stack(parts).double().square().sum(0) for n, parts in sensitivities.items()}
-            if left > 0:
-                found[""] = torch.cat([parts[0] for parts in sensitivities.values()], 1).float()
-            return found
+            first = torch.cat([parts[0] for parts in sensitivities.values()], 1)
+            if self.over == "consume":
+                squares = first.double().square()
+            else:
+                members = (torch.stack(parts).double().square().sum(0) for parts in sensitivities.values())
+                squares = torch.cat(list(members), 1)
+            return {"squares": squares} | ({"": first.float()} if left > 0 else {})
 
         for values in self._per_batch(model, batches, graph, fold, first, progress):
             rows, linear = values.pop("", None), values.pop("linear", None)
@@ -183,7 +187,7 @@ class TPV:
                 rows = rows[:samples].flatten(0, 1)
                 left -= samples
             total = None if linear is None else linear.sum(0)
-            yield Observation(Tally.of_rows(values), rows, total, samples)
+            yield Observation(Tally.of_units(values["squares"], sizes), rows, total, samples)
 
     def drift(
         self, model: nn.Module, batches: Iterable[Batch], plan: Plan, progress: Progress | None = None

@@ -149,19 +149,32 @@ class Watched:
             )
 
 
-def _digest(before: str, inputs: Tensor) -> str:
-    """A fingerprint of a batch and all before it, from evenly spaced entries of every sample."""
+def _entries(inputs: Tensor) -> Tensor:
+    """Evenly spaced entries of every sample, `(samples, entries)` in float64."""
     flat = inputs.detach().reshape(len(inputs), -1) if len(inputs) else inputs.detach().reshape(1, -1)
     stride = max(1, flat.shape[1] // _FINGERPRINT)
-    entries = flat[:, ::stride].to("cpu", torch.float64).contiguous().numpy().tobytes()
-    return hashlib.sha256(before.encode() + str(tuple(inputs.shape)).encode() + entries).hexdigest()
+    return flat[:, ::stride].double()
+
+
+def _hash(before: str, shape: tuple[int, ...], entries: Tensor) -> str:
+    data = entries.cpu().contiguous().numpy().tobytes()
+    return hashlib.sha256(before.encode() + str(shape).encode() + data).hexdigest()
+
+
+def _digest(before: str, inputs: Tensor) -> str:
+    """A fingerprint of a batch and all before it."""
+    return _hash(before, tuple(inputs.shape), _entries(inputs))
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A fingerprint of a model's parameters and buffers, from evenly spaced entries of each."""
+    """A fingerprint of a model's parameters and buffers."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    entries = [_entries(tensor.reshape(1, -1)).flatten() for _, tensor in named]
+    if len({tensor.device for tensor in entries}) == 1:  # one copy from a device instead of hundreds
+        entries = list(torch.cat(entries).cpu().split([len(tensor) for tensor in entries]))
     found = ""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        found = _digest(found + name, tensor.reshape(1, -1))
+    for (name, tensor), looked_at in zip(named, entries, strict=True):
+        found = _hash(found + name, (1, tensor.numel()), looked_at)
     return found
 
 

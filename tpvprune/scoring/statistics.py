@@ -135,8 +135,8 @@ class Wanda(_FromActivations):
         for member in group.of_role("consume"):
             if member.layer not in moments:
                 continue
-            norm = moments[member.layer][2].sqrt()
-            weight = parameters[member.param].detach().double().abs().cpu()
+            weight = parameters[member.param].detach().double().abs()
+            norm = moments[member.layer][2].sqrt().to(weight.device)
             layer: Any = model.get_submodule(member.layer)
             if getattr(layer, "transposed", False):  # input channels come first
                 read = norm.unsqueeze(1)
@@ -145,7 +145,7 @@ class Wanda(_FromActivations):
                 groups = int(getattr(layer, "groups", 1))
                 read = norm.reshape(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)
             effect = weight * read.reshape(*read.shape, *(1,) * (weight.ndim - 2))
-            total += Side(group.id, group.units, member, weight.ndim, None, None).fold(effect)
+            total += Side(group.id, group.units, member, weight.ndim, None, None).fold(effect).cpu()
         return total
 
 
