@@ -41,7 +41,7 @@ BEST = tp.Reconstruct(sums=True, **FAST)
 COMPENSATED, PLAIN = tp.TPV(compensated=True), tp.TPV(sensitivities=0)
 JOINT, BOTH = tp.TPV(), tp.TPV(compensated=True, sensitivities=1280)
 ONE, FOUR = tp.Planning(per="macs"), tp.Planning(steps=4, refit=True, per="macs")
-DISTILL = tp.Finetune(epochs=10, lr=0.05, optimizer="momentum", weight_decay=5e-4, temperature=4.0, clip=5.0)
+DISTILL = tp.Finetune(epochs=10, lr=0.1, optimizer="momentum", weight_decay=5e-4, temperature=4.0, clip=5.0)
 GENTLE = tp.Finetune(epochs=10, lr=2e-4, norms="freeze")  # for few images
 
 
@@ -61,14 +61,15 @@ WAYS = {
     "cut, not recovered": Way(JOINT),
     "cut, means folded": Way(JOINT, closed="fold"),
     "cut, closed form": Way(JOINT, closed=BEST),
-    "cut, closed form, Gauss-Newton": Way(after="cut, closed form", then=tp.GaussNewton(), varied=True),
-    "cut, closed form, distilled": Way(after="cut, closed form", then=GENTLE),
+    "cut, Gauss-Newton": Way(after="cut, closed form", then=tp.GaussNewton(), varied=True),
+    "cut, distilled gently": Way(after="cut, closed form", then=GENTLE),
     "compensated, not recovered": Way(),
     "compensated, means folded": Way(closed="fold"),
     "compensated, dense inputs": Way(closed=tp.Reconstruct(inputs="dense", **FAST)),
     "compensated, no sums": Way(closed=tp.Reconstruct(sums=False, **FAST)),
     "compensated, ridge auto": Way(closed=tp.Reconstruct(ridge="auto", sums=True, **FAST)),
     "compensated, closed form": Way(closed=BEST),
+    "compensated, Gauss-Newton": Way(after="compensated, closed form", then=tp.GaussNewton(), varied=True),
     "4 steps, no refit between": Way(planning=replace(FOUR, refit=False), closed=BEST),
     "4 steps, refitted between": Way(planning=FOUR, closed=BEST),
     "8 steps, refitted between": Way(planning=replace(FOUR, steps=8), closed=BEST),
@@ -77,10 +78,11 @@ WAYS = {
     "4 steps, joint and compensated": Way(BOTH, replace(FOUR, allocator="joint"), BEST),
     "4 steps, Gauss-Newton": Way(after="4 steps, refitted between", then=tp.GaussNewton()),
     "4 steps, Gauss-Newton, varied": Way(after="4 steps, refitted between", then=tp.GaussNewton(), varied=True),
-    "4 steps, distilled": Way(after="4 steps, refitted between", then=DISTILL),
-    "4 steps, Gauss-Newton, distilled": Way(after="4 steps, Gauss-Newton", then=DISTILL),
-    "4 steps, Gauss-Newton, distilled with labels": Way(
-        after="4 steps, Gauss-Newton", then=replace(DISTILL, label_weight=0.3)
+    "compensated, distilled gently": Way(after="compensated, closed form", then=GENTLE),
+    "compensated, distilled": Way(after="compensated, closed form", then=DISTILL),
+    "compensated, Gauss-Newton, distilled": Way(after="compensated, Gauss-Newton", then=DISTILL),
+    "compensated, Gauss-Newton, distilled with labels": Way(
+        after="compensated, Gauss-Newton", then=replace(DISTILL, label_weight=0.3)
     ),
 }
 CLOSED = [name for name, way in WAYS.items() if not isinstance(way.then, tp.Finetune)]
@@ -116,7 +118,7 @@ class Cifar:
 
     def train(self, seed: int) -> Varied:
         """All images to distil on, otherwise each time."""
-        return Varied(*self._train, 125)
+        return Varied(*self._train, 250)
 
 
 class ImageNet:

@@ -78,24 +78,27 @@ def built(name: str) -> tuple[nn.Module, nn.Module, list[Tensor]]:
 
 
 def read_by(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Inputs of layers by name, and outputs by name and an arrow."""
     held: dict[str, Tensor] = {}
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    handles = [m.register_forward_pre_hook(lambda _, a, n=n: held.update({n: a[0]})) for n, m in layers]
+    handles = [m.register_forward_hook(lambda _, a, y, n=n: held.update({n: a[0], f"{n}>": y})) for n, m in layers]
     model(x)
     for handle in handles:
         handle.remove()
     return held
 
 
-# Names of layers whose inputs are compared, each tensor once; and what is left of it, as the plans above say.
+# What is compared, each tensor once (an arrow is an output, which a classifier's input is pooled from), and what is
+# left of it, as the plans above say.
 COMPARED = {
     "perceptron": {"2": [0, 2, 3, 5, 6, 7], "4": [1, 2, 4, 5, 6]},
     "convolutions": {
         "inner": [0, 1, 3, 4, 5],
         "depth": [1, 2, 3, 4, 6, 7],
         "outer": [1, 2, 3, 4, 6, 7],
+        "outer>": [0, 1, 3, 4, 5],
     },
-    "attention": {"q": None, "out": None, "up": None, "down": [1, 4, 5, 6, 7, 8], "last": None},
+    "attention": {"q": None, "out": None, "up": None, "down": [1, 4, 5, 6, 7, 8], "last": None, "last>": None},
 }
 
 
@@ -106,14 +109,16 @@ def reference(name: str, model: nn.Module, small: nn.Module, batches: list[Tenso
     def rows(value: Tensor, layer: str) -> Tensor:
         if kept[layer] is None:
             return value
-        return value[..., kept[layer]] if isinstance(model.get_submodule(layer), nn.Linear) else value[:, kept[layer]]
+        linear = isinstance(model.get_submodule(layer.rstrip(">")), nn.Linear)
+        return value[..., kept[layer]] if linear else value[:, kept[layer]]
 
     wanted = {layer: rows(value, layer).detach() for layer, value in read_by(model, x).items() if layer in kept}
 
     def residuals(theta: dict[str, Tensor]) -> Tensor:
         held: dict[str, Tensor] = {}
         handles = [
-            small.get_submodule(n).register_forward_pre_hook(lambda _, a, n=n: held.update({n: a[0]})) for n in kept
+            small.get_submodule(n).register_forward_hook(lambda _, a, y, n=n: held.update({n: a[0], f"{n}>": y}))
+            for n in dict.fromkeys(n.rstrip(">") for n in kept)
         ]
         functional_call(small, theta, (x,))
         for handle in handles:
@@ -135,7 +140,8 @@ def test_loss_gradient_and_curvature_are_those_of_dense_jacobians(name: str) -> 
     assert plan is not None
     with evaluation_mode(small, model), plain_attention(), torch.no_grad():
         task = Task(small, model, plan, batches, tp.GaussNewton(), None, 0)
-        assert [point.layer for point in task.points] == list(COMPARED[name])
+        places = [point.place.module + ">" * point.place.output for point in task.points]
+        assert places == list(COMPARED[name])
         loss, gradient = task.gradient(task.start)
         vector = {n: torch.randn(p.shape, dtype=p.dtype) for n, p in task.start.items()}
         image = task.curved(task.start, vector)
@@ -254,8 +260,44 @@ def test_masked_weights_stay_zero() -> None:
     for name, mask in plan_of(small).weight_masks().items():
         weight = found.get_parameter(name)
         assert not bool(weight[~mask].any())
-        if name not in ("outer.weight", "fc.weight"):  # nothing that is compared follows those
+        if name != "fc.weight":  # nothing that is compared follows it
             assert gap(weight[mask], small.get_parameter(name)[mask]) > 1e-4
+
+
+class Pooled(nn.Module):
+    """Tokens, and a classifier of what becomes of them."""
+
+    def __init__(self, pool: Callable[[Tensor], Tensor], norm: bool = False) -> None:
+        super().__init__()
+        self.up, self.down, self.pool = nn.Linear(5, 8), nn.Linear(8, 6), pool
+        self.norm = nn.LayerNorm(6) if norm else nn.Identity()
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.pool(self.down(F.gelu(self.up(x))))))
+
+
+@pytest.mark.parametrize(
+    ("pool", "norm", "compared"),
+    [
+        (lambda x: x.mean(1), False, True),
+        (lambda x: x.mean(1), True, True),
+        (lambda x: x.relu().mean(1), False, True),
+        (lambda x: x[:, 0], False, False),
+        (lambda x: x[:, 1:].mean(1), False, False),
+    ],
+)
+def test_what_a_classifier_reads_is_compared_before_it_is_pooled_from_all_positions(
+    pool: Callable[[Tensor], Tensor], norm: bool, compared: bool
+) -> None:
+    torch.manual_seed(0)
+    model = randomise(Pooled(pool, norm))
+    batches = data(6, 4, 5, batches=2)
+    small = cut(model, batches[0], {"up": [1, 2]})
+    with torch.no_grad():
+        task = Task(small, model, plan_of(small), batches, tp.GaussNewton(), None, 0)
+    places = [tuple(point.place) for point in task.points]
+    assert places == [("down", False)] + [("down", True)] * compared
 
 
 def test_each_step_reads_the_batches_again() -> None:

@@ -43,13 +43,14 @@ def refine(
     """A copy of a pruned model, best refitted in closed form before, with all its parameters moved together.
 
     What is minimised is, summed over the distinct inputs of linear layers and convolutions, the squared distance to
-    those of the dense model (the channels that are left) over their variance. Inputs with one position a sample, as a
-    classifier's, are left out where others have more. Layers that nothing of the kind follows,
-    as a classifier, keep their weights; masked weights stay zero. A step of which no length helps ends it early.
+    those of the dense model (the channels that are left) over their variance. Where a layer reads one position a
+    sample and others read more, as a classifier does, what was pooled for it is compared in its place. Layers that
+    nothing of the kind follows, as a classifier, keep their weights; masked weights stay zero. A step of which no
+    length helps ends it early.
 
-    Each step costs one forward and backward pass over the batches, `iterations` of about two and a half such,
-    and three to five forward ones of both networks. Memory is that of a forward and
-    backward pass over one batch, and the batches.
+    Each step costs one forward and backward pass over the batches, `iterations` of about one and a half such, and one
+    to three forward ones of both networks. Memory is that of two to three forward and backward passes over one batch,
+    and the batches.
 
     Args:
         model: from `apply` or `reconstruct`; carries its plan.
@@ -110,12 +111,15 @@ def _stepped(task: Task, settings: GaussNewton) -> tuple[float, float, Vector]:
         task.factors(theta),
         settings.iterations,
     )
-    moved, after = _best(task, theta, direction, loss) or ({}, loss)
+    moved, after = _best(task, theta, direction, loss, -_dot(gradient, direction)) or ({}, loss)
     return loss / len(task.points), after / len(task.points), moved
 
 
-def _best(task: Task, theta: Vector, direction: Vector, loss: float) -> tuple[Vector, float] | None:
-    """The first length of a step after which a shorter one is no better; None if none lowers the loss."""
+def _best(task: Task, theta: Vector, direction: Vector, loss: float, expected: float) -> tuple[Vector, float] | None:
+    """The whole step if it lowers the loss by half of what is expected.
+
+    Otherwise the first length after which a shorter one is no better; None if none lowers the loss.
+    """
     found: tuple[Vector, float] | None = None
     for length in LENGTHS:
         there = {name: value + length * direction[name] for name, value in theta.items()}
@@ -125,6 +129,8 @@ def _best(task: Task, theta: Vector, direction: Vector, loss: float) -> tuple[Ve
                 break
             continue
         found = there, after
+        if length == 1 and loss - after >= expected / 2:
+            break
     return found
 
 

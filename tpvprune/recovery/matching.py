@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
+from torch.func import functional_call
 
 from tpvprune.batches import Progress
 from tpvprune.errors import ModelError
@@ -25,22 +26,29 @@ LENGTHS = tuple(2.0**-i for i in range(10))  # of steps, that are tried in turn
 ESTIMATED_ON = 512  # samples that the preconditioner is estimated on
 
 
+class Place(NamedTuple):
+    """The input or the output of a module."""
+
+    module: str
+    output: bool = False
+
+
 @dataclass(frozen=True)
 class Point:
-    """An input that is compared.
+    """A tensor that is compared.
 
     Attributes:
-        layer: name of the layer that reads it.
+        place: where it is seen.
         dim: that channels lie along.
         kept: the dense model's channels that are left, `(channels,)`; None for all.
     """
 
-    layer: str
+    place: Place
     dim: int
     kept: Tensor | None
 
     def of_dense(self, value: Tensor) -> Tensor:
-        """What is left of what the dense model's layer reads."""
+        """What is left of the dense model's tensor."""
         return value if self.kept is None else value.index_select(self.dim % value.ndim, self.kept.to(value.device))
 
 
@@ -110,14 +118,16 @@ class Task:
         """`J^T S J v`, `S` the scale of each point."""
         summed = {name: torch.zeros_like(value) for name, value in theta.items()}
         for batch in self.inputs:
+            leaves = _leaves(theta)
             try:
-                with _no_advice():
-                    tangents = jvp(lambda t, at=batch: tuple(self._found(t, at)), (theta,), (vector,))[1]
+                # One pass for both products: tangents go along, and the graph of the values is what comes back on.
+                with _no_advice(), torch.enable_grad(), dual_level():
+                    duals = {name: make_dual(leaf, vector[name]) for name, leaf in leaves.items()}
+                    both = [unpack_dual(value) for value in self._found(duals, batch)]
+                    moved = [(d.primal, d.tangent.detach() * s) for d, s in zip(both, self._weights, strict=True)]
             except NotImplementedError as error:
                 raise ModelError(f"refine needs forward derivatives, and the model uses one without: {error}") from None
-            with self._graph(theta, batch) as (leaves, found):
-                cotangents = [t.detach() * s for t, s in zip(tangents, self._weights, strict=True)]
-                self._add(summed, leaves, found, cotangents)
+            self._add(summed, leaves, [value for value, _ in moved], [tangent for _, tangent in moved])
         self._tell()
         return self._masked(summed)
 
@@ -142,7 +152,7 @@ class Task:
     @contextmanager
     def _graph(self, theta: Vector, batch: Tensor) -> Iterator[tuple[Vector, list[Tensor]]]:
         with torch.enable_grad():
-            leaves = {name: value.detach().clone().requires_grad_() for name, value in theta.items()}
+            leaves = _leaves(theta)
             yield leaves, self._found(leaves, batch)
 
     @staticmethod
@@ -153,21 +163,21 @@ class Task:
                 summed[name] += gradient
 
     def _found(self, theta: Vector, batch: Tensor) -> list[Tensor]:
-        with _inputs_of(self.small, self._names) as held:
+        with _seen(self.small, self._places) as held:
             functional_call(self.small, theta, (batch,))
-        return [held[name][0] for name in self._names]
+        return [held[place][0] for place in self._places]
 
     def _wanted(self, batch: Tensor) -> list[Tensor]:
-        with torch.no_grad(), _inputs_of(self.teacher, self._names) as held:
+        with torch.no_grad(), _seen(self.teacher, self._places) as held:
             self.teacher(batch)
-        return [point.of_dense(held[point.layer][0]) for point in self.points]
+        return [point.of_dense(held[point.place][0]) for point in self.points]
 
     def _rows(self, found: Iterable[Tensor], wanted: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, float]]:
         return zip(found, wanted, self._weights, strict=True)
 
     @property
-    def _names(self) -> list[str]:
-        return [point.layer for point in self.points]
+    def _places(self) -> list[Place]:
+        return [point.place for point in self.points]
 
     def _scales(self) -> list[float]:
         """For each point one over its variance and its count of numbers."""
@@ -210,6 +220,10 @@ def _no_advice() -> Iterator[None]:
         yield
 
 
+def _leaves(theta: Vector) -> Vector:
+    return {name: value.detach().clone().requires_grad_() for name, value in theta.items()}
+
+
 def _spread(inputs: Sequence[Tensor], count: int) -> list[Tensor]:
     """So many of the batches, evenly spaced: neighbours may be of one class."""
     count = min(count, len(inputs))
@@ -217,18 +231,23 @@ def _spread(inputs: Sequence[Tensor], count: int) -> list[Tensor]:
 
 
 @contextmanager
-def _inputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """What named layers read in each call while this is on."""
-    held: dict[str, list[Tensor]] = {name: [] for name in names}
+def _seen(model: nn.Module, places: Iterable[Place]) -> Iterator[dict[Place, list[Tensor]]]:
+    """The tensors at places, one for each call while this is on; places are in the order of their first calls."""
+    held: dict[Place, list[Tensor]] = {}
 
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], Tensor):
-                held[name].append(args[0])
+    def keep(place: Place) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+            value = output if place.output else args[0] if args else None
+            if isinstance(value, Tensor):
+                held.setdefault(place, []).append(value)
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
+    handles = []
+    for place in places:
+        module = model.get_submodule(place.module)
+        register = module.register_forward_hook if place.output else module.register_forward_pre_hook
+        handles.append(register(keep(place)))
     try:
         yield held
     finally:
@@ -237,30 +256,62 @@ def _inputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, lis
 
 
 def _points(small: nn.Module, teacher: nn.Module, plan: Plan, batch: Tensor) -> list[Point]:
-    """Inputs of layers that both networks run once, each tensor once, that the pruned network's parameters move."""
+    """Inputs of layers that both networks run once, each tensor once, that the pruned network's parameters move.
+
+    A layer that reads one vector a sample, as a classifier, is answered for by the tensor that the vector was pooled
+    from: the vector itself has too few numbers for the parameters before it, and was measured to be fitted too well.
+    """
     both = [dict(model.named_modules()) for model in (small, teacher)]
     names = [n for n, m in both[0].items() if isinstance(m, REFITTED) and isinstance(both[1].get(n), REFITTED)]
-    few, found, known, many = batch[:2], [], set(), set()
-    with torch.enable_grad(), _inputs_of(small, names) as mine:
+    places = [Place(name) for name in names] + [Place(name, True) for name in both[0] if name and name in both[1]]
+    few, found, known = batch[:2], dict[str, Point](), set[int]()
+    vectors: list[str] = []
+    with torch.enable_grad(), _seen(small, places) as mine:
         leaves = {n: p.detach().clone().requires_grad_() for n, p in small.named_parameters() if p.is_floating_point()}
         functional_call(small, leaves, (few,))
-    with _inputs_of(teacher, names) as dense:
+    with torch.no_grad(), _seen(teacher, places) as dense:
         teacher(few)
+    once = {place: calls[0] for place, calls in mine.items() if len(calls) == 1 == len(dense.get(place, ()))}
+
+    def compared(place: Place, dim: int, kept: Tensor | None) -> Point | None:
+        point = Point(place, dim, kept)
+        if point.of_dense(dense[place][0]).shape == once[place].shape:
+            return point
+        logger.info("refine: %s has another shape in the pruned model and is not compared", place.module)
+        return None
+
     for name in names:
-        if len(mine[name]) != 1 or len(dense[name]) != 1:
-            continue
-        value = mine[name][0]
-        if id(value) in known or not value.requires_grad:
+        value = once.get(Place(name))
+        if value is None or id(value) in known or not value.requires_grad:
             continue
         layer: Any = both[1][name]
         kept = kept_inputs(plan, layer, name) if f"{name}.weight" in plan.graph.shapes else None
-        point = Point(name, -1 if isinstance(layer, nn.Linear) else 1, kept)
-        if point.of_dense(dense[name][0]).shape != value.shape:
-            logger.info("refine: what %s reads has another shape in the pruned model and is not compared", name)
+        point = compared(Place(name), -1 if isinstance(layer, nn.Linear) else 1, kept)
+        if point is None:
             continue
         known.add(id(value))
-        found.append(point)
-        if value.numel() > value.shape[0] * value.shape[point.dim]:
-            many.add(name)
-    # One vector a sample has too few numbers for the parameters before it, and was measured to be fitted too well.
-    return [point for point in found if not many or point.layer in many]
+        found[name] = point
+        if value.numel() == value.shape[0] * value.shape[point.dim]:
+            vectors.append(name)
+    if len(vectors) < len(found):
+        for name in vectors:
+            vector = found.pop(name)
+            pooled = _pooled(once, once[vector.place], known)
+            if pooled is not None and (point := compared(*pooled, vector.kept)):
+                found[name] = point
+    return list(found.values())
+
+
+def _pooled(once: Mapping[Place, Tensor], vector: Tensor, known: set[int]) -> tuple[Place, int] | None:
+    """The last output of a module that all positions of go into a vector, channel by channel, and its channel axis."""
+    width = vector.numel() // len(vector)
+    # Not a plain sum, which a layer norm behind the pooling holds still.
+    drawn = torch.randn(vector.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(vector)
+    for place, value in reversed(list(once.items())):
+        if not (place.output and value.requires_grad and value.ndim > 2 and len(value) == len(vector)):
+            continue
+        dims = [dim for dim in (1, -1) if value.shape[dim] == width and value.numel() > len(value) * width]
+        (slope,) = torch.autograd.grad(vector, value, drawn, retain_graph=True, allow_unused=True) if dims else (None,)
+        if slope is not None and bool((slope != 0).movedim(dims[0], 1).flatten(2).any(1).any(0).all()):
+            return None if id(value) in known else (place, dims[0])
+    return None

@@ -22,7 +22,7 @@ class GaussNewton:
         positions: of a sample's positions (pixels, tokens) of a layer, at most so many enter the preconditioner.
     """
 
-    steps: int = 2
+    steps: int = 3
     iterations: int = 6
     damping: float = 1e-4
     positions: int = 64
