@@ -216,7 +216,8 @@ class Task:
 def _no_advice() -> Iterator[None]:
     """Forward derivatives compile some of torch's own code the way that torch advises against."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
+        for kind in (FutureWarning, DeprecationWarning):  # torch has changed its mind
+            warnings.filterwarnings("ignore", message=".*torch.jit.script", category=kind)
         yield
 
 

@@ -184,9 +184,9 @@ class TPV:
             samples = 0
             if rows is not None:
                 samples = min(left, len(rows))
-                rows = rows[:samples].flatten(0, 1)
+                rows = rows[:samples].flatten(0, 1).cpu()
                 left -= samples
-            total = None if linear is None else linear.sum(0)
+            total = None if linear is None else linear.sum(0).cpu()
             yield Observation(Tally.of_units(values["squares"], sizes), rows, total, samples)
 
     def drift(
@@ -215,7 +215,7 @@ class TPV:
         if not gone:
             return 0.0, 0.0
         coherent = replace(self, over="consume", engine="auto", reference=None, sensitivities=0, compensated=False)
-        values = torch.cat([b["plan"] for b in coherent._per_batch(model, batches, graph, moved, 0, progress)])
+        values = torch.cat([b["plan"].cpu() for b in coherent._per_batch(model, batches, graph, moved, 0, progress)])
         error = float(values.std() / values.numel() ** 0.5) if values.numel() > 1 else float("nan")
         return float(values.mean()), error
 
@@ -288,12 +288,10 @@ class TPV:
                 # Drift grows by (slope . change) twice over in units of TPV, and removal is minus the effect.
                 totals["linear"] = -2 * torch.cat([parts[0] for parts in effects.values()], 1).double()
         linear = totals.pop("linear", None)
-        out = {name: (total / probing.count).cpu() for name, total in totals.items()}
+        out = {name: total / probing.count for name, total in totals.items()}
         if rows:
-            out[""] = (torch.stack(rows, 1) / probing.count**0.5).cpu()
-        if linear is not None:
-            out["linear"] = linear.cpu()
-        return out
+            out[""] = torch.stack(rows, 1) / probing.count**0.5
+        return out if linear is None else out | {"linear": linear}
 
 
 def predicted_kl(

@@ -237,19 +237,19 @@ class Jacobian(_FromLoss):
         tapped, parts = Tapped(model, graph, self.over), Parts()
         if tapped.left_out:
             logger.warning("jacobian leaves out %s: used outside layers", ", ".join(sorted(tapped.left_out)))
+        sizes = {group.id: group.units for group in graph.groups}
         for inputs, batch in model_batches(model, batches, "score", progress):
 
-            def run(part: slice, inputs: Tensor = inputs, batch: Batch = batch) -> dict[str, Tensor]:
+            def run(part: slice, inputs: Tensor = inputs, batch: Batch = batch) -> Tensor:
                 with tapped() as taps:
                     output = taps.forward(inputs[part], self.output)
                     if isinstance(output, dict):
                         raise ModelError(f"criterion {self.label} needs one output; name it with output='key'")
                     slope = _loss_slope(_logits(output.detach(), self.label), _labels(batch, output, part, self.label))
                     found = taps.backward(output, slope, keep_graph=False)
-                return {name: sum(p.double() for p in own).square().cpu() for name, own in found.items()}  # type: ignore[union-attr]
+                return torch.cat([torch.stack(own).double().sum(0) for own in found.values()], 1).square()
 
-            done = parts(len(inputs), run)
-            yield Observation(Tally.of_rows({name: torch.cat([one[name] for one in done]) for name in done[0]}))
+            yield Observation(Tally.of_units(torch.cat(parts(len(inputs), run)), sizes))
 
 
 def _loss_slope(output: Tensor, targets: Tensor) -> Tensor:
