@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from train_small import MODELS, ROOT
 from varied import Varied, tensors
 
 import tpvprune as tp
@@ -97,12 +98,14 @@ class Cifar:
 
     def test(self, count: int | None) -> tuple[list[Tensor], Tensor]:
         """Batches to measure on, and their labels."""
-        images, labels = tensors(open_pool(self.folder / "test", self.dense, labels="folders").sample(count, 0))
+        images, labels = tensors(
+            open_pool(self.folder / "test", self.dense, size=32, labels="folders").sample(count, 0)
+        )
         return list(images.to(self.device).split(250)), labels.to(self.device)
 
     def drawn(self, seed: int) -> list[Tensor]:
         """The unlabeled batches of a seed."""
-        pool = open_pool(self.folder / "train", self.dense).sample(IMAGES, seed)
+        pool = open_pool(self.folder / "train", self.dense, size=32).sample(IMAGES, seed)
         order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(seed))
         return list(tensors(pool)[0][order].to(self.device).split(125))
 
@@ -113,7 +116,7 @@ class Cifar:
 
     @cached_property
     def _train(self) -> tuple[Tensor, ...]:
-        pool = open_pool(self.folder / "train", self.dense, labels="folders")
+        pool = open_pool(self.folder / "train", self.dense, size=32, labels="folders")
         return tuple(part.to(self.device) for part in tensors(pool))
 
     def train(self, seed: int) -> Varied:
@@ -240,7 +243,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="in its place, a folder of images for an ImageNet network")
     parser.add_argument("--labels", type=Path, help="class map of those images")
     parser.add_argument("--checkpoints", type=Path, help="folder with resnet20_cifar10.safetensors and the like")
-    parser.add_argument("--net", default="resnet20")
+    parser.add_argument("--net", default="resnet20", help="of the checkpoints, or a network of train_small.py")
     parser.add_argument("--macs", type=float, nargs="+", default=[0.5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ways", nargs="+", default=CLOSED, choices=list(WAYS))
@@ -256,8 +259,12 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    name, weights = (args.net, args.net) if args.images else (f"cifar_{args.net}", f"{args.net}_cifar10")
-    dense = create_model(name, str(args.checkpoints / f"{weights}.safetensors"))
+    small = MODELS.get(args.net)
+    if small is not None:
+        dense = create_model(small.model, ROOT / "benchmarks" / "checkpoints" / f"{args.net}.safetensors", small.args)
+    else:
+        name, weights = (args.net, args.net) if args.images else (f"cifar_{args.net}", f"{args.net}_cifar10")
+        dense = create_model(name, args.checkpoints / f"{weights}.safetensors")
     dense = dense.to(args.device, memory_format=torch.channels_last)
     images: Cifar | ImageNet = (
         ImageNet(args.images, args.labels, dense, args.device) if args.images else Cifar(args.data, dense, args.device)
@@ -271,13 +278,13 @@ def run(args: argparse.Namespace) -> None:
                 if any(about.items() <= row.items() for row in read(args.results)):
                     continue
                 kept = (args.kept or args.results.with_suffix("")) / f"{args.net}-{macs:g}-{seed}"
-                small, seconds = Run(dense, images, drawn(seed), macs, seed, kept).made(way)
-                plan = plan_of(small)
+                found, seconds = Run(dense, images, drawn(seed), macs, seed, kept).made(way)
+                plan = plan_of(found)
                 row = {
                     **about,
                     "test": len(labels),
                     "kept": plan.macs / plan.graph.macs(),
-                    **measured(small, dense, test, labels),
+                    **measured(found, dense, test, labels),
                     "seconds": seconds,
                     "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
                 }
