@@ -11,8 +11,8 @@ from torch.func import jacrev, vmap
 import tpvprune as tp
 from tests import reference, tolerances
 from tests.helpers import Built, assert_scores_close, built
-from tpvprune.scoring import criteria
-from tpvprune.scoring.compensation import residuals
+from tpvprune.scoring import compensation, criteria
+from tpvprune.scoring.compensation import _in_turn, _Reads, residuals
 from tpvprune.scoring.criteria import RIDGES
 
 
@@ -47,7 +47,7 @@ def seen_by(b: Built, layer: str, inputs: Tensor) -> Tensor:
 def test_compensated_scores_are_those_of_the_residuals(mlp: Built, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(criteria, "RIDGES", (0.0,))
     inputs = many(mlp, 60)
-    scores = tp.score(mlp.model, [inputs], mlp.graph, tp.TPV(compensated=True, probes="exact"))
+    scores = tp.score(mlp.model, [inputs], mlp.graph, tp.TPV(compensated="alone", probes="exact"))
     plain = tp.score(mlp.model, [inputs], mlp.graph, tp.TPV(probes="exact"))
     with torch.no_grad():
         metric = reference.metric(mlp.model(inputs), "softmax")
@@ -69,7 +69,7 @@ def test_compensated_scores_are_those_of_the_residuals(mlp: Built, monkeypatch: 
 def test_scores_follow_from_the_map_exactly(residual: Built):
     inputs = many(residual, 12)
     maps = residuals(residual.model, [inputs], residual.graph, RIDGES)
-    got = tp.score(residual.model, [inputs], residual.graph, tp.TPV(compensated=True, probes="exact", head="logits"))
+    got = tp.score(residual.model, [inputs], residual.graph, tp.TPV(compensated="alone", probes="exact", head="logits"))
     wanted = {}
     outputs = residual.model(inputs[:1]).shape[1]
     for group in residual.graph.groups:
@@ -131,9 +131,12 @@ def test_a_copy_of_a_channel_costs_nothing_when_it_can_be_made_up_for():
     inputs = torch.randn(200, 4, dtype=torch.float64)
     graph = tp.trace(net, inputs[:1])
     plain = tp.score(net, [inputs], graph, tp.TPV(head="logits")).values["0"]
+    alone = tp.score(net, [inputs], graph, tp.TPV(head="logits", compensated="alone")).values["0"]
+    assert float((alone / plain)[[0, 5]].max()) < 1e-3
+    assert float((alone / plain)[1:5].min()) > 1e-3
     left = tp.score(net, [inputs], graph, tp.TPV(head="logits", compensated=True)).values["0"]
-    assert float((left / plain)[[0, 5]].max()) < 1e-3
-    assert float((left / plain)[1:5].min()) > 1e-3
+    one, other = sorted((left / plain)[[0, 5]].tolist())
+    assert one < 1e-3 < 0.1 < other  # as soon as one has left, nothing makes up for the other
 
 
 def test_what_compensated_scores_refuse(mlp: Built, tmp_path):
@@ -158,7 +161,7 @@ def test_a_fit_to_fewer_samples_than_channels_predicts_nothing():
         net[1].bias.fill_(10.0)
     inputs = torch.randn(40, 64)
     graph = tp.trace(net, inputs[:1])
-    left = tp.score(net, [inputs], graph, tp.TPV(head="logits", probes="exact", compensated=True)).values["1"]
+    left = tp.score(net, [inputs], graph, tp.TPV(head="logits", probes="exact", compensated="alone")).values["1"]
     # What is left of a channel is what varies of it: its squared weights.
     wanted = net[3].weight.detach().square().sum(0).double()
     assert 0.7 < float((left / wanted).mean()) < 1.5
@@ -191,3 +194,63 @@ def test_halves_are_dealt_by_the_number_of_batch_and_sample(sizes: tuple[int, ..
         precision = np.linalg.inv(damped)
         wanted = precision / np.diag(precision)
         np.testing.assert_allclose(found.matrices[half].numpy(), wanted, rtol=1e-6, atol=tolerances.EXACT)
+
+
+def refitted_error(rows: np.ndarray, weight: np.ndarray, kept: list[int]) -> float:
+    """Mean squared error of `rows @ weight.T` after least squares on some of the columns and a constant."""
+    wanted = rows @ weight.T
+    read = np.column_stack([rows[:, kept], np.ones(len(rows))])
+    return float(((wanted - read @ np.linalg.lstsq(read, wanted)[0]) ** 2).sum(1).mean())
+
+
+@pytest.mark.parametrize("name", ["mlp", "vit"])
+def test_costs_in_turn_are_growths_of_the_error_of_a_refit(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Taking units away one after the other, with weights that make up for them, against least squares anew."""
+    monkeypatch.setattr(compensation, "AT_ONCE", 10**9)
+    b = built(name)
+    inputs = many(b, 80)
+    maps = residuals(b.model, [inputs], b.graph, (0.0,))
+    looked = 0
+    for group in b.graph.groups:
+        members = group.of_role("consume")
+        layer = b.model.get_submodule(members[0].layer)
+        if len(members) != 1 or not isinstance(layer, torch.nn.Linear):
+            continue
+        rows = seen_by(b, members[0].layer, inputs).reshape(-1, layer.in_features).numpy()
+        weight, entries = layer.weight.detach().numpy(), members[0].entries(group.units).tolist()
+        # A score that is the variance itself makes each cost the growth of the error.
+        reads = _Reads(b.model, members[0], group.units, maps[members[0].layer])
+        costs = _in_turn(reads.energy(torch.arange(group.units)), [reads])
+        left, gone, before, reached = set(range(group.units)), set[int](), 0.0, 0.0
+        while len(left) > 1:
+            errors = {}
+            for unit in left:
+                kept = [c for c in range(rows.shape[1]) if c not in gone | set(entries[unit])]
+                errors[unit] = refitted_error(rows, weight, kept)
+            unit = min(errors, key=errors.__getitem__)
+            reached = max(reached, errors[unit] - before)  # costs never fall
+            assert float(costs[unit]) == pytest.approx(reached, rel=1e-4, abs=1e-9)
+            before = errors[unit]
+            left.discard(unit)
+            gone |= set(entries[unit])
+            looked += 1
+    assert looked > 4
+
+
+def test_units_of_low_rank_are_not_all_cheap():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 12), torch.nn.Identity(), torch.nn.Linear(12, 4)).double()
+    inputs = torch.randn(300, 3, dtype=torch.float64)
+    graph = tp.trace(net, inputs[:1])
+    alone = tp.score(net, [inputs], graph, tp.TPV(head="logits", compensated="alone"))
+    scores = tp.score(net, [inputs], graph, tp.TPV(head="logits", compensated=True))
+    plain = tp.score(net, [inputs], graph, tp.TPV(head="logits", sensitivities=0)).values["0"].mean()
+    assert float(alone.values["0"].max()) < 0.02 * float(plain)
+    ordered = scores.values["0"].sort().values
+    assert float(ordered[6]) < 0.05 * float(plain) < 0.2 * float(plain) < float(ordered[-2])
+    # Halves and errors are told in the same measure.
+    even, odd = (half["0"] for half in scores.halves)
+    torch.testing.assert_close((even + odd) / 2, scores.values["0"])
+    ratio = scores.stderr["0"] / scores.values["0"]
+    torch.testing.assert_close(ratio, alone.stderr["0"] / alone.values["0"])
+    assert scores.criterion != alone.criterion

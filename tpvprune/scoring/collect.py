@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -33,12 +33,14 @@ class Observation:
         rows: sensitivities `(rows, units)`, where they are kept.
         linear: their linear part, summed over the batch's samples `(units,)`.
         samples: samples that the rows are of.
+        later: what the scores are made of once more, where they depend on each other.
     """
 
     tally: Tally
     rows: Tensor | None = None
     linear: Tensor | None = None
     samples: int = 0
+    later: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
 
 
 @runtime_checkable
@@ -138,23 +140,27 @@ def collect(
     made_of = {"weights": weights_digest(model), "settings": _settings(criterion)}
     tally = Tally() if start is None else _check_start(start, criterion, graph, made_of)
     watched = Watched(batches, skip, "" if start is None else str(start.manifest.get("data", "")))
-    rows = _Rows.of(start)
+    rows, fresh = _Rows.of(start), 0
     cap = getattr(criterion, "cap", 0)
+
+    later = None
 
     def state(done: int) -> Scores:
         held = rows.result(graph, -(-cap // world))
         about = _manifest(watched.digests[done], tally, world) | made_of
-        return _scores(criterion, model, graph, tally, held, about)
+        if start is not None and not fresh and world == 1:
+            return replace(start, sensitivities=held, manifest=about)
+        return _scores(criterion, model, graph, tally, held, about, later)
 
     def settled(done: int) -> bool:
         return until is not None and tally.total >= until.least and until.reached(state(done))
 
-    fresh, saved = 0, time.monotonic()
+    saved = time.monotonic()
     try:
         # A process without a batch of its own has others to wait for it; one alone is told that there is none.
         if (start is None and world == 1) or (watched.pending() and not settled(skip)):
             for seen in criterion.observe(model, watched, graph, tally.batches, progress):
-                tally = tally + seen.tally
+                tally, later = tally + seen.tally, seen.later
                 rows.add(seen)
                 fresh += 1
                 if settled(skip + fresh):
@@ -227,19 +233,27 @@ def _scores(
     tally: Tally,
     rows: Sensitivities | None,
     manifest: dict[str, Any],
+    later: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None,
 ) -> Scores:
-    halves = tally.halves()
+    halves = [criterion.summarise(half, model, graph) for half in tally.halves() or ()]
     values = criterion.summarise(tally.means(), model, graph)
+    errors = tally.stderr() if set(values) == set(tally.sums) else None
+    if later is not None:
+        first, values = values, later(values)
+        # The order in which units leave is one for all: halves and errors go along with the values.
+        grown = {name: torch.nan_to_num(value / first[name], 1.0, 1.0) for name, value in values.items()}
+        halves = [{name: value * grown[name] for name, value in half.items()} for half in halves]
+        errors = None if errors is None else {name: value * grown[name] for name, value in errors.items()}
     return Scores(
         values=values,
-        stderr=tally.stderr() if set(values) == set(tally.sums) else None,
+        stderr=errors,
         criterion=criterion.label,
         samples=tally.total,
         probes=criterion.probes,
         seed=criterion.seed,
         model_id=graph.model_id,
         tally=tally,
-        halves=None if halves is None else tuple(criterion.summarise(half, model, graph) for half in halves),  # type: ignore[arg-type]
+        halves=tuple(halves) if halves else None,  # type: ignore[arg-type]
         sensitivities=rows,
         manifest=manifest,
     )

@@ -4,13 +4,18 @@ With a refit to follow, removing a channel costs no more than its residual after
 same layer's other inputs: `r = P (a - mean) / diag(P)`, `P = (Cov(a) + ridge)^-1`. Scoring the residual in place of the
 channel is Optimal Brain Surgeon (Hassibi 1993) in TPV's metric.
 
+That is what a channel costs alone. Of ten channels that any nine make up for, one leaves for nothing and the others do
+not: what makes up for a channel leaves too. So the units of a group are taken away one after the other, the cheapest
+first, and each costs what it costs when its turn comes: the part of the layer's outputs that only it can give then,
+with the weights that have made up for those before it, times what its score alone says of such a part (`left_later`).
+
 Samples that a covariance is made of are predicted too well by it: with no more of them than channels, perfectly. So
 the samples are dealt out to two halves, and each half's residuals are those of the other half's covariance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +27,7 @@ from tpvprune.batches import Batch, evaluation_mode, model_inputs
 from tpvprune.reads import ThroughLayers
 from tpvprune.scoring.activations import channel_axis
 from tpvprune.scoring.engine import global_number, of_all, process
-from tpvprune.types import Graph
+from tpvprune.types import Graph, Member
 
 SAMPLES = 2560  # covariances of a few thousand channels are known well enough from these, at many positions each
 
@@ -35,11 +40,15 @@ class Residual:
         means: `(2, channels)`, of the covariance that the samples with even and with odd numbers are held against.
         matrices: `(2, channels, channels)`, likewise.
         ridge: what was added to the covariances' diagonals, as a share of its mean.
+        precision: inverse of the covariance of all samples, ridge added, `(channels, channels)`.
+        damping: what was added to that covariance's diagonal.
     """
 
     means: Tensor
     matrices: Tensor
     ridge: float
+    precision: Tensor
+    damping: float
 
     def __call__(self, value: Tensor, axis: int, numbers: range) -> Tensor:
         """Residuals of `value`, shaped as it is.
@@ -152,23 +161,34 @@ def _residual(
             off = ((other - mean) @ matrix).square().sum()
             left += float(((covariance @ matrix) * matrix).sum() + off)
         if best is None or left < best[0]:
-            best = left, Residual(torch.stack([mean for mean, _ in halves]), torch.stack(matrices), ridge)
+            means = torch.stack([mean for mean, _ in halves])
+            whole = _precision(model, layer, (even + odd).covariance()[1], ridge)
+            best = left, Residual(means, torch.stack(matrices), ridge, *whole)
     assert best is not None
     return best[1]
 
 
-def _matrix(model: nn.Module, graph: Graph, layer: str, covariance: Tensor, ridge: float) -> Tensor:
+def _precision(model: nn.Module, layer: str, covariance: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """Inverse of a covariance with a ridge, and what that adds to the diagonal."""
     channels = len(covariance)
-    module: Any = model.get_submodule(layer)
-    width = channels // int(getattr(module, "groups", 1))
+    width = _width(model, layer, channels)
     if width < channels:  # an output of a grouped convolution reads the channels of its own group alone
         own = torch.arange(channels, device=covariance.device) // width
         covariance = covariance * (own.unsqueeze(1) == own)
-    scale = covariance.diagonal().mean().clamp(min=1e-30)
+    damping = max(ridge, 1e-8) * covariance.diagonal().mean().clamp(min=1e-30)
     eye = torch.eye(channels, dtype=covariance.dtype, device=covariance.device)
-    precision = torch.cholesky_inverse(torch.linalg.cholesky(covariance + max(ridge, 1e-8) * scale * eye))
+    return torch.cholesky_inverse(torch.linalg.cholesky(covariance + damping * eye)), float(damping)
+
+
+def _width(model: nn.Module, layer: str, channels: int) -> int:
+    """Input channels that an output of a layer reads."""
+    return channels // int(getattr(model.get_submodule(layer), "groups", 1))
+
+
+def _matrix(model: nn.Module, graph: Graph, layer: str, covariance: Tensor, ridge: float) -> Tensor:
+    precision, _ = _precision(model, layer, covariance, ridge)
     matrix = precision / precision.diagonal()
-    for block in _blocks(graph, layer, channels, width):
+    for block in _blocks(graph, layer, len(covariance), _width(model, layer, len(covariance))):
         inside = precision[block][:, block]
         matrix[:, block] = torch.linalg.solve(inside, precision[block]).mT
     return matrix
@@ -179,7 +199,116 @@ def _blocks(graph: Graph, layer: str, channels: int, width: int) -> Iterator[Ten
     for group in graph.groups:
         for member in group.of_role("consume"):
             if member.layer == layer and member.width() > 1:
-                repeats = channels // width if int(member.entries(group.units).max()) < width else 1
-                for unit in member.entries(group.units):
-                    for shift in range(repeats):
-                        yield (unit + shift * width).to("cpu")
+                for unit in _columns(member, group.units, channels, width):
+                    yield from unit
+
+
+def _columns(member: Member, units: int, channels: int, width: int) -> Tensor:
+    """Channels of a layer's input that units are, `(units, groups of the layer that read one, channels)`."""
+    entries = member.entries(units).cpu()
+    repeats = channels // width if int(entries.max()) < width else 1
+    return entries.unsqueeze(1) + width * torch.arange(repeats).unsqueeze(1)
+
+
+class _Reads:
+    """A layer that reads units: what its inputs tell of each other and its weights on them, as units leave."""
+
+    def __init__(self, model: nn.Module, member: Member, units: int, residual: Residual) -> None:
+        channels = len(residual.precision)
+        width = _width(model, member.layer, channels)
+        self.precision, self.damping = residual.precision.double().cpu(), residual.damping
+        self.columns = _columns(member, units, channels, width).flatten(1)
+        self.weight = _by_channel(model.get_submodule(member.layer), channels)
+
+    def energy(self, units: Tensor) -> Tensor:
+        """Variance of what only each unit gives to the layer's outputs, given those that are left, `(units,)`."""
+        columns = self.columns[units]
+        weight = self.weight[:, columns].permute(1, 2, 0)
+        inside = self.precision[columns.unsqueeze(2), columns.unsqueeze(1)]
+        # Residuals `R = P_.u inv(P_uu)` of `C = inv(P) - damping`: `R^T C R = inv(P_uu) - damping R^T R`.
+        if columns.shape[1] == 1:
+            own = inside.flatten()
+            shares = self.precision.square().sum(0)[columns.flatten()] / own.square()
+            return weight.square().sum((1, 2)) * (1 / own - self.damping * shares).clamp(min=0)
+        solved = torch.linalg.solve(inside, weight)
+        spread = self.precision[:, columns].permute(1, 0, 2) @ solved
+        return ((weight * solved).sum((1, 2)) - self.damping * spread.square().sum((1, 2))).clamp(min=0)
+
+    def whole(self) -> Tensor:
+        """Variance of all that each unit gives, `(units,)`, before any has left."""
+        eye = torch.eye(len(self.precision), dtype=self.precision.dtype)
+        covariance = torch.linalg.inv(self.precision) - self.damping * eye
+        inside = covariance[self.columns.unsqueeze(2), self.columns.unsqueeze(1)]
+        weight = self.weight[:, self.columns].permute(1, 2, 0)
+        return (weight * (inside @ weight)).sum((1, 2)).clamp(min=0)
+
+    def remove(self, units: Tensor) -> None:
+        """Take units away: the others' weights make up for them as well as they can."""
+        gone = self.columns[units].flatten()
+        rest = torch.ones(len(self.precision), dtype=torch.bool)
+        rest[gone] = False
+        across = self.precision[gone][:, rest]
+        share = torch.linalg.solve(self.precision[gone][:, gone], across)
+        self.weight = self.weight[:, rest] - self.weight[:, gone] @ share
+        self.precision = self.precision[rest][:, rest] - across.mT @ share
+        self.columns = (rest.cumsum(0) - 1)[self.columns]  # of units that are gone it means nothing
+
+
+def _by_channel(layer: Any, channels: int) -> Tensor:
+    """A layer's weight with a column for each input channel, `(outputs and taps, channels)`."""
+    weight = layer.weight.detach().double().cpu()
+    groups = int(getattr(layer, "groups", 1))
+    if getattr(layer, "transposed", False):
+        return weight.flatten(1).mT
+    rows = weight.movedim(1, -1).reshape(groups, -1, weight.shape[1])
+    found = rows.new_zeros(groups, rows.shape[1], groups, rows.shape[2])
+    for group in range(groups):
+        found[group, :, group] = rows[group]
+    return found.reshape(-1, channels)
+
+
+AT_ONCE = 32  # of so many units that are left, one leaves in a step
+DOUBT = 0.01  # share of a unit's whole output below which its own score says little of what a part of it costs
+
+
+def left_later(
+    model: nn.Module, graph: Graph, maps: Mapping[str, Residual], alone: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What units cost when their turn comes, `(units,)` per group, rising in the order in which they leave.
+
+    Args:
+        model: the model scored.
+        graph: of channels and heads.
+        maps: from `residuals`.
+        alone: what each costs while all others are there, `(units,)` per group.
+    """
+    found = {}
+    for group in graph.groups:
+        members = [member for member in group.of_role("consume") if member.layer in maps]
+        reads = [_Reads(model, member, group.units, maps[member.layer]) for member in members]
+        score = alone[group.id].double().cpu()
+        found[group.id] = (_in_turn(score, reads) if reads else score).to(alone[group.id])
+    return found
+
+
+def _in_turn(alone: Tensor, reads: Sequence[_Reads]) -> Tensor:
+    result, left, reached = alone.clone(), torch.arange(len(alone)), 0.0
+
+    def energy() -> Tensor:
+        return torch.stack([read.energy(left) for read in reads]).sum(0)
+
+    first, doubt = energy(), DOUBT * torch.stack([read.whole() for read in reads]).sum(0)
+    price = alone.sum() / first.sum().clamp(min=1e-300)
+    prices = (alone + doubt * price) / (first + doubt).clamp(min=1e-300)
+    while len(left):
+        cost = prices[left] * energy()
+        order = cost.argsort(stable=True)[: max(1, len(left) // AT_ONCE)]
+        result[left[order]] = cost[order].cummax(0).values.clamp(min=reached)
+        reached = float(result[left[order[-1]]])
+        if len(order) < len(left):
+            for read in reads:
+                read.remove(left[order])
+        stay = torch.ones(len(left), dtype=torch.bool)
+        stay[order] = False
+        left = left[stay]
+    return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
 from typing import Any, Literal, Protocol
 
@@ -18,7 +19,7 @@ from tpvprune.scores import Scores, Settled, Tally
 from tpvprune.scoring.activations import Tapped
 from tpvprune.scoring.blocks import left_over
 from tpvprune.scoring.collect import Observation, Streaming, collect
-from tpvprune.scoring.compensation import residuals
+from tpvprune.scoring.compensation import Residual, left_later, residuals
 from tpvprune.scoring.engine import Parts, Watched, global_number
 from tpvprune.scoring.heads import Head, Softmax, head_named
 from tpvprune.scoring.perturb import Perturbation, Removal, perturbation_named
@@ -67,8 +68,9 @@ class TPV:
         reference: the model that drift is measured from, where that is not the one scored: the dense original,
             when a pruned model is scored again. Adds the linear term of drift to the sensitivities.
         compensated: score of each channel only what the layers that read it cannot predict from their other inputs:
-            for a plan that is refitted afterwards. Takes a forward pass more; the batches must be readable twice.
-            Blocks are scored as they are: what replaces one is not predicted.
+            for a plan that is refitted afterwards. Those inputs are the ones that are left when its turn comes, the
+            cheapest leaving first; "alone" takes all of them. Takes a forward pass more; the batches must be readable
+            twice. Blocks are scored as they are: what replaces one is not predicted.
     """
 
     head: str | Head = "softmax"
@@ -80,7 +82,7 @@ class TPV:
     engine: Engine = "auto"
     sensitivities: int | None = None
     reference: nn.Module | None = None
-    compensated: bool = False
+    compensated: bool | Literal["alone"] = False
 
     def __post_init__(self) -> None:
         head_named(self.head)
@@ -107,7 +109,7 @@ class TPV:
         if self.engine not in ("auto", "activations"):
             parts.append(f"engine={self.engine}")
         if self.compensated:
-            parts.append("compensated")
+            parts.append("compensated" if self.compensated is True else "compensated alone")
         return f"tpv({', '.join(parts)})"
 
     @property
@@ -167,7 +169,11 @@ class TPV:
     def _from_activations(
         self, model: nn.Module, batches: Iterable[Batch], graph: Graph, first: int, progress: Progress | None
     ) -> Iterator[Observation]:
-        left = self.cap
+        left, maps = self.cap, self._maps(model, batches, graph, first)
+        later = None
+        if self.compensated is True:
+            assert maps is not None
+            later = partial(left_later, model, graph, maps)
         sizes = {group.id: group.units for group in graph.groups}
 
         def fold(sensitivities: dict[str, list[Tensor]]) -> dict[str, Tensor]:
@@ -179,7 +185,7 @@ class TPV:
                 squares = torch.cat(list(members), 1)
             return {"squares": squares} | ({"": first.float()} if left > 0 else {})
 
-        for values in self._per_batch(model, batches, graph, fold, first, progress):
+        for values in self._per_batch(model, batches, graph, fold, first, progress, maps):
             rows, linear = values.pop("", None), values.pop("linear", None)
             samples = 0
             if rows is not None:
@@ -187,7 +193,7 @@ class TPV:
                 rows = rows[:samples].flatten(0, 1).cpu()
                 left -= samples
             total = None if linear is None else linear.sum(0).cpu()
-            yield Observation(Tally.of_units(values["squares"], sizes), rows, total, samples)
+            yield Observation(Tally.of_units(values["squares"], sizes), rows, total, samples, later)
 
     def drift(
         self, model: nn.Module, batches: Iterable[Batch], plan: Plan, progress: Progress | None = None
@@ -219,6 +225,16 @@ class TPV:
         error = float(values.std() / values.numel() ** 0.5) if values.numel() > 1 else float("nan")
         return float(values.mean()), error
 
+    def _maps(self, model: nn.Module, batches: Iterable[Batch], graph: Graph, first: int) -> dict[str, Residual] | None:
+        """What layers cannot predict of their inputs, if that is scored."""
+        if not self.compensated:
+            return None
+        source = batches.batches if isinstance(batches, Watched) else batches
+        if first and not (isinstance(batches, Watched) and batches.skip):
+            raise InputError("batches cannot be added to compensated scores: what compensates what would change")
+        repeatable(source, "compensated scores read them twice")
+        return residuals(model, source, graph, RIDGES)
+
     def _per_batch(
         self,
         model: nn.Module,
@@ -227,6 +243,7 @@ class TPV:
         fold: Callable[[dict[str, list[Tensor]]], dict[str, Tensor]],
         first: int,
         progress: Progress | None,
+        maps: Mapping[str, Residual] | None = None,
     ) -> Iterator[dict[str, Tensor]]:
         """Per batch, the mean over probes (the sum, if exact) of what `fold` makes of the sensitivities.
 
@@ -234,13 +251,6 @@ class TPV:
         reference.
         """
         probing = Probing(head_named(self.head), self.probes, self.seed, self.output)
-        maps = None
-        if self.compensated:
-            source = batches.batches if isinstance(batches, Watched) else batches
-            if first and not (isinstance(batches, Watched) and batches.skip):
-                raise InputError("batches cannot be added to compensated scores: what compensates what would change")
-            repeatable(source, "compensated scores read them twice")
-            maps = residuals(model, source, graph, RIDGES)
         tapped, parts = Tapped(model, graph, self.over, maps), Parts()
         if tapped.left_out:
             logger.warning("over='all' leaves out %s: used outside layers", ", ".join(sorted(tapped.left_out)))
