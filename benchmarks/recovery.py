@@ -7,8 +7,9 @@
 
 CIFAR-10: a seed draws 2,000 unlabeled training images, which are scored and refitted on ("varied": flipped and
 shifted, otherwise in each step); everything is measured on the 10,000 test images. Distillation takes all training
-images, without labels unless the row says so. ImageNet: images at even positions for all of that, those at odd
-positions to measure on. Every row is appended to the results file as soon as it is done, and not run again; networks
+images, without labels unless the row says so. "Alone": compensated scores of what each unit costs while all others are
+there, "compensated": when its turn comes. ImageNet: images at even positions for all of that, those at odd positions to
+measure on. Every row is appended to the results file as soon as it is done, and not run again; networks
 that another way goes on from are kept in a folder beside it. Seconds are of the whole way from the dense model to the
 recovered one, without measuring.
 """
@@ -39,8 +40,8 @@ from tpvprune.zoo.models import create_model
 IMAGES = 2000
 FAST = {"positions": 64}
 BEST = tp.Reconstruct(sums=True, **FAST)
-COMPENSATED, PLAIN = tp.TPV(compensated=True), tp.TPV(sensitivities=0)
-JOINT, BOTH = tp.TPV(), tp.TPV(compensated=True, sensitivities=1280)
+COMPENSATED, ALONE, PLAIN = tp.TPV(compensated=True), tp.TPV(compensated="alone"), tp.TPV(sensitivities=0)
+JOINT, BOTH = tp.TPV(), tp.TPV(compensated="alone", sensitivities=1280)
 ONE, FOUR = tp.Planning(per="macs"), tp.Planning(steps=4, refit=True, per="macs")
 DISTILL = tp.Finetune(epochs=10, lr=0.1, optimizer="momentum", weight_decay=5e-4, temperature=4.0, clip=5.0)
 GENTLE = tp.Finetune(epochs=10, lr=2e-4, norms="freeze")  # for few images
@@ -64,27 +65,31 @@ WAYS = {
     "cut, closed form": Way(JOINT, closed=BEST),
     "cut, Gauss-Newton": Way(after="cut, closed form", then=tp.GaussNewton(), varied=True),
     "cut, distilled gently": Way(after="cut, closed form", then=GENTLE),
-    "compensated, not recovered": Way(),
-    "compensated, means folded": Way(closed="fold"),
-    "compensated, dense inputs": Way(closed=tp.Reconstruct(inputs="dense", **FAST)),
-    "compensated, no sums": Way(closed=tp.Reconstruct(sums=False, **FAST)),
-    "compensated, ridge auto": Way(closed=tp.Reconstruct(ridge="auto", sums=True, **FAST)),
-    "compensated, closed form": Way(closed=BEST),
-    "compensated, Gauss-Newton": Way(after="compensated, closed form", then=tp.GaussNewton(), varied=True),
-    "4 steps, no refit between": Way(planning=replace(FOUR, refit=False), closed=BEST),
-    "4 steps, refitted between": Way(planning=FOUR, closed=BEST),
-    "8 steps, refitted between": Way(planning=replace(FOUR, steps=8), closed=BEST),
+    "alone, not recovered": Way(ALONE),
+    "alone, means folded": Way(ALONE, closed="fold"),
+    "alone, dense inputs": Way(ALONE, closed=tp.Reconstruct(inputs="dense", **FAST)),
+    "alone, no sums": Way(ALONE, closed=tp.Reconstruct(sums=False, **FAST)),
+    "alone, ridge auto": Way(ALONE, closed=tp.Reconstruct(ridge="auto", sums=True, **FAST)),
+    "alone, closed form": Way(ALONE, closed=BEST),
+    "4 steps, no refit between": Way(ALONE, planning=replace(FOUR, refit=False), closed=BEST),
+    "4 steps, refitted between": Way(ALONE, planning=FOUR, closed=BEST),
+    "8 steps, refitted between": Way(ALONE, planning=replace(FOUR, steps=8), closed=BEST),
     "4 steps, not compensated": Way(PLAIN, replace(FOUR, allocator="global"), BEST),
     "4 steps, joint": Way(JOINT, replace(FOUR, allocator="joint"), BEST),
     "4 steps, joint and compensated": Way(BOTH, replace(FOUR, allocator="joint"), BEST),
     "4 steps, Gauss-Newton": Way(after="4 steps, refitted between", then=tp.GaussNewton()),
     "4 steps, Gauss-Newton, varied": Way(after="4 steps, refitted between", then=tp.GaussNewton(), varied=True),
-    "compensated, distilled gently": Way(after="compensated, closed form", then=GENTLE),
-    "compensated, distilled": Way(after="compensated, closed form", then=DISTILL),
-    "compensated, Gauss-Newton, distilled": Way(after="compensated, Gauss-Newton", then=DISTILL),
-    "compensated, Gauss-Newton, distilled with labels": Way(
-        after="compensated, Gauss-Newton", then=replace(DISTILL, label_weight=0.3)
+    "alone, Gauss-Newton": Way(after="alone, closed form", then=tp.GaussNewton(), varied=True),
+    "alone, distilled gently": Way(after="alone, closed form", then=GENTLE),
+    "alone, distilled": Way(after="alone, closed form", then=DISTILL),
+    "alone, Gauss-Newton, distilled": Way(after="alone, Gauss-Newton", then=DISTILL),
+    "alone, Gauss-Newton, distilled with labels": Way(
+        after="alone, Gauss-Newton", then=replace(DISTILL, label_weight=0.3)
     ),
+    "compensated, closed form": Way(closed=BEST),
+    "compensated, 4 steps": Way(planning=FOUR, closed=BEST),
+    "compensated, Gauss-Newton": Way(after="compensated, closed form", then=tp.GaussNewton(), varied=True),
+    "compensated, Gauss-Newton, distilled": Way(after="compensated, Gauss-Newton", then=DISTILL),
 }
 CLOSED = [name for name, way in WAYS.items() if not isinstance(way.then, tp.Finetune)]
 Images = Callable[[int], Any]

@@ -254,3 +254,17 @@ def test_units_of_low_rank_are_not_all_cheap():
     ratio = scores.stderr["0"] / scores.values["0"]
     torch.testing.assert_close(ratio, alone.stderr["0"] / alone.values["0"])
     assert scores.criterion != alone.criterion
+
+
+def test_channels_that_hardly_vary_about_a_large_mean():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(6, 40), torch.nn.Identity(), torch.nn.Linear(40, 3))
+    with torch.no_grad():
+        net[1].weight.mul_(1e-5)
+        net[1].bias.fill_(1e3)
+    inputs = torch.randn(50, 6)
+    graph = tp.trace(net, inputs[:1])
+    found = tp.score(net, [inputs], graph, tp.TPV(head="logits", compensated=True)).values["1"]
+    assert bool(torch.isfinite(found).all())
+    with pytest.raises(tp.NonFiniteError, match="NaN or infinity"):
+        tp.score(net, [inputs * float("nan")], graph, tp.TPV(head="logits", compensated=True))

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.batches import Batch, evaluation_mode, model_inputs
+from tpvprune.errors import NonFiniteError
 from tpvprune.reads import ThroughLayers
 from tpvprune.scoring.activations import channel_axis
 from tpvprune.scoring.engine import global_number, of_all, process
@@ -177,7 +178,12 @@ def _precision(model: nn.Module, layer: str, covariance: Tensor, ridge: float) -
         covariance = covariance * (own.unsqueeze(1) == own)
     damping = max(ridge, 1e-8) * covariance.diagonal().mean().clamp(min=1e-30)
     eye = torch.eye(channels, dtype=covariance.dtype, device=covariance.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky(covariance + damping * eye)), float(damping)
+    for _ in range(60):
+        factor, failed = torch.linalg.cholesky_ex(covariance + damping * eye)
+        if not failed:
+            return torch.cholesky_inverse(factor), float(damping)
+        damping = 10 * damping  # what hardly varies about a large mean is not positive definite, for rounding
+    raise NonFiniteError(f"layer {layer!r} is given NaN or infinity; check the input and the weights")
 
 
 def _width(model: nn.Module, layer: str, channels: int) -> int:
