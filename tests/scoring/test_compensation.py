@@ -256,15 +256,11 @@ def test_units_of_low_rank_are_not_all_cheap():
     assert scores.criterion != alone.criterion
 
 
-def test_channels_that_hardly_vary_about_a_large_mean():
-    torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(6, 40), torch.nn.Identity(), torch.nn.Linear(40, 3))
-    with torch.no_grad():
-        net[1].weight.mul_(1e-5)
-        net[1].bias.fill_(1e3)
-    inputs = torch.randn(50, 6)
-    graph = tp.trace(net, inputs[:1])
-    found = tp.score(net, [inputs], graph, tp.TPV(head="logits", compensated=True)).values["1"]
-    assert bool(torch.isfinite(found).all())
-    with pytest.raises(tp.NonFiniteError, match="NaN or infinity"):
-        tp.score(net, [inputs * float("nan")], graph, tp.TPV(head="logits", compensated=True))
+def test_a_covariance_that_rounding_left_indefinite_gets_a_larger_ridge():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3)).double()
+    covariance = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.05], dtype=torch.float64))
+    precision, damping = compensation._precision(net, "0", covariance, 1e-2)
+    assert damping == pytest.approx(10 * 1e-2 * 2.95 / 4)
+    torch.testing.assert_close(torch.linalg.inv(precision), covariance + damping * torch.eye(4, dtype=torch.float64))
+    with pytest.raises(tp.NonFiniteError, match="'0' is given NaN"):
+        compensation._precision(net, "0", covariance * float("nan"), 1e-2)
