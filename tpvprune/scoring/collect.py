@@ -148,14 +148,14 @@ def collect(
     def state(done: int) -> Scores:
         held = rows.result(graph, -(-cap // world))
         about = _manifest(watched.digests[done], tally, world) | made_of
-        if start is not None and not fresh and world == 1:
+        if start is not None and not fresh and world == 1:  # nothing new was seen, nor what `later` is made of
             return replace(start, sensitivities=held, manifest=about)
         return _scores(criterion, model, graph, tally, held, about, later)
 
     def settled(done: int) -> bool:
         return until is not None and tally.total >= until.least and until.reached(state(done))
 
-    saved = time.monotonic()
+    saved, took = time.monotonic(), 0.0
     try:
         # A process without a batch of its own has others to wait for it; one alone is told that there is none.
         if (start is None and world == 1) or (watched.pending() and not settled(skip)):
@@ -165,9 +165,11 @@ def collect(
                 fresh += 1
                 if settled(skip + fresh):
                     break
-                if save is not None and world == 1 and time.monotonic() - saved > SAVE_EVERY:
+                if save is not None and world == 1 and time.monotonic() - saved > max(SAVE_EVERY, 10 * took):
+                    began = time.monotonic()
                     state(skip + fresh).save(save, exact=True)
                     saved = time.monotonic()
+                    took = saved - began  # scores that depend on each other take long to make
     except BaseException:
         if save is not None and world == 1 and fresh and tally.total:
             state(skip + fresh).save(save, exact=True)
