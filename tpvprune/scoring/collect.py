@@ -169,7 +169,7 @@ def collect(
                     began = time.monotonic()
                     state(skip + fresh).save(save, exact=True)
                     saved = time.monotonic()
-                    took = saved - began  # scores that depend on each other take long to make
+                    took = 0.0 if later is None else saved - began  # scores that depend on each other take long to make
     except BaseException:
         if save is not None and world == 1 and fresh and tally.total:
             state(skip + fresh).save(save, exact=True)
