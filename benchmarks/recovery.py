@@ -162,6 +162,7 @@ class Run:
     macs: float
     seed: int
     kept: Path
+    precision: Any = "no"
 
     def made(self, name: str) -> tuple[nn.Module, float]:
         """The recovered model and the seconds it took; read back if it was kept."""
@@ -205,7 +206,8 @@ class Run:
             images = self.images.varied(self.seed) if way.varied else self.batches
             return tp.refine(small, images, self.dense, way.then, log=print)
         log: Any = lambda told: print(told, flush=True)  # noqa: E731
-        return tp.finetune(small, self.images.train(self.seed), self.dense, way.then, log=log)
+        settings = replace(way.then, precision=self.precision)
+        return tp.finetune(small, self.images.train(self.seed), self.dense, settings, log=log)
 
 
 def measured(model: nn.Module, dense: nn.Module, test: list[Tensor], labels: Tensor) -> dict[str, float]:
@@ -254,6 +256,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=CLOSED, choices=list(WAYS))
     parser.add_argument("--test", type=int, default=None, help="measure on so many test images; all by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=["no", "bf16"], default="no", help="mixed precision of distillation")
     parser.add_argument("--results", type=Path, default=Path("runs/recovery.jsonl"))
     parser.add_argument("--kept", type=Path, help="folder of networks that others go on from; beside the results")
     parser.add_argument("--report", action="store_true", help="print what the results file holds, run nothing")
@@ -283,7 +286,7 @@ def run(args: argparse.Namespace) -> None:
                 if any(about.items() <= row.items() for row in read(args.results)):
                     continue
                 kept = (args.kept or args.results.with_suffix("")) / f"{args.net}-{macs:g}-{seed}"
-                found, seconds = Run(dense, images, drawn(seed), macs, seed, kept).made(way)
+                found, seconds = Run(dense, images, drawn(seed), macs, seed, kept, args.precision).made(way)
                 plan = plan_of(found)
                 row = {
                     **about,

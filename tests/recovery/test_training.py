@@ -264,3 +264,12 @@ def test_models_given_are_untouched() -> None:
     tp.finetune(small, batches, model, tp.Finetune(epochs=1, ema=0.9, mixup=0.2, features=("fc",), feature_weight=1.0))
     for m, state in zip((model, small), states, strict=True):
         assert_same_state(m.state_dict(), state)
+
+
+def test_half_precision_is_of_both_models() -> None:
+    model, small, batches = noisy()
+    seen: list[torch.dtype] = []
+    handle = model.a.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    tp.finetune(small, batches, model, tp.Finetune(epochs=1, precision="bf16"))
+    handle.remove()
+    assert set(seen) == {torch.bfloat16}

@@ -199,7 +199,7 @@ class _Training:
         window = min(settings.accumulate, self.per_epoch - self.batch // settings.accumulate * settings.accumulate)
         closing = last or (self.batch + 1) % settings.accumulate == 0
         inputs, labels, share = self._share(batch)
-        with torch.no_grad():
+        with torch.no_grad(), accelerator.autocast():
             wanted = single_tensor(self.teacher(inputs), self.teacher, self.output)
         with nullcontext() if closing else accelerator.no_sync(self.wrapped):
             output = single_tensor(self.wrapped(inputs), self.student, self.output)

@@ -56,7 +56,7 @@ class Finetune:
         mixup: strength of mixing pairs of images, 0 for none; the teacher answers for the mixture.
         cutmix: strength of pasting images into each other, likewise.
         norms: "train" updates batch-norm statistics on the way, "freeze" keeps them.
-        precision: Accelerate's mixed precision.
+        precision: Accelerate's mixed precision, for both models.
         accumulate: batches per optimiser step.
         patience: epochs without coming closer to the dense model on held-out images, after which it ends.
     """
