@@ -23,8 +23,9 @@ from timm.scheduler import CosineLRScheduler
 from torch.nn import functional as F
 from varied import Varied, tensors
 
-from tpvprune.zoo.data import Pool, open_pool
+from tpvprune.zoo.data import open_pool
 from tpvprune.zoo.models import create_model
+from tpvprune.zoo.pool import Pool
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tpvprune.zoo.data import Pool
+from tpvprune.zoo.pool import Pool
 
 
 def tensors(pool: Pool) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tpvprune.types import Graph, Group
+from tpvprune.members import Group
+from tpvprune.types import Graph
 
 
 def jacobians(model: nn.Module, inputs: Tensor, names: Iterable[str]) -> dict[str, Tensor]:

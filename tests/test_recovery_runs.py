@@ -62,7 +62,7 @@ def test_refits_between_steps_follow_the_recipe(place: Path) -> None:  # noqa: F
     run.until("score")
     graph, scores = run.graph, tp.Scores.load(place / "again" / "scores.safetensors")
     by_hand = tp.plan_for(
-        run.dense, run._loader(run._scored()), graph, plain.limits(), criterion=plain.criterion(),
+        run.inputs.dense, run.inputs.loader(run.inputs.scored()), graph, plain.limits(), criterion=plain.criterion(),
         planning=plain.planning(), scores=scores, refit_with=plain.closed_form(),
     )  # fmt: skip
     assert tp.Plan.load(place / "out" / "plan.json").diff(by_hand) == {}

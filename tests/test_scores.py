@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 import tpvprune as tp
 from tests import tolerances
 from tests.helpers import built
-from tpvprune.scores import SCORES_FORMAT, Sensitivities, Tally
+from tpvprune.scores import SCORES_FORMAT, Sensitivities
+from tpvprune.tally import Tally
 
 SUMS = 1e-12
 """Relative, for float64 sums of a few dozen terms in another order."""

@@ -132,7 +132,7 @@ def test_a_recipe_bounds_several_costs_and_drift(place: Path):
     run = Run(recipe(place, "budget.bytes=0.8", "budget.params=90%", "budget.drift=50"), place / "out")
     run.until("eval")
     report = json.loads((place / "out" / "report.json").read_text())
-    dense = sum(t.nbytes for t in (*run.dense.parameters(), *run.dense.buffers()))
+    dense = sum(t.nbytes for t in (*run.inputs.dense.parameters(), *run.inputs.dense.buffers()))
     assert list(report["asked"]) == list(report["got"]) == ["params", "bytes", "drift"]
     assert report["asked"]["bytes"] == {"as_written": 0.8, "at_most": int(0.8 * dense)}
     assert report["got"]["bytes"]["value"] <= 0.8 * dense
@@ -186,7 +186,10 @@ def test_zeros_follow_the_cut_and_change_the_plan_alone(place: Path):
     without = Run(recipe(place, "budget.macs=0.7"), place / "without")
     without.until("plan")
     assert {n: m.tolist() for n, m in run.plan.keep.items()} == {n: m.tolist() for n, m in without.plan.keep.items()}
-    small, weights = tp.apply(without.dense, without.plan), tp.weight_graph(tp.apply(without.dense, without.plan))
+    small, weights = (
+        tp.apply(without.inputs.dense, without.plan),
+        tp.weight_graph(tp.apply(without.inputs.dense, without.plan)),
+    )
     by_hand = tp.sparsify(tp.score(small, [], weights, tp.L1()), weights, pattern="2:4", after=without.plan)
     assert run.plan.diff(by_hand) == {}
     run.until("eval")

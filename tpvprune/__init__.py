@@ -26,6 +26,7 @@ from tpvprune.errors import (
 from tpvprune.groupwise import sensitivity
 from tpvprune.layers import register_layer
 from tpvprune.measures import Measure, Report
+from tpvprune.members import Group, Member
 from tpvprune.pipeline import Pruned, prune
 from tpvprune.plan import Plan
 from tpvprune.planning.allocate import allocate
@@ -44,17 +45,18 @@ from tpvprune.recovery.recover import recover
 from tpvprune.recovery.settings import GaussNewton
 from tpvprune.schedule import Planning, plan_for
 from tpvprune.scores import Scores, Sensitivities, Settled
-from tpvprune.scoring.criteria import TPV, score
+from tpvprune.scoring.criteria import score
 from tpvprune.scoring.heads import Cosine, Function, Logits, Margin, Probabilities, Several, Softmax
 from tpvprune.scoring.losses import JBR, Fisher, Jacobian, Taylor
 from tpvprune.scoring.magnitude import FPGM, L1, L2, LAMP, WHC, BNScale, Random
 from tpvprune.scoring.perturb import Isotropic, Removal, Rounding
 from tpvprune.scoring.statistics import Variance, Wanda
+from tpvprune.scoring.tpv import TPV
 from tpvprune.surgery.masking import mask
 from tpvprune.surgery.removal import apply
 from tpvprune.surgery.semistructured import to_semi_structured
 from tpvprune.timing import measured_latency
-from tpvprune.types import Graph, Group, Member
+from tpvprune.types import Graph
 from tpvprune.version import __version__
 
 __all__ = [

@@ -24,13 +24,14 @@ from tpvprune.planning.allocate import allocate
 from tpvprune.planning.graph import trace
 from tpvprune.recipe import Recipe
 from tpvprune.report import compare
-from tpvprune.scoring.criteria import TPV, score
+from tpvprune.scoring.criteria import score
+from tpvprune.scoring.tpv import TPV
 from tpvprune.selectcli import select
 from tpvprune.surgery.removal import apply
 from tpvprune.targets import flags, resolve
 from tpvprune.types import Graph
 from tpvprune.workflow import Run
-from tpvprune.zoo.data import Pool, input_size
+from tpvprune.zoo.pool import Pool
 from tpvprune.zoo.streams import Stream
 
 
@@ -92,7 +93,7 @@ def tpv(
             run = Run(recipe, folder, progress=progress, log=log_line)
             train, test = _images(run, recipe, samples, seed)
             setting = Setting(
-                run.dense,
+                run.inputs.dense,
                 train,
                 test,
                 head,
@@ -112,7 +113,7 @@ def tpv(
                 elif one == "label":
                     noisy = LabelNoise(sigma=sigma, steps=steps, penalty=penalty, repeats=draws)
                     fitted = _first(train, FITTED)
-                    findings += setting.labels(noisy, fitted, closed=_small(run.dense, fitted))
+                    findings += setting.labels(noisy, fitted, closed=_small(run.inputs.dense, fitted))
                 else:
                     assert macs is not None
                     findings += setting.pruning(_plan(run, recipe, train, macs), f"prune, macs {macs}")
@@ -125,9 +126,12 @@ def tpv(
 
 def _images(run: Run, recipe: Recipe, samples: int, seed: int) -> tuple[Any, Any]:
     """Batches of training and of held-out images."""
-    assert recipe.data is not None or run.images  # which raises where no images are named
+    assert recipe.data is not None or run.inputs.images  # which raises where no images are named
     assert recipe.data is not None
-    pools: list[Pool | Stream] = [run.images.scored.sample(samples, seed), run.images.measured.sample(samples, seed)]
+    pools: list[Pool | Stream] = [
+        run.inputs.images.scored.sample(samples, seed),
+        run.inputs.images.measured.sample(samples, seed),
+    ]
     train, test = (pool.loader(recipe.data.batch_size, workers=recipe.data.workers) for pool in pools)
     return train, test
 
@@ -154,13 +158,12 @@ def _small(model: torch.nn.Module, fitted: list[Any]) -> bool:
 
 
 def _graph(run: Run, recipe: Recipe) -> Graph:
-    example = torch.zeros(1, *input_size(run.dense, recipe.data.size if recipe.data else None), device=run.device)
-    return trace(run.dense, example, depth=recipe.plan.depth, progress=run.progress)
+    return trace(run.inputs.dense, run.inputs.example(), depth=recipe.plan.depth, progress=run.progress)
 
 
 def _plan(run: Run, recipe: Recipe, train: Any, macs: str) -> Any:
     graph = _graph(run, recipe)
-    scores = score(run.dense, train, graph, TPV(), progress=run.progress)
+    scores = score(run.inputs.dense, train, graph, TPV(), progress=run.progress)
     limits = recipe.limits().__class__(macs=macs, round_to=recipe.budget.round_to)
     return allocate(scores, graph, limits)
 
@@ -218,9 +221,9 @@ def advise(
             graph = _graph(run, recipe)
             given: Any = {"per": per, "cost": cost}
             found = advised(
-                run.dense, train, graph, drift, bits=tuple(bits or BITS), seed=seed, progress=progress, **given
+                run.inputs.dense, train, graph, drift, bits=tuple(bits or BITS), seed=seed, progress=progress, **given
             )
-            kl = _measured(run.dense, test, found, given["per"], progress) if measured else None
+            kl = _measured(run.inputs.dense, test, found, given["per"], progress) if measured else None
         if out_file is not None:
             found.plan.save(out_file)
         told.append({"model": recipe.model.name, **found.to_json(), "measured": kl})

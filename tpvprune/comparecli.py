@@ -93,14 +93,14 @@ def _compared(
     with bars() as progress:
         run = Run(recipe, folder, progress=progress, log=log_line)
         run.until("trace")
-        images, held = run.images, next(iter(chosen.values()))
+        images, held = run.inputs.images, next(iter(chosen.values()))
         assert recipe.data is not None
         about: dict[str, Any] = {"workers": recipe.data.workers}
         scored = images.scored.sample(held.score.samples, recipe.seed).loader(recipe.data.batch_size, **about)
         measured = images.measured if samples is None else images.measured.sample(samples, recipe.seed)
         with only_run(folder):
             found = compare_criteria(
-                run.dense,
+                run.inputs.dense,
                 scored,
                 run.graph,
                 {name: made.criterion() for name, made in chosen.items()},

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from tpvprune.errors import ModelError
-from tpvprune.types import Opening
+from tpvprune.members import Opening
 
 NAME = "reshaped_"  # of the tensor that a rewritten call reshapes
 SHAPING = frozenset(("reshape", "view"))

@@ -14,14 +14,16 @@ from tpvprune.batches import Batch, Progress, Selector, length_of, repeatable
 from tpvprune.budget import Budget
 from tpvprune.curves import SensitivityCurve, SensitivityCurves, SensitivityPoint
 from tpvprune.errors import DataError, InputError, ModelError, PlanError
+from tpvprune.members import Group
 from tpvprune.plan import Plan
 from tpvprune.planning.widths import costs_of, floors_of
 from tpvprune.report import compare
 from tpvprune.scores import Scores
-from tpvprune.scoring.criteria import TPV, check_model, score
+from tpvprune.scoring.criteria import check_model, score
 from tpvprune.scoring.engine import Watched, weights_digest
+from tpvprune.scoring.tpv import TPV
 from tpvprune.surgery.removal import apply
-from tpvprune.types import Graph, Group
+from tpvprune.types import Graph
 
 SHARES = (0.9, 0.75, 0.5, 0.25)
 

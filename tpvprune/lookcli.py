@@ -28,7 +28,7 @@ from tpvprune.planning.widths import Costs
 from tpvprune.recipe import Recipe, validate_recipe
 from tpvprune.runfolder import PRODUCTS, branch
 from tpvprune.scores import Scores
-from tpvprune.scoring.criteria import TPV
+from tpvprune.scoring.tpv import TPV
 from tpvprune.showing import stoppable
 from tpvprune.targets import flags, resolve
 from tpvprune.types import Graph
@@ -305,9 +305,9 @@ def _curves(recipe: Recipe, folder: Path, shares: tuple[float, ...], measured: b
         held_out = None
         if measured:
             assert recipe.data is not None
-            held_out = run.images.measured.loader(recipe.data.batch_size, workers=recipe.data.workers)
+            held_out = run.inputs.images.measured.loader(recipe.data.batch_size, workers=recipe.data.workers)
         scores = Scores.load(folder / PRODUCTS["score"])
-        return curves_of(run.dense, (), run.graph, scores, shares, held_out, progress, save=folder / CURVES)
+        return curves_of(run.inputs.dense, (), run.graph, scores, shares, held_out, progress, save=folder / CURVES)
 
 
 def _print_curves(name: str, curves: SensitivityCurves, at: float | None, folder: Path) -> None:

@@ -21,7 +21,8 @@ from tpvprune.recovery.recover import CLOSED_FORM, recover
 from tpvprune.recovery.settings import GaussNewton
 from tpvprune.schedule import Planning, plan_for
 from tpvprune.scores import Scores
-from tpvprune.scoring.criteria import TPV, Criterion, predicted_kl, score
+from tpvprune.scoring.criteria import Criterion, predicted_kl, score
+from tpvprune.scoring.tpv import TPV
 from tpvprune.surgery.removal import apply
 
 

@@ -11,9 +11,9 @@ import typer
 from tpvprune.checkpoint import PLAN
 from tpvprune.console import number, out, print_json, print_table
 from tpvprune.errors import PlanError
+from tpvprune.members import KINDS
 from tpvprune.options import AsJson
 from tpvprune.plan import Plan
-from tpvprune.types import KINDS
 
 plans_app = typer.Typer(help="Show, compare and compose plans.", no_args_is_help=True)
 File = Annotated[Path, typer.Argument(help="A plan, or the folder of a run or a saved model.")]

@@ -23,7 +23,7 @@ from tpvprune.recipe import Recipe
 from tpvprune.recovery.finetune import Finetune
 from tpvprune.recovery.recover import recover
 from tpvprune.types import read_json
-from tpvprune.zoo.data import Pool
+from tpvprune.zoo.pool import Pool
 from tpvprune.zoo.streams import Stream
 
 TOLD = "told.json"

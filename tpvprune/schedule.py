@@ -22,8 +22,9 @@ from tpvprune.planning.widths import check_reachable, costs_of, widths_of
 from tpvprune.recovery.reconstruct import Reconstruct, reconstruct
 from tpvprune.report import compare
 from tpvprune.scores import Scores
-from tpvprune.scoring.criteria import TPV, Criterion, score
+from tpvprune.scoring.criteria import Criterion, score
 from tpvprune.scoring.losses import JBR
+from tpvprune.scoring.tpv import TPV
 from tpvprune.surgery.removal import apply
 from tpvprune.types import Graph
 

@@ -52,8 +52,8 @@ def select(
             given = [*flags(checkpoint=file, data=data, labels=labels), *(overrides or [])]
             [(recipe, folder)] = resolve_model(name, given, None)
             runs[word] = Run(recipe, folder, progress=progress, log=log_line)
-        models = {word: run.dense for word, run in runs.items()}
-        batches = {word: _batches(run.images.scored.sample(samples, seed), run) for word, run in runs.items()}
+        models = {word: run.inputs.dense for word, run in runs.items()}
+        batches = {word: _batches(run.inputs.images.scored.sample(samples, seed), run) for word, run in runs.items()}
         way: Any = method
         settings = LabelNoise(steps=steps, repeats=repeats)
         found = selected(models, batches, method=way, settings=settings, seed=seed, progress=progress)
@@ -85,11 +85,11 @@ def _batches(pool: Any, run: Run) -> Any:
 @torch.no_grad()
 def _loss(run: Run) -> float:
     """Cross-entropy on held-out images."""
-    model: nn.Module = run.dense
+    model: nn.Module = run.inputs.dense
     total, count = 0.0, 0
-    for images, labels in _batches(run.images.measured, run):
-        answer = finite_output(model, images.to(run.device))
-        total += float(F.cross_entropy(answer.double(), labels.to(run.device), reduction="sum"))
+    for images, labels in _batches(run.inputs.images.measured, run):
+        answer = finite_output(model, images.to(run.inputs.device))
+        total += float(F.cross_entropy(answer.double(), labels.to(run.inputs.device), reduction="sum"))
         count += len(images)
     return total / count
 

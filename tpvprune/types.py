@@ -12,134 +12,19 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from os import PathLike
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tpvprune.errors import PlanError
 from tpvprune.files import read_text, write_text
+from tpvprune.members import WORK, Group, Member, Opening
 
-Role = Literal["produce", "affine", "consume", "stat", "work", "inside"]
-Kind = Literal["channel", "head", "bundle", "weight", "block"]
-ROLES: tuple[str, ...] = ("produce", "affine", "consume", "stat", "work", "inside")
-KINDS: tuple[str, ...] = ("channel", "head", "bundle", "weight", "block")
 GRAPH_FORMAT = 1
 FEATURES = "feature_info"  # timm's list of what a model's stages give
-WORK = "#"  # marks a tensor that costs multiply-adds and holds no parameter, as the two products of attention
+
 REST = "#rest"  # the multiply-adds that belong to no layer, and that no plan changes
-
-
-@dataclass(frozen=True, eq=False)
-class Member:
-    """One side of one tensor that loses entries when units of a group leave.
-
-    Attributes:
-        param: qualified name of a parameter or buffer, or of a `#` work tensor.
-        dim: the dimension of that tensor the units lie along; None for the flattened tensor, whose entries are
-            masked and never cut, and for the tensors of a block, which leave whole.
-        index: entries of `dim` that belong to each unit, `(units, entries)`; None is the identity.
-        role: `produce` writes the channels, `affine` scales them in place (norms, depthwise convolutions),
-            `consume` reads them, `stat` is a buffer, `work` only costs multiply-adds, `inside` is a parameter that
-            leaves with its block.
-    """
-
-    param: str
-    dim: int | None
-    index: Tensor | None
-    role: Role
-
-    def __post_init__(self) -> None:
-        if self.role not in ROLES:
-            raise PlanError(f"member {self.param!r} has role {self.role!r}; known roles are {', '.join(ROLES)}")
-        if self.index is not None and (self.index.ndim != 2 or self.index.dtype != torch.int64):
-            raise PlanError(f"member {self.param!r} needs an int64 index of shape (units, entries)")
-
-    @property
-    def layer(self) -> str:
-        """Qualified name of the module that owns the tensor."""
-        return self.param.split(WORK)[0] if WORK in self.param else self.param.rpartition(".")[0]
-
-    @property
-    def axis(self) -> int:
-        """`dim` of a tensor that units are cut from.
-
-        Raises:
-            PlanError: the units are single weights.
-        """
-        if self.dim is None:
-            raise PlanError(f"the units of {self.param!r} are single weights, which are masked and not cut")
-        return self.dim
-
-    def entries(self, units: int) -> Tensor:
-        """The index written out, `(units, entries)`."""
-        return torch.arange(units).unsqueeze(1) if self.index is None else self.index
-
-    def width(self) -> int:
-        """Entries each unit holds along `dim`."""
-        return 1 if self.index is None else self.index.shape[1]
-
-
-@dataclass(frozen=True)
-class Opening:
-    """A size that a module's code writes out in a call of `reshape` or `view` and that a cut model leaves open.
-
-    Attributes:
-        method: name of the method, of the module's class, that the call stands in.
-        call: its text.
-        size: which of its sizes is open: -1, if `given` does not tell it.
-        given: a size and the axis of the tensor, that is reshaped, whose length is written there; None if there is
-            no -1 in the call.
-    """
-
-    method: str
-    call: str
-    size: int
-    given: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """Units that can only leave the network together with all their members.
-
-    Attributes:
-        id: name of the layer (or attention block) whose outputs the units are; stable under pruning.
-        kind: what a unit is. A `bundle` is a group of a grouped convolution. A `block` is one unit: a residual
-            block, of that name, that can be skipped.
-        units: how many there are.
-        members: every tensor side that holds entries of the units.
-        exact_mask: whether zeroing the consumers equals removing the unit. False where a normaliser
-            pools over the units (layer norm, group norm).
-        signature: equal for groups of the same structure.
-    """
-
-    id: str
-    kind: Kind
-    units: int
-    members: tuple[Member, ...]
-    exact_mask: bool
-    signature: str
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise PlanError(f"group {self.id!r} has kind {self.kind!r}; known kinds are {', '.join(KINDS)}")
-        if self.units < 1:
-            raise PlanError(f"group {self.id!r} has no units")
-        for member in self.members:
-            if member.index is not None and member.index.shape[0] != self.units:
-                raise PlanError(
-                    f"group {self.id!r}: index of {member.param!r} speaks of {member.index.shape[0]} units, "
-                    f"the group has {self.units}"
-                )
-
-    def of_role(self, *roles: Role) -> tuple[Member, ...]:
-        """The members of these roles, in order."""
-        return tuple(m for m in self.members if m.role in roles)
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the modules that any member belongs to, in order, without repeats."""
-        return tuple(dict.fromkeys(m.layer for m in self.members))
 
 
 @dataclass(frozen=True, eq=False)

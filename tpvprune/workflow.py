@@ -11,13 +11,11 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from tpvprune import report as reporting
 from tpvprune.batches import Progress, finite_output
@@ -26,8 +24,9 @@ from tpvprune.checkpoint import ABOUT, load, save
 from tpvprune.deploy.examples import Changed
 from tpvprune.deploy.page import write_page
 from tpvprune.deploy.story import EXAMPLES
-from tpvprune.errors import DataError, ModelError, RecipeError, TpvpruneError
+from tpvprune.errors import DataError, RecipeError, TpvpruneError
 from tpvprune.files import sweep, write_text
+from tpvprune.inputs import Inputs
 from tpvprune.lock import only_run
 from tpvprune.plan import Plan
 from tpvprune.planning.graph import trace
@@ -35,7 +34,7 @@ from tpvprune.planning.latency import LatencyTable, default_cache, latency_table
 from tpvprune.planning.sparsity import sparsify
 from tpvprune.planning.weights import weight_graph
 from tpvprune.planning.widths import check_reachable
-from tpvprune.recipe import Recipe, SparsifySection
+from tpvprune.recipe import Recipe
 from tpvprune.recovering import Recovery, refitted
 from tpvprune.runfolder import PARTIAL, PRODUCTS, RECIPE, STAGES, STATE, holds, one_line, stage_keys, stored_recipe
 from tpvprune.schedule import plan_for
@@ -43,19 +42,11 @@ from tpvprune.scores import Scores
 from tpvprune.scoring.collect import Streaming
 from tpvprune.scoring.criteria import predicted_kl, score
 from tpvprune.scoring.registry import criterion_named
+from tpvprune.sections import SparsifySection
 from tpvprune.surgery.removal import apply
 from tpvprune.types import Graph, read_json
-from tpvprune.zoo.data import Loader, Pool, input_size, open_pool, overlap
-from tpvprune.zoo.models import create_model
-from tpvprune.zoo.streams import Stream, StreamLoader
 
 Log = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class _Images:
-    scored: Pool | Stream
-    measured: Pool | Stream
 
 
 class Run:
@@ -74,7 +65,7 @@ class Run:
     def __init__(
         self, recipe: Recipe, folder: str | Path, *, progress: Progress | None = None, log: Log | None = None
     ) -> None:
-        self.recipe, self.folder = recipe, Path(folder)
+        self.recipe, self.folder, self.inputs = recipe, Path(folder), Inputs(recipe)
         self.progress, self.log = progress, log or (lambda line: None)
         self._tracing = 0.0  # seconds spent on tracing before the stage's own turn
         if self.folder.exists() and not self.folder.is_dir():
@@ -154,15 +145,15 @@ class Run:
 
     def _check_inputs(self, last: str) -> None:
         """Open what is named, and see whether the budget can be met, before anything is written."""
-        _ = self.dense
+        _ = self.inputs.dense
         if last != "trace" and self.recipe.model.checkpoint is None:
             self.log("no checkpoint is named, so that the weights are random; give model.checkpoint (--checkpoint)")
         if last != "trace":
-            first = next(iter(self._loader(self.images.scored)), None)
+            first = next(iter(self.inputs.loader(self.inputs.images.scored)), None)
             if first is None:
-                raise DataError(f"{self.images.scored.name}: no image can be read; give other images")
+                raise DataError(f"{self.inputs.images.scored.name}: no image can be read; give other images")
             with torch.no_grad():
-                finite_output(self.dense, first[0].to(self.device))
+                finite_output(self.inputs.dense, first[0].to(self.inputs.device))
         if STAGES.index(last) >= STAGES.index("plan"):
             check_reachable(self._traced, self.recipe.limits(), latency=self._latency)
 
@@ -174,8 +165,8 @@ class Run:
             return self.graph
         start = time.perf_counter()
         graph = trace(
-            self.dense,
-            self._example(),
+            self.inputs.dense,
+            self.inputs.example(),
             depth=self.recipe.plan.depth,
             seconds=self.recipe.plan.trace_seconds,
             progress=self.progress,
@@ -189,9 +180,9 @@ class Run:
         recipe = self.recipe
         if recipe.budget.latency_ms is None and recipe.plan.per != "latency_ms":
             return None
-        example = self._example().expand(recipe.latency.batch_size, -1, -1, -1).contiguous()
+        example = self.inputs.example().expand(recipe.latency.batch_size, -1, -1, -1).contiguous()
         return latency_table(
-            self.dense,
+            self.inputs.dense,
             self._traced,
             example,
             compiled=recipe.latency.compiled,
@@ -215,56 +206,6 @@ class Run:
     def _write_state(self, state: dict[str, Any]) -> None:
         write_text(self.folder / STATE, json.dumps(state, indent=1))
 
-    @cached_property
-    def device(self) -> torch.device:
-        """Where the run happens."""
-        wanted = self.recipe.device
-        try:
-            device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ModelError(
-                f"device {wanted!r} cannot be used: {str(error).splitlines()[0]}; try device=cpu"
-            ) from error
-        return device
-
-    @cached_property
-    def dense(self) -> nn.Module:
-        """The original model with its weights."""
-        section = self.recipe.model
-        return create_model(section.name, section.checkpoint, section.args).to(self.device)
-
-    @cached_property
-    def images(self) -> _Images:
-        """What is scored on and what is measured on; the two share no image."""
-        data, held = self.recipe.data, self.recipe.eval
-        if data is None or data.images is None:
-            raise DataError("no images are named; set data.images (--data) to a folder, an array file or 'digits'")
-        if held.images is None:
-            scored, measured = open_pool(
-                data.images, self.dense, size=data.size, labels=held.labels or data.labels
-            ).split()
-            if not len(measured):
-                raise DataError(f"{data.images} holds a single image; one to score on and one to measure on are needed")
-        else:
-            if overlap(data.images, held.images):
-                raise DataError(
-                    f"eval.images={held.images} and data.images={data.images} share images; give other ones, or leave "
-                    "eval.images out to measure on the odd positions"
-                )
-            scored = open_pool(data.images, self.dense, size=data.size, labels=data.labels)
-            measured = open_pool(held.images, self.dense, size=data.size, labels=held.labels)
-        return _Images(scored, measured.sample(held.samples, self.recipe.seed))
-
-    def _loader(
-        self, pool: Pool | Stream, *, batch_size: int | None = None, train: bool = False, augment: bool = False
-    ) -> Loader | StreamLoader:
-        data = self.recipe.data
-        assert data is not None
-        return pool.loader(
-            batch_size or data.batch_size, shuffle=train, augment=augment, workers=data.workers, seed=self.recipe.seed
-        )
-
     @property
     def graph(self) -> Graph:
         """From the trace stage."""
@@ -274,10 +215,6 @@ class Run:
     def plan(self) -> Plan:
         """From the plan stage."""
         return Plan.load(self._path("plan"))
-
-    def _example(self) -> Tensor:
-        size = self.recipe.data.size if self.recipe.data else None
-        return torch.zeros(1, *input_size(self.dense, size), device=self.device)
 
     def _trace(self) -> dict[str, Any]:
         graph = self._traced
@@ -290,14 +227,11 @@ class Run:
             "stays_whole": dict(graph.skipped),
         }
 
-    def _scored(self) -> Pool | Stream:
-        return self.images.scored.sample(self.recipe.score.samples, self.recipe.seed)
-
     def _score(self) -> dict[str, Any]:
-        pool = self._scored()
+        pool = self.inputs.scored()
         criterion, graph = self.recipe.criterion(), self.graph
         save = self._partial("score", ".safetensors") if isinstance(criterion, Streaming) else None
-        scores = score(self.dense, self._loader(pool), graph, criterion, progress=self.progress, save=save)
+        scores = score(self.inputs.dense, self.inputs.loader(pool), graph, criterion, progress=self.progress, save=save)
         scores.save(self._path("score"))
         sure = {k: v for k, v in scores.summary().items() if v is not None and k not in ("samples", "units")}
         return {
@@ -310,8 +244,8 @@ class Run:
     def _plan(self) -> dict[str, Any]:
         graph, recipe = self.graph, self.recipe
         plan = plan_for(
-            self.dense,
-            self._loader(self._scored()),
+            self.inputs.dense,
+            self.inputs.loader(self.inputs.scored()),
             graph,
             recipe.limits(),
             criterion=recipe.criterion(),
@@ -321,7 +255,9 @@ class Run:
             progress=self.progress,
             save=self._partial("plan", ".json"),
             refit_with=recipe.closed_form(),
-            refit_batches=self._loader(refitted(recipe, self.images.scored)) if recipe.plan.refit else None,
+            refit_batches=self.inputs.loader(refitted(recipe, self.inputs.images.scored))
+            if recipe.plan.refit
+            else None,
         )
         if recipe.sparsify is not None:
             plan = self._sparse(plan, recipe.sparsify)
@@ -338,10 +274,10 @@ class Run:
 
     def _sparse(self, plan: Plan, section: SparsifySection) -> Plan:
         """A plan, and single weights of what it leaves held at zero."""
-        small = apply(self.dense, plan)
+        small = apply(self.inputs.dense, plan)
         weights = weight_graph(small)
         criterion = criterion_named(section.criterion)
-        scores = score(small, self._loader(self._scored()), weights, criterion, progress=self.progress)
+        scores = score(small, self.inputs.loader(self.inputs.scored()), weights, criterion, progress=self.progress)
         return sparsify(
             scores,
             weights,
@@ -353,17 +289,17 @@ class Run:
         )
 
     def _apply(self) -> dict[str, Any]:
-        small = apply(self.dense, self.plan)
+        small = apply(self.inputs.dense, self.plan)
         save(small, self.folder / "pruned")
         return {"params": sum(p.numel() for p in small.parameters()), "folder": str(self.folder / "pruned")}
 
     def _recover(self) -> dict[str, Any]:
         job = Recovery(
             recipe=self.recipe,
-            dense=self.dense,
-            scored=self.images.scored,
+            dense=self.inputs.dense,
+            scored=self.inputs.images.scored,
             partial=self._partial("recover"),
-            loader=self._loader,
+            loader=self.inputs.loader,
             progress=self.progress,
             log=self.log,
         )
@@ -373,17 +309,17 @@ class Run:
 
     def _eval(self) -> dict[str, Any]:
         plan, state = self.plan, self._state()
-        batches = self._loader(self.images.measured)
+        batches = self.inputs.loader(self.inputs.images.measured)
         predicted = None  # of single weights there is no prediction
         if not plan.zeros:
-            predicted = predicted_kl(self.recipe.criterion(), self.dense, batches, plan, self.progress)
+            predicted = predicted_kl(self.recipe.criterion(), self.inputs.dense, batches, plan, self.progress)
         recovered = bool(state["recover"]["told"]["steps"])
         changed = self._changed("recovered" if recovered else "pruned")
         scored = state["score"]["told"]["images"]
         report = reporting.build(
-            dense=self.dense,
-            pruned=load(self.folder / "pruned").to(self.device),
-            recovered=load(self.folder).to(self.device) if recovered else None,
+            dense=self.inputs.dense,
+            pruned=load(self.folder / "pruned").to(self.inputs.device),
+            recovered=load(self.folder).to(self.inputs.device) if recovered else None,
             plan=plan,
             budget=self.recipe.limits(),
             batches=batches,
@@ -393,8 +329,8 @@ class Run:
             seconds={stage: state[stage]["seconds"] for stage in STAGES if stage in state},
             data={
                 "scored": scored,
-                "skipped": len(self.images.scored.skipped | self.images.measured.skipped),
-                "measured_on": f"{self.images.measured.name}, images the scorer did not see",
+                "skipped": len(self.inputs.images.scored.skipped | self.inputs.images.measured.skipped),
+                "measured_on": f"{self.inputs.images.measured.name}, images the scorer did not see",
                 **{k: v for k, v in state["recover"]["told"].items() if k.endswith("_images")},
             },
             steps=[{"stage": stage, **state[stage]["told"]} for stage in STAGES if stage in state],
@@ -415,7 +351,7 @@ class Run:
         assert data is not None
         images = held.images or data.images
         assert images is not None
-        known = getattr(self.dense, "pretrained_cfg", None) or {}
+        known = getattr(self.inputs.dense, "pretrained_cfg", None) or {}
         scale = (known.get("mean", ()), known.get("std", ())) if Path(images).is_dir() else ((), ())
         return Changed(model, held.examples, *scale)
 

@@ -133,10 +133,10 @@ def test_the_page_says_what_the_report_says(html: str, folder: Path) -> None:
 
 def test_changed_answers_are_shown_with_what_they_were(folder: Path, html: str) -> None:
     run = Run(load_recipe(str(folder / "recipe.yaml")), folder)
-    images = torch.cat([images for images, _ in run._loader(run.images.measured)])
+    images = torch.cat([images for images, _ in run.inputs.loader(run.inputs.images.measured)])
     small = tp.load(folder)
     with torch.no_grad():
-        p, q = run.dense(images).double().log_softmax(1), small(images).double().log_softmax(1)
+        p, q = run.inputs.dense(images).double().log_softmax(1), small(images).double().log_softmax(1)
     changed = (p.argmax(1) != q.argmax(1)).nonzero().flatten()
     assert len(changed) > 0
     story = Story.of(folder)
@@ -148,10 +148,10 @@ def test_changed_answers_are_shown_with_what_they_were(folder: Path, html: str) 
         i = example.number
         assert (example.before, example.after) == (int(p[i].argmax()), int(q[i].argmax()))
         assert example.kl == pytest.approx(float(kl[i]), rel=1e-5)
-        assert example.label == run.images.measured[i][1]
+        assert example.label == run.inputs.images.measured[i][1]
         assert example.image in html
     thumb = np.array(picture(story.examples[0].image).convert("L")) / 255
-    scale = run.dense.pretrained_cfg
+    scale = run.inputs.dense.pretrained_cfg
     shown = images[story.examples[0].number, 0] * scale["std"][0] + scale["mean"][0]
     assert np.abs(thumb - shown.numpy()).max() < 0.01, "the thumbnail is the image as it was"
     assert f"{len(changed)} of 60 images are answered otherwise" in html

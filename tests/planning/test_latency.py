@@ -21,13 +21,13 @@ import tpvprune as tp
 from tests.fakeclock import FakeClock, called, seconds
 from tests.helpers import assert_same_state, built, plan_without, random_gone
 from tests.planning.test_allocate import random_scores
+from tpvprune.members import WORK
 from tpvprune.planning.graph import model_id
 from tpvprune.planning.latency import LatencyCost, default_cache
 from tpvprune.planning.layertimes import LayerTimes, rising
 from tpvprune.planning.narrow import watch
 from tpvprune.planning.widths import costs_of
 from tpvprune.timing import measured_latency
-from tpvprune.types import WORK
 
 NETS = (
     "mlp", "conv_bn", "residual", "grouped", "depthwise", "concat", "flatten", "vit", "layernorm_stream", "transposed",

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tests import reference
 from tests.helpers import Built
-from tpvprune.types import Group, Member
+from tpvprune.members import Group, Member
 
 WEIGHTS = ("produce", "affine", "consume")
 

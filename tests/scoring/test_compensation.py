@@ -11,9 +11,9 @@ from torch.func import jacrev, vmap
 import tpvprune as tp
 from tests import reference, tolerances
 from tests.helpers import Built, assert_scores_close, built
-from tpvprune.scoring import compensation, criteria
+from tpvprune.scoring import compensation, tpv
 from tpvprune.scoring.compensation import _in_turn, _Reads, residuals
-from tpvprune.scoring.criteria import RIDGES
+from tpvprune.scoring.tpv import RIDGES
 
 
 def left_over(inputs: np.ndarray, own: list[int], others: list[int], numbers: np.ndarray) -> np.ndarray:
@@ -45,7 +45,7 @@ def seen_by(b: Built, layer: str, inputs: Tensor) -> Tensor:
 
 
 def test_compensated_scores_are_those_of_the_residuals(mlp: Built, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(criteria, "RIDGES", (0.0,))
+    monkeypatch.setattr(tpv, "RIDGES", (0.0,))
     inputs = many(mlp, 60)
     scores = tp.score(mlp.model, [inputs], mlp.graph, tp.TPV(compensated="alone", probes="exact"))
     plain = tp.score(mlp.model, [inputs], mlp.graph, tp.TPV(probes="exact"))

@@ -18,8 +18,8 @@ from tests import tolerances
 from tests.cases import example, randomise
 from tests.helpers import Built, assert_scores_close, built
 from tests.scoring.loops import unit_of, weight_members
+from tpvprune.members import Group
 from tpvprune.testing import check_criterion
-from tpvprune.types import Group
 
 NAMES = ("mlp", "conv_bn", "residual", "grouped", "depthwise", "concat", "flatten", "vit", "transposed", "groupnorm")
 WITH_BATCHNORM = ("conv_bn", "residual", "grouped", "depthwise", "concat")

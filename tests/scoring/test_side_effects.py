@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import tpvprune as tp
 from tests.helpers import assert_same_state, assert_scores_close, built
-from tpvprune.scoring.criteria import ENGINES
 from tpvprune.scoring.registry import CRITERIA, LABELLED
+from tpvprune.scoring.tpv import ENGINES
 
 HOOKS = (
     "_forward_hooks",

@@ -16,7 +16,8 @@ from tests import tolerances
 from tests.cases import example, randomise
 from tests.helpers import gap, plan_without, random_gone
 from tpvprune.elastic import base_of
-from tpvprune.types import Graph, Opening
+from tpvprune.members import Opening
+from tpvprune.types import Graph
 
 
 class Attend(nn.Module):

@@ -25,8 +25,9 @@ from tpvprune.groupwise import sensitivity
 from tpvprune.plan import Plan
 from tpvprune.planning.allocate import allocate
 from tpvprune.scores import Scores
-from tpvprune.scoring.criteria import TPV, score
+from tpvprune.scoring.criteria import score
 from tpvprune.scoring.perturb import Rounding
+from tpvprune.scoring.tpv import TPV
 from tpvprune.types import Graph
 
 BITS = (8, 6, 5, 4, 3, 2)

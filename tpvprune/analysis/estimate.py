@@ -14,8 +14,8 @@ from tpvprune.analysis.values import Estimate, crossed
 from tpvprune.batches import Batch, Progress, Selector, inputs_of, length_of
 from tpvprune.errors import InputError
 from tpvprune.plan import Plan
-from tpvprune.scoring.criteria import TPV
 from tpvprune.scoring.heads import Head
+from tpvprune.scoring.tpv import TPV
 from tpvprune.surgery.removal import apply
 
 Form = Literal["trace", "empirical"]

@@ -22,13 +22,13 @@ from tpvprune.analysis.perturbations import Bound, Change, Moments, Uniform, bin
 from tpvprune.analysis.values import Estimate
 from tpvprune.batches import Batch, Progress, Selector, finite_outputs, model_inputs
 from tpvprune.errors import InputError, ModelError
-from tpvprune.scores import Tally
 from tpvprune.scoring.activations import backward
 from tpvprune.scoring.engine import Parts, stream
 from tpvprune.scoring.gradients import only
 from tpvprune.scoring.heads import Head, head_named
 from tpvprune.scoring.perturb import Isotropic
 from tpvprune.scoring.probing import detached
+from tpvprune.tally import Tally
 
 logger = logging.getLogger(__name__)
 Engine = Literal["auto", "batched", "per_sample"]

@@ -15,11 +15,12 @@ from tpvprune.comparison import COMPARISON, Comparison
 from tpvprune.deploy.examples import Example
 from tpvprune.errors import PlanError
 from tpvprune.files import read_text
+from tpvprune.members import WORK
 from tpvprune.plan import Plan
 from tpvprune.report import stored_report
 from tpvprune.runfolder import PRODUCTS, RECIPE
 from tpvprune.scores import Scores
-from tpvprune.types import REST, WORK, read_json
+from tpvprune.types import REST, read_json
 
 EXAMPLES = "examples.json"
 MOST_ROWS = 40  # of a chart; beyond it, layers of one part of the network are drawn together

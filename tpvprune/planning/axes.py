@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tpvprune.members import Role
 from tpvprune.planning.follower import FIXED, Follower
 from tpvprune.planning.labels import Origin, State
 from tpvprune.planning.seen import Call
 from tpvprune.planning.units import FREE, modulo
-from tpvprune.types import Role
 
 
 def elementwise(f: Follower, call: Call) -> None:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tpvprune.members import WORK, Group, Member
 from tpvprune.planning.cost import Usage, tensors_of
-from tpvprune.types import WORK, Group, Member, fingerprint
+from tpvprune.types import fingerprint
 
 RESIDUAL = "the block is residual"  # begins the reason why a block cannot be skipped
 

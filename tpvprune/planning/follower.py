@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tpvprune.elastic import calls_at, method_of, names_at, value_of
+from tpvprune.members import Role
 from tpvprune.planning.conventions import infos
 from tpvprune.planning.cost import tensors_of
 from tpvprune.planning.labels import PLAIN, Origin, State, Tangled, is_static
 from tpvprune.planning.seen import Call, Limit, Policy, Product, Reshaped, Width
 from tpvprune.planning.units import FREE, STATIC, Units
-from tpvprune.types import Role
 
 FIXED = "its channels are added to the model's input or another tensor of fixed width"
 

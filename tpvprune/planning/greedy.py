@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from tpvprune.errors import BudgetError
+from tpvprune.members import Group
 from tpvprune.planning.widths import Costs
 from tpvprune.scores import Scores
-from tpvprune.types import Graph, Group
+from tpvprune.types import Graph
 
 Pools = Literal["global", "uniform", "isomorphic"]
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from tpvprune.budget import Budget
+from tpvprune.members import WORK, Group, Member
 from tpvprune.planning.blocks import RESIDUAL
 from tpvprune.planning.widths import Costs, costs_of, widths_of
-from tpvprune.types import REST, WORK, Graph, Group, Member
+from tpvprune.types import REST, Graph
 
 INSPECTION_FORMAT = 1
 ALWAYS = ("macs", "params")

@@ -29,11 +29,12 @@ from torch import Tensor, nn
 from tpvprune.batches import Progress, arguments_of, device_of, evaluation_mode
 from tpvprune.errors import ModelError, PlanError
 from tpvprune.files import write_text
+from tpvprune.members import WORK, Group
 from tpvprune.planning.graph import model_id
 from tpvprune.planning.layertimes import ROUNDS, Alone, LayerTimes, times_alone
 from tpvprune.planning.narrow import blocks_of, is_below, sides_of, watch
 from tpvprune.timing import Clock, device_name, measured_latency, milliseconds_inside
-from tpvprune.types import WORK, Graph, Group, check_format, read_json
+from tpvprune.types import Graph, check_format, read_json
 
 LATENCY_FORMAT = 2
 STEADY = 1.25  # a model that takes so many times more or less than a minute ago is disturbed

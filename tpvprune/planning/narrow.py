@@ -19,8 +19,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tpvprune import layers
+from tpvprune.members import WORK, Member
 from tpvprune.planning.attention import between_projections, timed_attention
-from tpvprune.types import WORK, Graph, Member
+from tpvprune.types import Graph
 
 SHARES = (0.1, 0.25, 0.5, 0.75)  # of a layer's widths that are timed, besides the whole
 

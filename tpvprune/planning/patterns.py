@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 
 from tpvprune.errors import BudgetError
-from tpvprune.types import Graph, Group
+from tpvprune.members import Group
+from tpvprune.types import Graph
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:

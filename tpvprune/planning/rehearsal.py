@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from tpvprune.elastic import base_of, calls_at, method_of
 from tpvprune.layers import cut
+from tpvprune.members import Group, Opening
 from tpvprune.plan import Plan
 from tpvprune.planning.cost import tensors_of
 from tpvprune.planning.follower import Follower
 from tpvprune.planning.seen import Limit, Policy, Reshaped, Site
-from tpvprune.types import Graph, Group, Opening
+from tpvprune.types import Graph
 
 LEEWAY = 0.05  # of what the masks change: a wrong index changes about as much as they do
 NOISE = 1e-5  # of the largest output, for what rounding adds

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from tpvprune.errors import ModelError
+from tpvprune.members import Opening
 from tpvprune.planning.labels import State
-from tpvprune.types import Opening
 
 Site = tuple[type[Any], str, int]
 

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from tpvprune.errors import BudgetError, PlanError
+from tpvprune.members import Group, Member
 from tpvprune.plan import Plan
 from tpvprune.planning.patterns import matching_groups
 from tpvprune.planning.weights import TRANSPOSED
 from tpvprune.scores import Scores
-from tpvprune.types import Graph, Group, Member
+from tpvprune.types import Graph
 
 logger = logging.getLogger(__name__)
 Scope = Literal["global", "layer"]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from tpvprune.members import WORK, Group, Kind, Member
 from tpvprune.plan import Plan
 from tpvprune.planning.blocks import block_group
 from tpvprune.planning.conventions import told
@@ -20,7 +21,7 @@ from tpvprune.planning.cost import Usage
 from tpvprune.planning.follower import Follower, numbers, shapes
 from tpvprune.planning.seen import Policy, Width
 from tpvprune.planning.units import STATIC
-from tpvprune.types import REST, WORK, Graph, Group, Kind, Member
+from tpvprune.types import REST, Graph
 
 ROOTS = (_ConvNd, nn.Linear, nn.Embedding)
 LAYERS = (*ROOTS, _NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU)  # set anew by `layers.refresh`

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from tpvprune.types import Role
+from tpvprune.members import Role
 
 STATIC, FREE = 0, -1
 

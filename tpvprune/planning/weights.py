@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from tpvprune.errors import ModelError
+from tpvprune.members import Group, Member
 from tpvprune.planning.patterns import matcher
-from tpvprune.types import Graph, Group, Member, fingerprint
+from tpvprune.types import Graph, fingerprint
 
 TRANSPOSED = "transposed"  # in the signature of a group: its weight holds the inputs first
 

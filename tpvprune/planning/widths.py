@@ -11,11 +11,12 @@ from torch import Tensor
 
 from tpvprune.budget import Budget
 from tpvprune.errors import BudgetError, PlanError
+from tpvprune.members import Group
 from tpvprune.plan import Plan
 from tpvprune.planning.blocks import RESIDUAL
 from tpvprune.planning.latency import LatencyCost, LatencyTable
 from tpvprune.planning.patterns import matching_groups
-from tpvprune.types import Graph, Group
+from tpvprune.types import Graph
 
 ROUND_WIDE = 8
 WIDTHS_TO_CHOOSE = 8

@@ -19,9 +19,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from timm.data import Mixup
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,6 +39,7 @@ from tpvprune.errors import CheckpointError, DataError, InputError, NonFiniteErr
 from tpvprune.plan import plan_of
 from tpvprune.recovery.distance import Features, output_distance
 from tpvprune.recovery.masks import Masks
+from tpvprune.recovery.optimisation import Mixture, optimizer_for, schedule_for
 from tpvprune.recovery.settings import Finetune
 from tpvprune.recovery.state import load_state, random_state, save_state, set_random_state
 
@@ -114,14 +112,14 @@ class _Training:
             parameter.requires_grad_(True)
         self.device = device_of(self.student)
         self.accelerator = _accelerator(settings.precision, self.device)
-        self.optimizer = self._optimizer()
+        self.optimizer = optimizer_for(self.student, settings)
         self.per_epoch = length_of(batches) or sum(1 for _ in batches)
         if self.per_epoch == 0:
             raise DataError("finetune: there is no batch; give at least one")
         self.steps = settings.epochs * math.ceil(self.per_epoch / settings.accumulate)
-        self.schedule = _schedule(self.optimizer, settings, self.steps)
+        self.schedule = schedule_for(self.optimizer, settings, self.steps)
         self.ema = None if settings.ema is None else ModelEmaV3(self.student, decay=settings.ema, use_warmup=True)
-        self.mixup: Mixup | None = None
+        self.mixture: Mixture | None = None
         self.features = Features(self.student, teacher, settings.features) if settings.feature_weight else None
         self.wrapped, self.stepper = self.accelerator.prepare(self.student, self.optimizer)
         self.masks = Masks(self.student)
@@ -229,7 +227,9 @@ class _Training:
                 raise DataError("finetune: label_weight is above zero and the batches hold no labels; set it to 0")
             labels = labels.to(self.device)
         if self.settings.mixup or self.settings.cutmix:
-            inputs, labels = self._mixed(inputs, labels)
+            if self.mixture is None:
+                self.mixture = Mixture(self.settings, self._classes(inputs))
+            inputs, labels = self.mixture(inputs, labels)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if world == 1 or getattr(self.batches, "shared", False):
             return inputs, labels, 1.0
@@ -238,19 +238,9 @@ class _Training:
             return inputs[:1], None if labels is None else labels[:1], 0.0
         return mine, None if labels is None else labels[rank::world], len(mine) * world / len(inputs)
 
-    def _mixed(self, inputs: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Pairs of images mixed, and shares of their labels; a last odd image is left out."""
-        settings = self.settings
-        if self.mixup is None:
-            with torch.no_grad():
-                classes = single_tensor(self.teacher(inputs[:1]), self.teacher, self.output).shape[1]
-            self.mixup = Mixup(settings.mixup, settings.cutmix, label_smoothing=0.0, num_classes=classes)
-        even = len(inputs) // 2 * 2
-        if not even:
-            return inputs, None if labels is None else F.one_hot(labels, self.mixup.num_classes).float()
-        given = torch.zeros(even, dtype=torch.int64, device=self.device) if labels is None else labels[:even]
-        mixed, target = self.mixup(inputs[:even].clone(), given)
-        return mixed, None if labels is None else target
+    @torch.no_grad()
+    def _classes(self, inputs: Tensor) -> int:
+        return single_tensor(self.teacher(inputs[:1]), self.teacher, self.output).shape[1]
 
     def _loss(self, output: Tensor, wanted: Tensor, labels: Tensor | None) -> Tensor:
         weight = self.settings.label_weight
@@ -334,16 +324,6 @@ class _Training:
         if self.schedule is not None:
             self.schedule.step_update(self.update)
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        chosen = self.settings
-        try:
-            found: torch.optim.Optimizer = create_optimizer_v2(
-                self.student, opt=chosen.optimizer, lr=chosen.lr, weight_decay=chosen.weight_decay
-            )
-        except (ValueError, AssertionError, KeyError) as error:
-            raise InputError(f"finetune: timm has no optimiser {chosen.optimizer!r}; see timm.optim") from error
-        return found
-
     def _result(self) -> nn.Module:
         student = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         for name in ("forward", "_original_forward"):  # what the precision wrapper left on the instance
@@ -373,24 +353,6 @@ def _accelerator(precision: str, device: torch.device) -> Accelerator:
         return Accelerator(mixed_precision=precision, cpu=device.type == "cpu", device_placement=False)
     except ValueError as error:
         raise InputError(f"finetune: precision={precision!r} cannot be used on {device.type}: {error}") from error
-
-
-def _schedule(optimizer: torch.optim.Optimizer, settings: Finetune, steps: int) -> Any:
-    """Timm's schedule over optimiser steps, None for a constant rate."""
-    if settings.schedule == "constant":
-        return None
-    found, _ = create_scheduler_v2(
-        optimizer,
-        settings.schedule,
-        num_epochs=max(2, steps),  # timm takes a single step for a mistake
-        decay_epochs=max(1, steps // 3),
-        decay_milestones=[max(1, steps // 2), max(1, steps * 3 // 4)],
-        warmup_epochs=round(settings.warmup * steps),
-        warmup_lr=settings.lr * 0.01,
-        step_on_epochs=False,
-        updates_per_epoch=1,
-    )
-    return found
 
 
 def _train_mode(model: nn.Module, norms: str) -> None:

@@ -21,8 +21,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from tpvprune.batches import Outputs, Selector, device_of, evaluation_mode, finite_outputs
 from tpvprune.errors import ModelError, PlanError
+from tpvprune.members import Group
 from tpvprune.reads import ThroughLayers
-from tpvprune.types import Graph, Group
+from tpvprune.types import Graph
 
 
 def tensors(outputs: Outputs) -> list[Tensor]:

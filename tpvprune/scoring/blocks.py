@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from tpvprune.errors import InputError
-from tpvprune.types import Graph, Group
+from tpvprune.members import Group
+from tpvprune.types import Graph
 
 
 def refuse_blocks(graph: Graph, what: str) -> None:

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from tpvprune.batches import Batch, evaluation_mode, model_inputs
 from tpvprune.errors import NonFiniteError
+from tpvprune.members import Member
 from tpvprune.reads import ThroughLayers
 from tpvprune.scoring.activations import channel_axis
 from tpvprune.scoring.engine import global_number, of_all, process
-from tpvprune.types import Graph, Member
+from tpvprune.types import Graph
 
 SAMPLES = 2560  # covariances of a few thousand channels are known well enough from these, at many positions each
 

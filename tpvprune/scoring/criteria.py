@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterable
 from os import PathLike
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tpvprune.batches import Batch, Progress, Selector, evaluation_mode, finite_outputs, model_inputs, repeatable
+from tpvprune.batches import Batch, Progress
 from tpvprune.errors import InputError, PlanError
 from tpvprune.plan import Plan
-from tpvprune.scores import Scores, Settled, Tally
-from tpvprune.scoring.activations import Tapped
-from tpvprune.scoring.blocks import left_over
-from tpvprune.scoring.collect import Observation, Streaming, collect
-from tpvprune.scoring.compensation import Residual, left_later, residuals
-from tpvprune.scoring.engine import Parts, Watched, global_number
-from tpvprune.scoring.heads import Head, Softmax, head_named
-from tpvprune.scoring.perturb import Perturbation, Removal, perturbation_named
-from tpvprune.scoring.probing import Probing, detached, drift_slope
-from tpvprune.scoring.weights import factored_scores, gradient_observations
+from tpvprune.scores import Scores, Settled
+from tpvprune.scoring.collect import Streaming, collect
+from tpvprune.scoring.heads import Softmax
+from tpvprune.scoring.tpv import TPV
 from tpvprune.types import Graph, fingerprint
 
 logger = logging.getLogger(__name__)
-Engine = Literal["auto", "activations", "batched", "per_sample", "factored"]
-SENSITIVITIES = 1280  # samples whose effects are kept
-RIDGES = (1e-2, 1e-1, 1.0)  # of the covariances behind compensated scores, as shares of their mean variance
-ENGINES = ("auto", "activations", "batched", "per_sample", "factored")
 
 
 class Criterion(Protocol):
@@ -42,266 +29,6 @@ class Criterion(Protocol):
     ) -> Scores:
         """Score every unit of every group, leaving the model as it was."""
         ...
-
-
-@dataclass(frozen=True)
-class TPV:
-    """Test prediction variance of perturbing each unit alone (Arpit 2026, arXiv 2512.11089).
-
-    The score of unit i is `E_x[ d_i^T J^T M J d_i ]` with `d_i` its perturbation; for removal, minus the weights
-    that read the unit: how far the outputs move, to first order, when it leaves. No label enters.
-
-    Attributes:
-        head: the metric `M`: "softmax" (nats: half the score is KL), "logits" or "features", "probabilities",
-            "margin", "cosine", or a `Head`.
-        probes: random cotangents per sample, or "exact" for the sum over all outputs.
-        over: "consume" perturbs what reads the unit, once; "all" sums the squares of what writes, scales
-            and reads it, as the paper's pruning criterion does.
-        seed: seed of the cotangents.
-        output: which part of what the model returns counts: a key, attribute or index, or a function.
-        perturbation: "removal", "rounding", "isotropic", or a `Perturbation`.
-        engine: "activations" (removal of channels and heads; exact per sample, no weight gradient), or over
-            weight gradients "batched", "per_sample" or "factored" (an approximation); "auto" takes the first where
-            it can and "batched" elsewhere.
-        sensitivities: keep the per-sample effects of at most this many samples, which a plan is judged by as a
-            whole; 0 keeps none. None: 1280 where they can be kept (removal of channels and heads), else none.
-        reference: the model that drift is measured from, where that is not the one scored: the dense original,
-            when a pruned model is scored again. Adds the linear term of drift to the sensitivities.
-        compensated: score of each channel only what the layers that read it cannot predict from their other inputs:
-            for a plan that is refitted afterwards. Those inputs are the ones that are left when its turn comes, the
-            cheapest leaving first; "alone" takes all of them. Takes a forward pass more; the batches must be readable
-            twice. Blocks are scored as they are: what replaces one is not predicted.
-    """
-
-    head: str | Head = "softmax"
-    probes: int | Literal["exact"] = 1
-    over: Literal["consume", "all"] = "consume"
-    seed: int = 0
-    output: Selector = None
-    perturbation: str | Perturbation = "removal"
-    engine: Engine = "auto"
-    sensitivities: int | None = None
-    reference: nn.Module | None = None
-    compensated: bool | Literal["alone"] = False
-
-    def __post_init__(self) -> None:
-        head_named(self.head)
-        perturbation_named(self.perturbation)
-        if self.probes != "exact" and (not isinstance(self.probes, int) or self.probes < 1):
-            raise InputError(f"probes={self.probes!r} must be a whole number from 1, or 'exact'")
-        if self.over not in ("consume", "all"):
-            raise InputError(f"over={self.over!r} must be 'consume' or 'all'")
-        if self.engine not in ENGINES:
-            raise InputError(f"engine={self.engine!r} must be one of {', '.join(ENGINES)}")
-        if self.sensitivities is not None and (not isinstance(self.sensitivities, int) or self.sensitivities < 0):
-            raise InputError(f"sensitivities={self.sensitivities!r} must be a number of samples, 0 or more")
-        if self.sensitivities and (self.over != "consume" or self.engine not in ("auto", "activations")):
-            raise InputError("sensitivities are kept for over='consume' and engine='activations' alone")
-        if self.compensated and (self.over != "consume" or self.engine not in ("auto", "activations")):
-            raise InputError("compensated=True is for over='consume' and engine='activations' alone")
-
-    @property
-    def label(self) -> str:
-        """The criterion in words."""
-        parts = [f"head={_name(self.head)}", f"over={self.over}"]
-        if self.perturbation != "removal":
-            parts.append(f"perturbation={_name(self.perturbation)}")
-        if self.engine not in ("auto", "activations"):
-            parts.append(f"engine={self.engine}")
-        if self.compensated:
-            parts.append("compensated" if self.compensated is True else "compensated alone")
-        return f"tpv({', '.join(parts)})"
-
-    @property
-    def cap(self) -> int:
-        """Samples whose effects are kept, where they can be kept."""
-        if self.over != "consume" or (self.compensated and self.sensitivities is None):
-            return 0  # before a refit, channels that are cheap alone leave better than those that are cheap together
-        return SENSITIVITIES if self.sensitivities is None else self.sensitivities
-
-    def measure(
-        self, model: nn.Module, batches: Iterable[Batch], graph: Graph, progress: Progress | None = None
-    ) -> Scores:
-        """Score every unit in one pass over the batches.
-
-        Raises:
-            InputError: the engine does not fit the perturbation or the units.
-        """
-        return collect(self, model, batches, graph, progress=progress)
-
-    def summarise(self, means: Mapping[str, Tensor], model: nn.Module, graph: Graph) -> Mapping[str, Tensor]:
-        """The means themselves; the product of the factors for the factored engine."""
-        if self.engine != "factored":
-            return means
-        return factored_scores(means, model, graph, perturbation_named(self.perturbation))
-
-    def observe(
-        self, model: nn.Module, batches: Iterable[Batch], graph: Graph, first: int, progress: Progress | None
-    ) -> Iterator[Observation]:
-        """One observation a batch, by the engine that fits."""
-        removal = isinstance(perturbation_named(self.perturbation), Removal)
-        weights = any(group.kind == "weight" for group in graph.groups)
-        engine = self.engine
-        if engine == "auto":
-            engine = "activations" if removal and not weights else "batched"
-        if engine == "activations":
-            if not removal or weights:
-                raise InputError(
-                    "engine='activations' scores the removal of channels and heads; use engine='batched' for single "
-                    "weights and for other perturbations"
-                )
-            yield from self._from_activations(model, batches, graph, first, progress)
-            return
-        if self.sensitivities or self.compensated:
-            raise InputError("sensitivities and compensation are for the removal of channels and heads; leave them out")
-        yield from gradient_observations(
-            model,
-            batches,
-            graph,
-            Probing(head_named(self.head), self.probes, self.seed, self.output),
-            perturbation_named(self.perturbation),
-            engine,
-            self.over,
-            first,
-            progress,
-        )
-
-    def _from_activations(
-        self, model: nn.Module, batches: Iterable[Batch], graph: Graph, first: int, progress: Progress | None
-    ) -> Iterator[Observation]:
-        left, maps = self.cap, self._maps(model, batches, graph, first)
-        later = None
-        if self.compensated is True:
-            assert maps is not None
-            later = partial(left_later, model, graph, maps)
-        sizes = {group.id: group.units for group in graph.groups}
-
-        def fold(sensitivities: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-            first = torch.cat([parts[0] for parts in sensitivities.values()], 1)
-            if self.over == "consume":
-                squares = first.double().square()
-            else:
-                members = (torch.stack(parts).double().square().sum(0) for parts in sensitivities.values())
-                squares = torch.cat(list(members), 1)
-            return {"squares": squares} | ({"": first.float()} if left > 0 else {})
-
-        for values in self._per_batch(model, batches, graph, fold, first, progress, maps):
-            rows, linear = values.pop("", None), values.pop("linear", None)
-            samples = 0
-            if rows is not None:
-                samples = min(left, len(rows))
-                rows = rows[:samples].flatten(0, 1).cpu()
-                left -= samples
-            total = None if linear is None else linear.sum(0).cpu()
-            yield Observation(Tally.of_units(values["squares"], sizes), rows, total, samples, later)
-
-    def drift(
-        self, model: nn.Module, batches: Iterable[Batch], plan: Plan, progress: Progress | None = None
-    ) -> tuple[float, float]:
-        """First-order TPV of a whole plan, covariances between its units included.
-
-        The units of a plan leave together, so their per-sample effects add up before they are squared.
-        With the softmax head half of the value predicts KL(dense || pruned) in nats while it is small.
-
-        Returns:
-            The value and its standard error.
-
-        Raises:
-            PlanError: the plan masks single weights too.
-        """
-        if plan.zeros:
-            raise PlanError("the drift of masked weights is not predicted; apply the plan and measure it instead")
-        graph = left_over(plan.graph, plan.keep)
-        gone = {name: ~mask for name, mask in plan.keep.items() if name in graph and not bool(mask.all())}
-
-        def moved(sensitivities: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-            effects = [sensitivities[n][0][:, mask.to(sensitivities[n][0].device)] for n, mask in gone.items()]
-            return {"plan": torch.cat(effects, dim=1).double().sum(1).square()}
-
-        if not gone:
-            return 0.0, 0.0
-        coherent = replace(self, over="consume", engine="auto", reference=None, sensitivities=0, compensated=False)
-        values = torch.cat([b["plan"].cpu() for b in coherent._per_batch(model, batches, graph, moved, 0, progress)])
-        error = float(values.std() / values.numel() ** 0.5) if values.numel() > 1 else float("nan")
-        return float(values.mean()), error
-
-    def _maps(self, model: nn.Module, batches: Iterable[Batch], graph: Graph, first: int) -> dict[str, Residual] | None:
-        """What layers cannot predict of their inputs, if that is scored."""
-        if not self.compensated:
-            return None
-        source = batches.batches if isinstance(batches, Watched) else batches
-        if first and not (isinstance(batches, Watched) and batches.skip):
-            raise InputError("batches cannot be added to compensated scores: what compensates what would change")
-        repeatable(source, "compensated scores read them twice")
-        return residuals(model, source, graph, RIDGES)
-
-    def _per_batch(
-        self,
-        model: nn.Module,
-        batches: Iterable[Batch],
-        graph: Graph,
-        fold: Callable[[dict[str, list[Tensor]]], dict[str, Tensor]],
-        first: int,
-        progress: Progress | None,
-        maps: Mapping[str, Residual] | None = None,
-    ) -> Iterator[dict[str, Tensor]]:
-        """Per batch, the mean over probes (the sum, if exact) of what `fold` makes of the sensitivities.
-
-        What it gives under "" is kept row by row, `(samples, rows, ...)`; "linear" is added where there is a
-        reference.
-        """
-        probing = Probing(head_named(self.head), self.probes, self.seed, self.output)
-        tapped, parts = Tapped(model, graph, self.over, maps), Parts()
-        if tapped.left_out:
-            logger.warning("over='all' leaves out %s: used outside layers", ", ".join(sorted(tapped.left_out)))
-        for local, inputs in enumerate(model_inputs(model, batches, "score", progress)):
-            generators = probing.generators(first + local)
-
-            def run(
-                part: slice,
-                inputs: Tensor = inputs,
-                generators: list[torch.Generator] = generators,
-                number: int = global_number(first + local),
-            ) -> dict[str, Tensor]:
-                return self._of_part(tapped, inputs[part], number + part.start, probing, generators, fold)
-
-            found = parts(len(inputs), run, generators)
-            yield {name: torch.cat([one[name] for one in found]) for name in found[0]}
-
-    def _of_part(
-        self,
-        tapped: Tapped,
-        inputs: Tensor,
-        number: int,
-        probing: Probing,
-        generators: list[torch.Generator],
-        fold: Callable[[dict[str, list[Tensor]]], dict[str, Tensor]],
-    ) -> dict[str, Tensor]:
-        wanted = None
-        if self.reference is not None:
-            with evaluation_mode(self.reference), torch.no_grad():
-                wanted = finite_outputs(self.reference, inputs, self.output)
-        totals: dict[str, Tensor] = {}
-        rows: list[Tensor] = []
-        with tapped() as taps:
-            output = taps.forward(inputs, self.output, number)
-            fixed = detached(output)
-            slope = None if wanted is None else drift_slope(probing.head, fixed, wanted)
-            for cotangent, last in probing.cotangents(fixed, generators):
-                found = fold(taps.backward(output, cotangent, keep_graph=not last or slope is not None))
-                if "" in found:
-                    rows.append(found.pop(""))
-                for name, value in found.items():
-                    totals[name] = totals[name] + value if name in totals else value
-            if slope is not None:
-                effects = taps.backward(output, slope, keep_graph=False)
-                # Drift grows by (slope . change) twice over in units of TPV, and removal is minus the effect.
-                totals["linear"] = -2 * torch.cat([parts[0] for parts in effects.values()], 1).double()
-        linear = totals.pop("linear", None)
-        out = {name: total / probing.count for name, total in totals.items()}
-        if rows:
-            out[""] = torch.stack(rows, 1) / probing.count**0.5
-        return out if linear is None else out | {"linear": linear}
 
 
 def predicted_kl(
@@ -324,10 +51,6 @@ def predicted_kl(
     if not (tpv.head == "softmax" or isinstance(tpv.head, Softmax)):
         return None
     return tpv.drift(model, batches, plan, progress)[0] / 2
-
-
-def _name(setting: Any) -> str:
-    return setting if isinstance(setting, str) else type(setting).__name__.lower()
 
 
 def score(

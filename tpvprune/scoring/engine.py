@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from tpvprune.batches import Batch, inputs_of, labels_of, length_of
 from tpvprune.errors import DataError
-from tpvprune.scores import Sensitivities, Tally
+from tpvprune.scores import Sensitivities
+from tpvprune.tally import Tally
 
 logger = logging.getLogger(__name__)
 _FINGERPRINT = 256  # entries of a sample's input that its digest looks at

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 from tpvprune.batches import evaluation_mode
 from tpvprune.errors import ModelError, PlanError
+from tpvprune.members import Member
 from tpvprune.patches import patches
 from tpvprune.reads import ThroughLayers
 from tpvprune.scoring.blocks import refuse_blocks
 from tpvprune.scoring.perturb import Perturbation, moments_of
-from tpvprune.types import Graph, Member
+from tpvprune.types import Graph
 
 CHUNK = 64 * 2**20  # entries of per-sample gradients held at once
 

@@ -25,12 +25,13 @@ from tpvprune.batches import (
     model_batches,
 )
 from tpvprune.errors import DataError, InputError, ModelError
-from tpvprune.scores import Scores, Tally
+from tpvprune.scores import Scores
 from tpvprune.scoring.activations import Tapped, backward
 from tpvprune.scoring.collect import Observation, collect
 from tpvprune.scoring.engine import Parts, global_number, labels, stream
 from tpvprune.scoring.gradients import Side, only, score_gradient, sides
 from tpvprune.scoring.perturb import Isotropic, Removal
+from tpvprune.tally import Tally
 from tpvprune.types import Graph
 
 logger = logging.getLogger(__name__)

@@ -18,10 +18,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tpvprune.batches import Batch, Progress
 from tpvprune.errors import ModelError
+from tpvprune.members import Group, Role
 from tpvprune.scores import Scores
 from tpvprune.scoring.blocks import refuse_blocks
 from tpvprune.scoring.engine import stream
-from tpvprune.types import Graph, Group, Role
+from tpvprune.types import Graph
 
 logger = logging.getLogger(__name__)
 

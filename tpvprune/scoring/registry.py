@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpvprune.errors import InputError
-from tpvprune.scoring.criteria import TPV, Criterion
+from tpvprune.scoring.criteria import Criterion
 from tpvprune.scoring.losses import JBR, Fisher, Jacobian, Taylor
 from tpvprune.scoring.magnitude import FPGM, L1, L2, LAMP, WHC, BNScale, Random
 from tpvprune.scoring.statistics import Variance, Wanda
+from tpvprune.scoring.tpv import TPV
 
 CRITERIA: dict[str, type] = {
     "tpv": TPV,

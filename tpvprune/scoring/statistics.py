@@ -13,14 +13,16 @@ from torch.nn.modules.conv import _ConvNd
 
 from tpvprune.batches import Batch, Progress, evaluation_mode, model_inputs
 from tpvprune.errors import ModelError, NonFiniteError
+from tpvprune.members import Group
 from tpvprune.reads import ThroughLayers
-from tpvprune.scores import Scores, Tally
+from tpvprune.scores import Scores
 from tpvprune.scoring.activations import channel_axis
 from tpvprune.scoring.blocks import refuse_blocks
 from tpvprune.scoring.collect import Observation, collect
 from tpvprune.scoring.engine import Parts
 from tpvprune.scoring.gradients import Side, with_sharing
-from tpvprune.types import Graph, Group
+from tpvprune.tally import Tally
+from tpvprune.types import Graph
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from tpvprune.batches import Batch, Outputs, Progress, finite_outputs, model_inputs
 from tpvprune.errors import InputError, ModelError
-from tpvprune.scores import Tally
 from tpvprune.scoring.activations import backward, tensors
 from tpvprune.scoring.collect import Observation
 from tpvprune.scoring.engine import Parts, global_number, stream
@@ -27,6 +26,7 @@ from tpvprune.scoring.gradients import (
 )
 from tpvprune.scoring.perturb import Perturbation
 from tpvprune.scoring.probing import Probing, detached
+from tpvprune.tally import Tally
 from tpvprune.types import Graph
 
 

@@ -1,158 +1,27 @@
-"""Images by name: a folder in any tree, an array file, or scikit-learn's digits.
-
-A `Pool` is an ordered set of images. The rule that keeps measuring honest: sorted by path, even
-positions are for scoring and recovery, odd positions only for measuring.
-"""
+"""Images by name: a folder in any tree, an array file, or scikit-learn's digits."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from tpvprune.errors import DataError
+from tpvprune.zoo.pool import BAD_SHARE, BROKEN, Pool
 from tpvprune.zoo.streams import Stream, Targets, dataset_of, from_factory, streamed
 
 logger = logging.getLogger(__name__)
-BAD_SHARE = 0.1
-_BROKEN = (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-
-
-@dataclass(frozen=True)
-class _Broken:
-    """Stands in a batch for an image that could not be read."""
-
-    name: str
-    why: str
-
-
-class Pool(Dataset[Any]):
-    """An ordered set of images with optional labels; items are `((channels, h, w), label or -1)`.
-
-    Attributes:
-        name: where the images come from, for messages and reports.
-        skipped: what could not be read, name to reason; shared by all pools cut from one source.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        read: Callable[[int, bool], Tensor],
-        names: Sequence[str],
-        labels: Sequence[int] | None = None,
-        skipped: dict[str, str] | None = None,
-    ) -> None:
-        self.name, self.positions = name, list(range(len(names)))
-        self._read, self._names, self._labels = read, names, labels
-        self.skipped = {} if skipped is None else skipped
-        self.augment = False
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    @property
-    def labelled(self) -> bool:
-        """Whether items carry labels."""
-        return self._labels is not None
-
-    def __getitem__(self, item: int) -> tuple[Tensor, int] | _Broken:
-        position = self.positions[item]
-        try:
-            image = self._read(position, self.augment)
-        except _BROKEN as error:
-            return _Broken(self._names[position], str(error))
-        return image, -1 if self._labels is None else self._labels[position]
-
-    def skip(self, broken: _Broken) -> None:
-        """Count an unreadable image.
-
-        Raises:
-            DataError: more than 10 % of the source cannot be read.
-        """
-        self.skipped[broken.name] = broken.why
-        total = len(self._names) + sum(name not in self._names for name in self.skipped)
-        if len(self.skipped) > BAD_SHARE * total:
-            raise DataError(
-                f"{self.name}: {len(self.skipped)} of {total} images cannot be read, the last is {broken.name} "
-                f"({broken.why}); at most {BAD_SHARE:.0%} are skipped, so take them out or give other images"
-            )
-        logger.warning("%s: skipped %s: %s", self.name, broken.name, broken.why)
-
-    def _with(self, positions: Sequence[int]) -> Pool:
-        twin = copy.copy(self)
-        twin.positions = list(positions)
-        return twin
-
-    def split(self) -> tuple[Pool, Pool]:
-        """(even positions, odd positions): for scoring and recovery, for measuring."""
-        return self._with(self.positions[::2]), self._with(self.positions[1::2])
-
-    def part(self, mine: Callable[[int], bool]) -> Pool:
-        """The images at the places, counted from 0, that `mine` says yes to."""
-        return self._with([position for place, position in enumerate(self.positions) if mine(place)])
-
-    def sample(self, count: int | None, seed: int = 0) -> Pool:
-        """At most `count` images, drawn without replacement, in their old order."""
-        if count is None or count >= len(self):
-            return self
-        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
-        return self._with([self.positions[i] for i in sorted(chosen.tolist())])
-
-    def loader(
-        self, batch_size: int, *, shuffle: bool = False, augment: bool = False, workers: int = 0, seed: int = 0
-    ) -> Loader:
-        """Batches `(images (batch, channels, h, w), labels (batch,))`; broken images are left out."""
-        pool = self._with(self.positions)
-        pool.augment = augment
-        return Loader(pool, batch_size, shuffle, workers, seed)
-
-
-class Loader:
-    """A DataLoader that leaves broken images out and counts them; can be read again and again."""
-
-    def __init__(self, pool: Pool, batch_size: int, shuffle: bool, workers: int, seed: int) -> None:
-        self.pool = pool
-        generator = torch.Generator().manual_seed(seed)
-        self._inner = DataLoader(
-            pool, batch_size, shuffle, num_workers=workers, collate_fn=_collate, generator=generator
-        )
-
-    @property
-    def generator(self) -> torch.Generator:
-        """What shuffles; where it stands decides what the next pass gives."""
-        return self._inner.generator
-
-    def __len__(self) -> int:
-        return len(self._inner)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels, broken in self._inner:
-            for one in broken:
-                if one.name not in self.pool.skipped:
-                    self.pool.skip(one)
-            if images is not None:
-                yield images, labels
-
-
-def _collate(items: list[Any]) -> tuple[Tensor | None, Tensor, list[_Broken]]:
-    broken = [item for item in items if isinstance(item, _Broken)]
-    good = [item for item in items if not isinstance(item, _Broken)]
-    images = torch.stack([image for image, _ in good]) if good else None
-    return images, torch.tensor([label for _, label in good]), broken
 
 
 def source_state(source: str | Path) -> str:
@@ -342,7 +211,7 @@ def _is_image(file: Path) -> bool:
     try:
         with Image.open(file):
             return True
-    except _BROKEN:
+    except BROKEN:
         return False
 
 

@@ -1,0 +1,95 @@
+"""What a run works on: the device, the dense model and the images that a recipe names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.errors import DataError, ModelError
+from tpvprune.recipe import Recipe
+from tpvprune.zoo.data import input_size, open_pool, overlap
+from tpvprune.zoo.models import create_model
+from tpvprune.zoo.pool import Loader, Pool
+from tpvprune.zoo.streams import Stream, StreamLoader
+
+
+@dataclass(frozen=True)
+class Images:
+    """What is scored and recovered on, and what is measured on; the two share no image."""
+
+    scored: Pool | Stream
+    measured: Pool | Stream
+
+
+class Inputs:
+    """What one recipe names, opened when it is first asked for.
+
+    Args:
+        recipe: the recipe.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the run happens."""
+        wanted = self.recipe.device
+        try:
+            device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ModelError(
+                f"device {wanted!r} cannot be used: {str(error).splitlines()[0]}; try device=cpu"
+            ) from error
+        return device
+
+    @cached_property
+    def dense(self) -> nn.Module:
+        """The original model with its weights."""
+        section = self.recipe.model
+        return create_model(section.name, section.checkpoint, section.args).to(self.device)
+
+    @cached_property
+    def images(self) -> Images:
+        """What is scored on and what is measured on; the two share no image."""
+        data, held = self.recipe.data, self.recipe.eval
+        if data is None or data.images is None:
+            raise DataError("no images are named; set data.images (--data) to a folder, an array file or 'digits'")
+        if held.images is None:
+            scored, measured = open_pool(
+                data.images, self.dense, size=data.size, labels=held.labels or data.labels
+            ).split()
+            if not len(measured):
+                raise DataError(f"{data.images} holds a single image; one to score on and one to measure on are needed")
+        else:
+            if overlap(data.images, held.images):
+                raise DataError(
+                    f"eval.images={held.images} and data.images={data.images} share images; give other ones, or leave "
+                    "eval.images out to measure on the odd positions"
+                )
+            scored = open_pool(data.images, self.dense, size=data.size, labels=data.labels)
+            measured = open_pool(held.images, self.dense, size=data.size, labels=held.labels)
+        return Images(scored, measured.sample(held.samples, self.recipe.seed))
+
+    def loader(
+        self, pool: Pool | Stream, *, batch_size: int | None = None, train: bool = False, augment: bool = False
+    ) -> Loader | StreamLoader:
+        """Batches of a pool, of the recipe's size and seed."""
+        data = self.recipe.data
+        assert data is not None
+        return pool.loader(
+            batch_size or data.batch_size, shuffle=train, augment=augment, workers=data.workers, seed=self.recipe.seed
+        )
+
+    def example(self) -> Tensor:
+        """Zeros of one image, `(1, channels, height, width)`."""
+        size = self.recipe.data.size if self.recipe.data else None
+        return torch.zeros(1, *input_size(self.dense, size), device=self.device)
+
+    def scored(self) -> Pool | Stream:
+        """The images that scores are made of."""
+        return self.images.scored.sample(self.recipe.score.samples, self.recipe.seed)
