@@ -41,7 +41,9 @@ def test_two_steps_of_a_recipe(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name, toy(whole, tmp_path / "images"))
     assert isinstance(recipe, Recipe)
     told = Run(recipe, tmp_path / "out").until("recover")
-    assert told["steps"] == ["reconstruct"] + (["finetune"] if whole.recover.finetune else [])
+    tuned = ["finetune"] if whole.recover.finetune else []  # which may bring a net of random weights no closer
+    assert told["steps"] + told.get("left_out", []) == ["reconstruct", *tuned]
+    assert len(told.get("epochs", [])) == len(tuned)
     plan = tp.Plan.load(tmp_path / "out" / "plan.json")
     share = plan.macs / plan.graph.macs()
     assert share <= whole.budget.macs
@@ -60,4 +62,4 @@ def test_a_recipe_says_how_it_is_run(name: str) -> None:
     if recipe.data is None or recipe.data.images is None:
         assert f"# tpvprune run {name} model.checkpoint=" in text
         with pytest.raises(tp.DataError, match=r"no images are named; set data\.images"):
-            _ = Run(recipe, "nowhere").images
+            _ = Run(recipe, "nowhere").inputs.images

@@ -7,15 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import tpvprune as tp
 from tests.helpers import assert_same_state
 from tests.test_workflow import place, recipe  # noqa: F401  # a fixture
 from tpvprune.errors import RecipeError
+from tpvprune.recovering import kept_back
 from tpvprune.runfolder import stage_keys
 from tpvprune.workflow import Run
+from tpvprune.zoo.pool import Pool
 
 TUNED = ("recover.finetune.epochs=3", "recover.finetune.batch_size=4", "recover.finetune.patience=3")
+TUNED += ("recover.finetune.norms=freeze", "recover.finetune.lr=1e-5", "recover.reconstruct.ridge=1e6")
 
 
 def test_means_are_folded_if_a_recipe_says_so(place: Path) -> None:  # noqa: F811
@@ -56,6 +60,8 @@ def test_refits_between_steps_follow_the_recipe(place: Path) -> None:  # noqa: F
     assert stage_keys(plain, "plan")["plan"] != stage_keys(other, "plan")["plan"]
     without = [recipe(place, "plan.steps=3", *more) for more in ((), ("recover.reconstruct.ridge=0.5",))]
     assert len({stage_keys(r, "plan")["plan"] for r in without}) == 1
+    tuned = recipe(place, *steps, "recover.finetune.epochs=1")  # keeps images back from the refits
+    assert stage_keys(plain, "plan")["plan"] != stage_keys(tuned, "plan")["plan"]
     told = Run(plain, place / "out").until("plan")
     assert told["share_of_macs"] <= 0.5
     run = Run(recipe(place, *steps), place / "again")
@@ -70,7 +76,43 @@ def test_refits_between_steps_follow_the_recipe(place: Path) -> None:  # noqa: F
         recipe(place, "plan.refit=true")
 
 
+def test_a_distillation_that_brings_nothing_closer_is_left_out(
+    place: Path,  # noqa: F811
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    lines: list[str] = []
+    run = Run(recipe(place, "recover.finetune.epochs=2", "recover.finetune.lr=5"), place / "out", log=lines.append)
+    told = run.until("recover")
+    assert told["steps"] == ["reconstruct"]
+    assert told["left_out"] == ["finetune"]
+    assert all(epoch["held_out"] > epoch["held_out_before"] for epoch in told["epochs"])
+    assert "no epoch came closer" in caplog.text
+    learnt, held = kept_back(run.recipe, run.inputs.images.scored)
+    assert (len(learnt), len(held)) == (told["reconstruct_images"], 1) == (11, 1)
+    before = tp.load(place / "out" / "pruned")
+    by_hand = tp.reconstruct(before, run.inputs.loader(learnt), run.inputs.dense, run.recipe.closed_form())
+    assert_same_state(tp.load(place / "out").state_dict(), by_hand.state_dict())
+    assert sum("held-out" in line and "(before: " in line for line in lines) == 2
+
+
+def test_nothing_is_kept_back_where_nothing_is_distilled_or_images_are_few(place: Path) -> None:  # noqa: F811
+    plain, tuned = recipe(place), recipe(place, *TUNED)
+    pool = Run(plain, place / "out").inputs.images.scored
+    assert kept_back(plain, pool)[1] is None
+    assert kept_back(tuned, pool.sample(9))[1] is None
+    many = Pool("many", lambda position, augment: torch.zeros(1), list(map(str, range(25_000))))
+    learnt, held = kept_back(tuned, many)
+    assert (len(learnt), len(held)) == (24_000, 1000)
+    assert not set(learnt.positions) & set(held.positions)
+
+
 def test_a_stopped_distillation_goes_on_where_it_was(place: Path) -> None:  # noqa: F811
+    weights = load_file(place / "weights.safetensors")
+    for name, value in weights.items():  # last norms of blocks begin at zero: nothing that was cut would be missed
+        if value.ndim == 1 and name.endswith(".weight"):
+            value.fill_(1)
+    weights["fc.weight"] *= 30
+    save_file(weights, place / "weights.safetensors")
     whole = Run(recipe(place, *TUNED), place / "whole")
     told = whole.until("recover")
     assert [entry["epoch"] for entry in told["epochs"]] == [1, 2, 3]

@@ -27,12 +27,26 @@ from tpvprune.zoo.pool import Pool
 from tpvprune.zoo.streams import Stream
 
 TOLD = "told.json"
+HELD = 1000  # images kept back at the most
+
+
+def kept_back(recipe: Recipe, scored: Pool | Stream) -> tuple[Pool | Stream, Pool | Stream | None]:
+    """The images to recover on, and those that tell whether distillation has brought the model any closer.
+
+    A tenth, at most 1,000, is kept back: at even distances, and from all of the recovery. None of fewer than ten, and
+    where nothing is distilled.
+    """
+    every = max(10, -(-len(scored) // HELD))
+    if recipe.distillation() is None or len(scored) < every:
+        return scored, None
+    return scored.part(lambda place: place % every != every - 1), scored.part(lambda place: place % every == every - 1)
 
 
 def refitted(recipe: Recipe, scored: Pool | Stream) -> Pool | Stream:
     """The images that layers are refitted on."""
     section = recipe.recover.reconstruct
-    return scored.sample(recipe.score.samples if section is None else section.samples, recipe.seed)
+    count = recipe.score.samples if section is None else section.samples
+    return kept_back(recipe, scored)[0].sample(count, recipe.seed)
 
 
 @dataclass(frozen=True)
@@ -108,10 +122,8 @@ class Recovery:
 
     def _distil(self, small: nn.Module, settings: Finetune, told: dict[str, Any]) -> nn.Module:
         tuning: Any = self.recipe.recover.finetune
-        pool = self.scored.sample(tuning.samples, self.recipe.seed)
-        learnt, held = pool, None
-        if tuning.patience is not None:  # a tenth is kept back to see when to end
-            learnt, held = pool.part(lambda place: place % 10 < 9), pool.part(lambda place: place % 10 == 9)
+        rest, held = kept_back(self.recipe, self.scored)
+        learnt = rest.sample(tuning.samples, self.recipe.seed)
         self._seed()
         told.setdefault("epochs", [])
         small = recover(
@@ -125,14 +137,19 @@ class Recovery:
             progress=self.progress,
             log=lambda found: self._tell_epoch(told, found),
         )
-        told["steps"].append("finetune")
         told["finetune_images"] = len(learnt)
+        if held is None or any(epoch["held_out"] < epoch["held_out_before"] for epoch in told["epochs"]):
+            told["steps"].append("finetune")
+        else:
+            told["left_out"] = ["finetune"]
         return small
 
     def _tell_epoch(self, told: dict[str, Any], found: dict[str, float]) -> None:
         told["epochs"].append(found)
         self._keep(told)
-        held = f", held-out {found['held_out']:.4g}" if "held_out" in found else ""
+        held = ""
+        if "held_out" in found:
+            held = f", held-out {found['held_out']:.4g} (before: {found['held_out_before']:.4g})"
         self.log(
             f"epoch {found['epoch']}: loss {found['loss']:.4g}{held}, {found['samples_per_second']:.0f} images/s, "
             f"at most {found['seconds_left']:.0f} s left"

@@ -28,7 +28,7 @@ PRODUCTS = {
 }
 RECIPE, STATE = "recipe.yaml", "stages.json"
 PARTIAL = ".partial"  # in the names of what a stopped stage goes on from
-STATE_FORMAT = 3  # raised when a stage's result is no longer what an older version made
+STATE_FORMAT = 4  # raised when a stage's result is no longer what an older version made
 
 
 def stage_keys(recipe: Recipe, last: str) -> dict[str, str]:
@@ -74,7 +74,9 @@ def _matters(recipe: Recipe, stage: str) -> dict[str, Any]:
         return {}
     timed = sections["budget"]["latency_ms"] is not None or sections["plan"]["per"] == "latency_ms"
     plan = {name: value for name, value in sections["plan"].items() if name != "depth"}  # is in the trace's key
-    refit = {"refit_with": sections["recover"]["reconstruct"]} if plan["refit"] else {}
+    recover = sections["recover"]
+    kept_back = recover["finetune"] is not None  # images that nothing is refitted on
+    refit = {"refit_with": recover["reconstruct"], "kept_back": kept_back} if plan["refit"] else {}
     zeros = {"sparsify": sections["sparsify"]} if sections["sparsify"] else {}
     latency = sections["latency"] if timed else None
     return {"budget": sections["budget"], "plan": plan, "latency": latency, **refit, **zeros}

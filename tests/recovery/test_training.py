@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import tpvprune as tp
@@ -165,6 +166,9 @@ def test_features_come_closer_if_they_are_asked_to() -> None:
 def test_training_ends_when_held_out_images_say_so_and_gives_back_the_best(tmp_path: Path) -> None:
     model, small, batches = cut("mlp")
     held = [torch.randn(32, *batches[0].shape[1:], generator=torch.Generator().manual_seed(8))]
+    with torch.no_grad():
+        for parameter in small.parameters():  # far off, so that there is something to learn
+            parameter.mul_(-1)
     settings = tp.Finetune(epochs=40, lr=0.3, clip=1e3, schedule="constant", warmup=0.0, patience=2)
     told: list[dict[str, float]] = []
     found = tp.finetune(small, batches, model, settings, held_out=held, log=told.append, save=tmp_path)
@@ -176,6 +180,48 @@ def test_training_ends_when_held_out_images_say_so_and_gives_back_the_best(tmp_p
     assert load_state(tmp_path / "best.safetensors")["held_out"] == min(measured)
     with pytest.raises(tp.InputError, match="give held_out"):
         tp.finetune(small, batches, model, settings)
+
+
+def test_the_model_given_comes_back_if_no_epoch_is_closer(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    model, small, batches = cut("mlp")
+    held = [torch.randn(32, *batches[0].shape[1:], generator=torch.Generator().manual_seed(8))]
+    wild = tp.Finetune(epochs=2, lr=3.0, clip=1e3, schedule="constant", warmup=0.0, ema=0.5)
+    told: list[dict[str, float]] = []
+    found = tp.finetune(small, batches, model, wild, held_out=held, log=told.append, save=tmp_path)
+    assert_same_state(found.state_dict(), small.state_dict())
+    before = kl(small, model, held)
+    assert [entry["held_out_before"] for entry in told] == [pytest.approx(before, rel=1e-4)] * 2
+    assert min(entry["held_out"] for entry in told) > before
+    assert "no epoch came closer" in caplog.text
+    assert "lower lr=3" in caplog.text
+    again = tp.finetune(small, batches, model, wild, held_out=held, save=tmp_path)  # from the state of the end
+    assert_same_state(again.state_dict(), small.state_dict())
+    gone = tp.finetune(small, batches, model, wild)
+    assert kl(gone, model, held) > before
+
+
+def test_a_sample_alone_is_learnt_from_with_the_statistics_there_are() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    torch.manual_seed(0)
+    batches = [torch.randn(n, 4) for n in (8, 1)]
+    small = tp.apply(model, plan_without(tp.trace(model, batches[0]), {"0": [1, 4]}))
+    found = tp.finetune(small, batches, model, tp.Finetune(epochs=1, lr=1e-2))
+    assert found[1].num_batches_tracked == small[1].num_batches_tracked + 1
+    assert not torch.equal(found[3].weight, small[3].weight)
+
+
+def test_labels_count_on_held_out_images_as_they_do_in_training() -> None:
+    model, small, batches = cut("mlp")
+    images = torch.randn(32, *batches[0].shape[1:], generator=torch.Generator().manual_seed(8))
+    labels = torch.arange(32) % 3
+    told: list[dict[str, float]] = []
+    labelled = [(b, torch.zeros(len(b), dtype=torch.int64)) for b in batches]
+    settings = tp.Finetune(epochs=1, lr=1e-9, label_weight=0.25)
+    tp.finetune(small, labelled, model, settings, held_out=[(images, labels)], log=told.append)
+    expected = 0.75 * kl(small, model, [images]) + 0.25 * float(F.cross_entropy(outputs(small, images), labels))
+    assert told[0]["held_out_before"] == pytest.approx(expected, rel=1e-4)
+    tp.finetune(small, labelled, model, settings, held_out=[images], log=told.append)
+    assert told[1]["held_out_before"] == pytest.approx(kl(small, model, [images]), rel=1e-4)
 
 
 def test_mixtures_are_answered_by_the_teacher(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ schedule, moving average and mixup are timm's, device placement, precision, accu
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -43,7 +44,9 @@ from tpvprune.recovery.optimisation import Mixture, optimizer_for, schedule_for
 from tpvprune.recovery.settings import Finetune
 from tpvprune.recovery.state import load_state, random_state, save_state, set_random_state
 
+logger = logging.getLogger(__name__)
 Log = Callable[[dict[str, float]], None]
+STATE_FORMAT = 2
 LAST, BEST = "last.safetensors", "best.safetensors"
 
 
@@ -63,7 +66,8 @@ def finetune(
     """A copy of a model, distilled from the teacher on unlabeled batches.
 
     Weights that the model's plan holds at zero stay exactly zero, after every step. With `held_out` batches what comes
-    back is the model of the epoch that was closest to the teacher on them, otherwise the last one.
+    back is what was closest to the teacher on them: the model of an epoch, or, with a warning, the one given, where
+    few images or a high rate have brought nothing closer. Without them it is the last epoch's.
 
     Under several processes (`accelerate launch`, `torchrun`) all are given the same batches, in the same order, and
     each takes its share of every batch: the loss is that of one process. Batches that
@@ -75,13 +79,14 @@ def finetune(
         teacher: the dense model.
         settings: see `Finetune`.
         output: which part of what the models return is distilled: a key, attribute or index, or a function.
-        held_out: other unlabeled batches, which `patience` is counted on.
+        held_out: other batches, which the best model is chosen and `patience` counted on; where they carry labels and
+            `label_weight` asks for labels, cross-entropy has its share there too.
         save: a folder for the state after every `save_every` steps and every epoch (`last.safetensors`), and the
             best epoch's model (`best.safetensors`). A run found there is gone on with, to the same result.
         save_every: steps of the optimiser between two states.
         progress: called as `progress("finetune", steps_done, steps_to_do)`.
-        log: receives `{"epoch", "loss", "lr", "samples_per_second", "seconds_left"}` after every epoch, and
-            "held_out" with held-out batches: the distance to the teacher there.
+        log: receives `{"epoch", "loss", "lr", "samples_per_second", "seconds_left"}` after every epoch, and with
+            held-out batches the distance to the teacher there, "held_out", and the given model's, "held_out_before".
 
     Raises:
         DataError: the batches are empty or can be read once only, or labels are asked for and missing.
@@ -124,7 +129,7 @@ class _Training:
         self.wrapped, self.stepper = self.accelerator.prepare(self.student, self.optimizer)
         self.masks = Masks(self.student)
         self.epoch = self.batch = self.update = self.waited = 0
-        self.total, self.best = 0.0, math.inf
+        self.total, self.best, self.before = 0.0, math.inf, math.inf
         self.best_state: dict[str, Tensor] | None = None
         self.began: dict[str, Any] = {}
 
@@ -139,6 +144,8 @@ class _Training:
         settings, whole = self.settings, self.settings.epochs * self.per_epoch
         if folder is not None and (folder / LAST).is_file():
             self._restore(load_state(folder / LAST))
+        elif held_out is not None:
+            self.before, self.best_state = self._measured(held_out), _copied(self.student)
         start, fresh, seen = time.perf_counter(), self.epoch * self.per_epoch + self.batch, 0
         with ExitStack() as stack:
             watched = None if self.features is None else stack.enter_context(self.features.watched())
@@ -159,7 +166,7 @@ class _Training:
                 told = {"epoch": self.epoch + 1, "loss": loss, "lr": self.optimizer.param_groups[0]["lr"]}
                 self.epoch, self.batch, self.total = self.epoch + 1, 0, 0.0
                 if held_out is not None:
-                    told["held_out"] = self._measure(held_out, folder)
+                    told |= {"held_out": self._judge(held_out, folder), "held_out_before": self.before}
                 seconds, done = time.perf_counter() - start, self.epoch * self.per_epoch
                 told["samples_per_second"] = round(seen / seconds, 1)
                 told["seconds_left"] = round(seconds / max(1, done - fresh) * (whole - done), 1)
@@ -197,14 +204,19 @@ class _Training:
         window = min(settings.accumulate, self.per_epoch - self.batch // settings.accumulate * settings.accumulate)
         closing = last or (self.batch + 1) % settings.accumulate == 0
         inputs, labels, share = self._share(batch)
+        alone = len(inputs) == 1  # a sample alone has no batch statistics
+        if alone:
+            _train_mode(self.student, "freeze")
         with torch.no_grad(), accelerator.autocast():
             wanted = single_tensor(self.teacher(inputs), self.teacher, self.output)
         with nullcontext() if closing else accelerator.no_sync(self.wrapped):
             output = single_tensor(self.wrapped(inputs), self.student, self.output)
-            loss = self._loss(output, wanted, labels) * share
+            loss = self._loss(output, wanted, labels, settings.temperature) * share
             if watched is not None and self.features is not None:
                 loss = loss + settings.feature_weight * share * self.features.distance(watched)
             accelerator.backward(loss / window)
+        if alone:
+            _train_mode(self.student, settings.norms)
         if closing:
             self.masks.gradients()
             accelerator.clip_grad_norm_(self.wrapped.parameters(), settings.clip)
@@ -242,9 +254,9 @@ class _Training:
     def _classes(self, inputs: Tensor) -> int:
         return single_tensor(self.teacher(inputs[:1]), self.teacher, self.output).shape[1]
 
-    def _loss(self, output: Tensor, wanted: Tensor, labels: Tensor | None) -> Tensor:
+    def _loss(self, output: Tensor, wanted: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
         weight = self.settings.label_weight
-        distance = output_distance(output, wanted, self.settings.temperature)
+        distance = output_distance(output, wanted, temperature)
         if labels is None:
             return distance
         return (1 - weight) * distance + weight * F.cross_entropy(output.float(), labels)
@@ -261,31 +273,37 @@ class _Training:
     def _answering(self) -> nn.Module:
         return self.student if self.ema is None else self.ema.module
 
+    def _judge(self, held_out: Iterable[Batch], folder: Path | None) -> float:
+        """The distance on held-out batches; remembers the model if none was closer."""
+        found = self._measured(held_out)
+        self.waited += 1
+        if found < self.best:
+            if found < self.before:
+                self.best_state = _copied(self._answering())
+                if folder is not None and self.accelerator.is_main_process:
+                    save_state(folder / BEST, {"model": self.best_state, "epoch": self.epoch, "held_out": found})
+            self.best, self.waited = found, 0
+        return found
+
     @torch.no_grad()
-    def _measure(self, held_out: Iterable[Batch], folder: Path | None) -> float:
-        """Distance to the teacher on held-out batches; remembers the model if none was closer."""
-        model, total, samples = self._answering(), 0.0, 0
+    def _measured(self, held_out: Iterable[Batch]) -> float:
+        """Distance to the teacher on held-out batches, with labels' share if they are asked for and there."""
+        model, total, samples, labelled = self._answering(), 0.0, 0, bool(self.settings.label_weight)
         with evaluation_mode(model):
             for batch in held_out:
-                inputs = inputs_of(batch).to(self.device)
+                inputs, labels = inputs_of(batch).to(self.device), labels_of(batch) if labelled else None
                 mine, wanted = (single_tensor(m(inputs), m, self.output) for m in (model, self.teacher))
-                total += float(output_distance(mine, wanted)) * len(inputs)
+                known = None if labels is None or bool((labels < 0).any()) else labels.to(self.device)
+                total += float(self._loss(mine, wanted, known, 1.0)) * len(inputs)
                 samples += len(inputs)
         if samples == 0:
             raise DataError("finetune: there is no held-out batch; give at least one")
-        found = total / samples
-        self.waited += 1
-        if found < self.best:
-            self.best, self.waited = found, 0
-            self.best_state = {name: value.detach().clone() for name, value in model.state_dict().items()}
-            if folder is not None and self.accelerator.is_main_process:
-                save_state(folder / BEST, {"model": self.best_state, "epoch": self.epoch, "held_out": found})
-        return found
+        return total / samples
 
     def _about(self) -> dict[str, Any]:
         plan = plan_of(self.model)
         kept = None if plan is None else {name: int(mask.sum()) for name, mask in plan.keep.items()}
-        return {"settings": repr(self.settings), "batches": self.per_epoch, "kept": kept}
+        return {"format": STATE_FORMAT, "settings": repr(self.settings), "batches": self.per_epoch, "kept": kept}
 
     def _save(self, folder: Path) -> None:
         scaler = self.accelerator.scaler
@@ -295,7 +313,7 @@ class _Training:
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
-            "place": [self.epoch, self.batch, self.update, self.waited, self.total, self.best],
+            "place": [self.epoch, self.batch, self.update, self.waited, self.total, self.best, self.before],
             "best": self.best_state,
             "began": self.began,
             "random": random_state(),
@@ -307,8 +325,8 @@ class _Training:
     def _restore(self, state: dict[str, Any]) -> None:
         if state["about"] != self._about():
             raise CheckpointError(
-                "finetune: the folder holds a run of other settings, batches or another plan; give another folder, or "
-                "delete it"
+                "finetune: the folder holds a run of other settings, batches, another plan or an older version; give "
+                "another folder, or delete it"
             )
         self.student.load_state_dict(state["model"])
         if self.ema is not None:
@@ -316,7 +334,7 @@ class _Training:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.batch, self.update, self.waited, self.total, self.best = state["place"]
+        self.epoch, self.batch, self.update, self.waited, self.total, self.best, self.before = state["place"]
         self.best_state, self.began = state["best"], state["began"]
         set_random_state(state["random"])
         if state["generator"] is not None:
@@ -331,6 +349,14 @@ class _Training:
                 student.__dict__.pop(name, None)
         if self.best_state is not None:
             student.load_state_dict(self.best_state)
+            if self.best >= self.before:
+                logger.warning(
+                    "finetune: no epoch came closer to the dense model on held-out images (%.4g at best) than the "
+                    "model was before (%.4g), which is given back; lower lr=%g, or give more images",
+                    self.best,
+                    self.before,
+                    self.settings.lr,
+                )
         elif self.ema is not None:
             student.load_state_dict(self.ema.module.state_dict())
         student.zero_grad(set_to_none=True)
@@ -340,6 +366,10 @@ class _Training:
             module.training = old.training
         found: nn.Module = student
         return found
+
+
+def _copied(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
 def _accelerator(precision: str, device: torch.device) -> Accelerator:

@@ -55,7 +55,7 @@ class Finetune:
         ema: decay of a moving average of the weights, which is then what comes out; None keeps none.
         mixup: strength of mixing pairs of images, 0 for none; the teacher answers for the mixture.
         cutmix: strength of pasting images into each other, likewise.
-        norms: "train" updates batch-norm statistics on the way, "freeze" keeps them.
+        norms: "train" updates batch-norm statistics on the way, "freeze" keeps them; so does a batch of one sample.
         precision: Accelerate's mixed precision, for both models.
         accumulate: batches per optimiser step.
         patience: epochs without coming closer to the dense model on held-out images, after which it ends.
