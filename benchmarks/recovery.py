@@ -43,7 +43,7 @@ BEST = tp.Reconstruct(sums=True, **FAST)
 COMPENSATED, ALONE, PLAIN = tp.TPV(compensated=True), tp.TPV(compensated="alone"), tp.TPV(sensitivities=0)
 JOINT, BOTH = tp.TPV(), tp.TPV(compensated="alone", sensitivities=1280)
 ONE, FOUR = tp.Planning(per="macs"), tp.Planning(steps=4, refit=True, per="macs")
-DISTILL = tp.Finetune(epochs=10, lr=0.1, optimizer="momentum", weight_decay=5e-4, temperature=4.0, clip=5.0)
+DISTILL = tp.Finetune(epochs=10, lr=0.025, optimizer="momentum", weight_decay=5e-4, temperature=4.0, clip=5.0)
 GENTLE = tp.Finetune(epochs=10, lr=2e-4, norms="freeze")  # for few images
 
 
@@ -90,6 +90,10 @@ WAYS = {
     "compensated, 4 steps": Way(planning=FOUR, closed=BEST),
     "compensated, Gauss-Newton": Way(after="compensated, closed form", then=tp.GaussNewton(), varied=True),
     "compensated, Gauss-Newton, distilled": Way(after="compensated, Gauss-Newton", then=DISTILL),
+    "compensated, Gauss-Newton, distilled with labels": Way(
+        after="compensated, Gauss-Newton", then=replace(DISTILL, label_weight=0.3)
+    ),
+    "compensated, distilled": Way(after="compensated, closed form", then=DISTILL),
 }
 CLOSED = [name for name, way in WAYS.items() if not isinstance(way.then, tp.Finetune)]
 Images = Callable[[int], Any]
@@ -126,7 +130,7 @@ class Cifar:
 
     def train(self, seed: int) -> Varied:
         """All images to distil on, otherwise each time."""
-        return Varied(*self._train, 250)
+        return Varied(*self._train, 125)
 
 
 class ImageNet:
@@ -294,6 +298,7 @@ def run(args: argparse.Namespace) -> None:
                     "kept": plan.macs / plan.graph.macs(),
                     **measured(found, dense, test, labels),
                     "seconds": seconds,
+                    "then": repr(WAYS[way].then),
                     "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
                 }
                 args.results.parent.mkdir(parents=True, exist_ok=True)
