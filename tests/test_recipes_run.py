@@ -42,7 +42,7 @@ def test_two_steps_of_a_recipe(name: str, tmp_path: Path) -> None:
     assert isinstance(recipe, Recipe)
     told = Run(recipe, tmp_path / "out").until("recover")
     tuned = ["finetune"] if whole.recover.finetune else []  # which may bring a net of random weights no closer
-    assert told["steps"] + told.get("left_out", []) == ["reconstruct", *tuned]
+    assert told["steps"] == ["reconstruct", *([] if "left_out" in told else tuned)]
     assert len(told.get("epochs", [])) == len(tuned)
     plan = tp.Plan.load(tmp_path / "out" / "plan.json")
     share = plan.macs / plan.graph.macs()

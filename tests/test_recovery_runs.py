@@ -7,19 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import tpvprune as tp
 from tests.helpers import assert_same_state
+from tests.recovery.test_finetune import kl
+from tests.test_cli import make_images
 from tests.test_workflow import place, recipe  # noqa: F401  # a fixture
+from tpvprune import recovering
 from tpvprune.errors import RecipeError
+from tpvprune.recipe import Recipe, load_recipe
 from tpvprune.recovering import kept_back
 from tpvprune.runfolder import stage_keys
 from tpvprune.workflow import Run
 from tpvprune.zoo.pool import Pool
+from tpvprune.zoo.streams import Stream
 
 TUNED = ("recover.finetune.epochs=3", "recover.finetune.batch_size=4", "recover.finetune.patience=3")
-TUNED += ("recover.finetune.norms=freeze", "recover.finetune.lr=1e-5", "recover.reconstruct.ridge=1e6")
 
 
 def test_means_are_folded_if_a_recipe_says_so(place: Path) -> None:  # noqa: F811
@@ -80,44 +83,110 @@ def test_a_distillation_that_brings_nothing_closer_is_left_out(
     place: Path,  # noqa: F811
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    make_images(place / "images", 80)
     lines: list[str] = []
-    run = Run(recipe(place, "recover.finetune.epochs=2", "recover.finetune.lr=5"), place / "out", log=lines.append)
+    wild = ("recover.finetune.epochs=2", "recover.finetune.lr=5", "data.batch_size=8")
+    run = Run(recipe(place, *wild), place / "out", log=lines.append)
     told = run.until("recover")
     assert told["steps"] == ["reconstruct"]
-    assert told["left_out"] == ["finetune"]
+    assert told["left_out"].startswith("finetune, because on 8 images kept back no epoch came closer")
+    assert "finetune_images" not in told
     assert all(epoch["held_out"] > epoch["held_out_before"] for epoch in told["epochs"])
     assert "no epoch came closer" in caplog.text
     learnt, held = kept_back(run.recipe, run.inputs.images.scored)
-    assert (len(learnt), len(held)) == (told["reconstruct_images"], 1) == (11, 1)
+    assert (len(learnt), len(held), told["reconstruct_images"]) == (32, 8, 32)
     before = tp.load(place / "out" / "pruned")
     by_hand = tp.reconstruct(before, run.inputs.loader(learnt), run.inputs.dense, run.recipe.closed_form())
     assert_same_state(tp.load(place / "out").state_dict(), by_hand.state_dict())
     assert sum("held-out" in line and "(before: " in line for line in lines) == 2
 
+    run.until("report")
+    page = (place / "out" / "report.html").read_text()
+    assert "Left out: finetune, because on 8 images" in page
 
-def test_nothing_is_kept_back_where_nothing_is_distilled_or_images_are_few(place: Path) -> None:  # noqa: F811
-    plain, tuned = recipe(place), recipe(place, *TUNED)
-    pool = Run(plain, place / "out").inputs.images.scored
-    assert kept_back(plain, pool)[1] is None
-    assert kept_back(tuned, pool.sample(9))[1] is None
-    many = Pool("many", lambda position, augment: torch.zeros(1), list(map(str, range(25_000))))
-    learnt, held = kept_back(tuned, many)
-    assert (len(learnt), len(held)) == (24_000, 1000)
+
+def test_a_distillation_that_brings_the_model_closer_is_kept(tmp_path: Path) -> None:
+    few = ["recover.reconstruct=null", "recover.finetune.samples=200", "recover.finetune.epochs=3"]
+    chosen = load_recipe("quickstart_cnn", [*few, "score.samples=64", "recover.finetune.batch_size=16"])
+    assert isinstance(chosen, Recipe)
+    run = Run(chosen, tmp_path / "out")
+    told = run.until("recover")
+    assert told["steps"] == ["finetune"]
+    assert "left_out" not in told
+    learnt, held = kept_back(chosen, run.inputs.images.scored)
+    assert held is not None
+    assert (told["finetune_images"], len(held)) == (200, 20)
+    best = min(told["epochs"], key=lambda epoch: epoch["held_out"])
+    assert best["held_out"] < 0.5 * best["held_out_before"]
+    images = torch.cat([images for images, _ in run.inputs.loader(held)])
+    found, dense = tp.load(tmp_path / "out"), run.inputs.dense
+    assert kl(found, dense, [images]) == pytest.approx(best["held_out"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("images", "distilled", "refitted_on", "kept"),
+    [
+        (3, None, 1000, 0),
+        (12, None, 1000, 3),
+        (40, None, 1000, 8),
+        (300, None, 1000, 30),
+        (25_000, None, 1000, 1000),
+        (25_000, 500, 1000, 50),
+        (25_000, 500, None, 50),
+    ],
+)
+def test_what_is_kept_back_is_drawn_from_all_and_recovered_on_by_none(
+    images: int, distilled: int | None, refitted_on: int | None, kept: int, place: Path  # noqa: F811
+) -> None:  # fmt: skip
+    asked = (f"recover.finetune.samples={distilled or 'null'}", f"recover.reconstruct.samples={refitted_on or 'null'}")
+    tuned = recipe(place, "recover.finetune.epochs=1", *asked)
+    names = list(map(str, range(images)))
+    pool = Pool("many", lambda position, augment: torch.zeros(1), names)
+    assert kept_back(recipe(place), pool) == (pool, None)
+    learnt, held = kept_back(tuned, pool)
+    wanted = [distilled or images, refitted_on or images]
+    assert len(learnt) == min(max(wanted), images - kept)
+    if not kept:
+        assert held is None
+        return
+    assert len(held) == kept
     assert not set(learnt.positions) & set(held.positions)
+    if kept >= 30:  # from all over the pool, at no fixed distance
+        assert min(held.positions) < images / 4 < 3 * images / 4 < max(held.positions)
+        assert len({b - a for a, b in zip(held.positions, held.positions[1:], strict=False)}) > 5
+    stream = Stream("many", [(name, 0) for name in names], lambda image, augment: torch.zeros(1), False)
+    ours, theirs = kept_back(tuned, stream)
+    assert [len(list(part.images())) for part in (ours, theirs)] == [len(learnt), kept]
+    assert not {name for name, _ in ours.images()} & {name for name, _ in theirs.images()}
+
+
+def test_a_stop_between_the_state_and_the_record_of_an_epoch_loses_neither(
+    place: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    one = (*TUNED, "recover.finetune.epochs=1")
+    whole = Run(recipe(place, *one), place / "whole").until("recover")
+    kept = recovering.write_text
+
+    def stop(path: Path, text: str) -> None:
+        kept(path, text)
+        if '"loss"' in text:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recovering, "write_text", stop)
+        with pytest.raises(KeyboardInterrupt):
+            Run(recipe(place, *one), place / "out").until("recover")
+    told = Run(recipe(place, *one), place / "out").until("recover")
+    assert [epoch["epoch"] for epoch in told["epochs"]] == [1]
+    assert told["steps"] == whole["steps"]
+    assert_same_state(tp.load(place / "out").state_dict(), tp.load(place / "whole").state_dict())
 
 
 def test_a_stopped_distillation_goes_on_where_it_was(place: Path) -> None:  # noqa: F811
-    weights = load_file(place / "weights.safetensors")
-    for name, value in weights.items():  # last norms of blocks begin at zero: nothing that was cut would be missed
-        if value.ndim == 1 and name.endswith(".weight"):
-            value.fill_(1)
-    weights["fc.weight"] *= 30
-    save_file(weights, place / "weights.safetensors")
     whole = Run(recipe(place, *TUNED), place / "whole")
     told = whole.until("recover")
     assert [entry["epoch"] for entry in told["epochs"]] == [1, 2, 3]
     assert all(entry["held_out"] > 0 for entry in told["epochs"])
-    assert told["finetune_images"] == 11
 
     def stop(stage: str, done: int, total: int | None) -> None:
         if (stage, done) == ("finetune", 5):
@@ -135,7 +204,9 @@ def test_a_stopped_distillation_goes_on_where_it_was(place: Path) -> None:  # no
     assert min(done for _, done in seen) == 4  # three batches an epoch, and a state after each
     assert [entry["epoch"] for entry in again["epochs"]] == [1, 2, 3]
     assert again["closed_form"]["layers"] == told["closed_form"]["layers"]
-    assert again["steps"] == told["steps"] == ["reconstruct", "finetune"]
+    assert again["steps"] == told["steps"]
+    for key in ("loss", "held_out", "held_out_before"):  # each epoch's model is the same
+        assert [entry[key] for entry in again["epochs"]] == [entry[key] for entry in told["epochs"]]
     assert len([line for line in lines if line.startswith("epoch ") and "images/s" in line]) == 2
     assert not list((place / "broken").glob("*.partial*"))
     assert_same_state(tp.load(place / "broken").state_dict(), tp.load(place / "whole").state_dict())

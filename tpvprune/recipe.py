@@ -20,9 +20,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from tpvprune.budget import BOUNDS, Budget
 from tpvprune.errors import InputError, RecipeError
 from tpvprune.files import read_text
-from tpvprune.recovery.finetune import Finetune
 from tpvprune.recovery.reconstruct import Reconstruct
-from tpvprune.recovery.settings import GaussNewton
+from tpvprune.recovery.settings import Finetune, GaussNewton
 from tpvprune.schedule import Planning
 from tpvprune.scoring.criteria import Criterion
 from tpvprune.scoring.registry import CRITERIA, criterion_named

@@ -7,6 +7,7 @@ the stage is done.
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from tpvprune.batches import Progress, device_of
 from tpvprune.checkpoint import load, save
 from tpvprune.files import write_text
 from tpvprune.recipe import Recipe
-from tpvprune.recovery.finetune import Finetune
 from tpvprune.recovery.recover import recover
+from tpvprune.recovery.settings import Finetune
 from tpvprune.types import read_json
 from tpvprune.zoo.pool import Pool
 from tpvprune.zoo.streams import Stream
@@ -33,13 +34,21 @@ HELD = 1000  # images kept back at the most
 def kept_back(recipe: Recipe, scored: Pool | Stream) -> tuple[Pool | Stream, Pool | Stream | None]:
     """The images to recover on, and those that tell whether distillation has brought the model any closer.
 
-    A tenth, at most 1,000, is kept back: at even distances, and from all of the recovery. None of fewer than ten, and
-    where nothing is distilled.
+    For each nine of the images distilled on one is kept back from all of the recovery: at the most 1,000, of few images
+    eight, or a quarter. None where nothing is distilled.
     """
-    every = max(10, -(-len(scored) // HELD))
-    if recipe.distillation() is None or len(scored) < every:
+    tuning, closed = recipe.recover.finetune, recipe.recover.reconstruct
+    if tuning is None:
         return scored, None
-    return scored.part(lambda place: place % every != every - 1), scored.part(lambda place: place % every == every - 1)
+    learnt = min(len(scored), tuning.samples or len(scored))
+    held = min(HELD, max(learnt // 10, min(8, learnt // 4)))
+    if not held:
+        return scored, None
+    refit = recipe.score.samples if closed is None else closed.samples
+    drawn = scored.sample(max(learnt, refit or len(scored)) + held, recipe.seed)
+    order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(recipe.seed))
+    back = frozenset(order[:held].tolist())
+    return drawn.part(lambda place: place not in back), drawn.part(lambda place: place in back)
 
 
 def refitted(recipe: Recipe, scored: Pool | Stream) -> Pool | Stream:
@@ -137,15 +146,20 @@ class Recovery:
             progress=self.progress,
             log=lambda found: self._tell_epoch(told, found),
         )
-        told["finetune_images"] = len(learnt)
-        if held is None or any(epoch["held_out"] < epoch["held_out_before"] for epoch in told["epochs"]):
+        best = min((epoch.get("held_out", -math.inf) for epoch in told["epochs"]), default=-math.inf)
+        before = told["epochs"][-1].get("held_out_before", 0.0) if told["epochs"] else 0.0
+        if best < before:
             told["steps"].append("finetune")
+            told["finetune_images"] = len(learnt)
         else:
-            told["left_out"] = ["finetune"]
+            told["left_out"] = (
+                f"finetune, because on {len(held or ())} images kept back no epoch came closer to the dense model "
+                f"({best:.3g} at best) than the model was before ({before:.3g})"
+            )
         return small
 
     def _tell_epoch(self, told: dict[str, Any], found: dict[str, float]) -> None:
-        told["epochs"].append(found)
+        told["epochs"] = [epoch for epoch in told["epochs"] if epoch["epoch"] < found["epoch"]] + [found]
         self._keep(told)
         held = ""
         if "held_out" in found:

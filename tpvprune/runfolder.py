@@ -28,7 +28,7 @@ PRODUCTS = {
 }
 RECIPE, STATE = "recipe.yaml", "stages.json"
 PARTIAL = ".partial"  # in the names of what a stopped stage goes on from
-STATE_FORMAT = 4  # raised when a stage's result is no longer what an older version made
+STATE_FORMAT = 3  # raised when a stage's result is no longer what an older version made
 
 
 def stage_keys(recipe: Recipe, last: str) -> dict[str, str]:
@@ -62,7 +62,7 @@ def _matters(recipe: Recipe, stage: str) -> dict[str, Any]:
     if stage == "recover":
         tuning = sections["recover"]["finetune"]
         labels = data.get("labels") if tuning and tuning["label_weight"] else None
-        return {"recover": sections["recover"], "labels": labels}
+        return {"recover": sections["recover"], "labels": labels, **({"kept_back": True} if tuning else {})}
     if stage == "eval":
         return {
             "labels": [data.get("labels"), held["labels"]],
@@ -75,8 +75,8 @@ def _matters(recipe: Recipe, stage: str) -> dict[str, Any]:
     timed = sections["budget"]["latency_ms"] is not None or sections["plan"]["per"] == "latency_ms"
     plan = {name: value for name, value in sections["plan"].items() if name != "depth"}  # is in the trace's key
     recover = sections["recover"]
-    kept_back = recover["finetune"] is not None  # images that nothing is refitted on
-    refit = {"refit_with": recover["reconstruct"], "kept_back": kept_back} if plan["refit"] else {}
+    kept_back = {"kept_back": True} if recover["finetune"] else {}  # images that nothing is refitted on
+    refit = {"refit_with": recover["reconstruct"], **kept_back} if plan["refit"] else {}
     zeros = {"sparsify": sections["sparsify"]} if sections["sparsify"] else {}
     latency = sections["latency"] if timed else None
     return {"budget": sections["budget"], "plan": plan, "latency": latency, **refit, **zeros}

@@ -9,9 +9,8 @@ from typing import Any, Literal, Optional, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from tpvprune.budget import BOUNDS, Budget
-from tpvprune.recovery.finetune import Finetune
 from tpvprune.recovery.reconstruct import Reconstruct
-from tpvprune.recovery.settings import GaussNewton
+from tpvprune.recovery.settings import Finetune, GaussNewton
 from tpvprune.schedule import Planning
 from tpvprune.scoring.heads import HEADS
 from tpvprune.scoring.registry import CRITERIA

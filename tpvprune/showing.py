@@ -97,6 +97,8 @@ def print_report(told: Mapping[str, Any], folder: Path) -> None:
             highlight=False,
             markup=False,
         )
+    if "left_out" in data:
+        out.print(f"left out {data['left_out']}", highlight=False, markup=False)
     out.print(
         f"KL to the dense model in nats: predicted {number(drift['predicted_kl'])}, "
         f"pruned {number(drift['pruned_kl'])}, recovered {number(drift['recovered_kl'])}\n"

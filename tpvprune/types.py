@@ -1,7 +1,7 @@
 """The nouns that every stage shares: frozen values that can be saved, printed and loaded.
 
 Nothing here holds an `nn.Module`, so a `Graph` can be read on a machine that has never seen the model.
-`Scores` and `Budget` have files of their own beside this one.
+`Member`, `Group`, `Scores` and `Budget` have files of their own beside this one.
 """
 
 from __future__ import annotations

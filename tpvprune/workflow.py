@@ -331,7 +331,7 @@ class Run:
                 "scored": scored,
                 "skipped": len(self.inputs.images.scored.skipped | self.inputs.images.measured.skipped),
                 "measured_on": f"{self.inputs.images.measured.name}, images the scorer did not see",
-                **{k: v for k, v in state["recover"]["told"].items() if k.endswith("_images")},
+                **{k: v for k, v in state["recover"]["told"].items() if k.endswith("_images") or k == "left_out"},
             },
             steps=[{"stage": stage, **state[stage]["told"]} for stage in STAGES if stage in state],
             each=changed,

@@ -316,6 +316,6 @@ def test_half_precision_is_of_both_models() -> None:
     model, small, batches = noisy()
     seen: list[torch.dtype] = []
     handle = model.a.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
-    tp.finetune(small, batches, model, tp.Finetune(epochs=1, precision="bf16"))
+    tp.finetune(small, batches, model, tp.Finetune(epochs=1, precision="bf16"), held_out=batches)
     handle.remove()
     assert set(seen) == {torch.bfloat16}

@@ -82,7 +82,8 @@ def finetune(
         held_out: other batches, which the best model is chosen and `patience` counted on; where they carry labels and
             `label_weight` asks for labels, cross-entropy has its share there too.
         save: a folder for the state after every `save_every` steps and every epoch (`last.safetensors`), and the
-            best epoch's model (`best.safetensors`). A run found there is gone on with, to the same result.
+            model of the best epoch, if it is closer than the one given (`best.safetensors`). A run found there is gone
+            on with, to the same result.
         save_every: steps of the optimiser between two states.
         progress: called as `progress("finetune", steps_done, steps_to_do)`.
         log: receives `{"epoch", "loss", "lr", "samples_per_second", "seconds_left"}` after every epoch, and with
@@ -129,7 +130,7 @@ class _Training:
         self.wrapped, self.stepper = self.accelerator.prepare(self.student, self.optimizer)
         self.masks = Masks(self.student)
         self.epoch = self.batch = self.update = self.waited = 0
-        self.total, self.best, self.before = 0.0, math.inf, math.inf
+        self.total, self.best, self.before, self.judged = 0.0, math.inf, math.inf, False
         self.best_state: dict[str, Tensor] | None = None
         self.began: dict[str, Any] = {}
 
@@ -142,6 +143,7 @@ class _Training:
         log: Log | None,
     ) -> nn.Module:
         settings, whole = self.settings, self.settings.epochs * self.per_epoch
+        self.judged = held_out is not None
         if folder is not None and (folder / LAST).is_file():
             self._restore(load_state(folder / LAST))
         elif held_out is not None:
@@ -170,10 +172,10 @@ class _Training:
                 seconds, done = time.perf_counter() - start, self.epoch * self.per_epoch
                 told["samples_per_second"] = round(seen / seconds, 1)
                 told["seconds_left"] = round(seconds / max(1, done - fresh) * (whole - done), 1)
-                if folder is not None:
-                    self._save(folder)
                 if log:
                     log(told)
+                if folder is not None:  # after the log, so that no epoch in the state was never told
+                    self._save(folder)
         return self._result()
 
     def _enough(self) -> bool:
@@ -204,7 +206,8 @@ class _Training:
         window = min(settings.accumulate, self.per_epoch - self.batch // settings.accumulate * settings.accumulate)
         closing = last or (self.batch + 1) % settings.accumulate == 0
         inputs, labels, share = self._share(batch)
-        alone = len(inputs) == 1  # a sample alone has no batch statistics
+        world = 1 if getattr(self.batches, "shared", False) else self.accelerator.num_processes
+        alone = len(inputs_of(batch)) < 2 * world  # statistics of one sample: none of a vector, and poor ones of a map
         if alone:
             _train_mode(self.student, "freeze")
         with torch.no_grad(), accelerator.autocast():
@@ -289,13 +292,15 @@ class _Training:
     def _measured(self, held_out: Iterable[Batch]) -> float:
         """Distance to the teacher on held-out batches, with labels' share if they are asked for and there."""
         model, total, samples, labelled = self._answering(), 0.0, 0, bool(self.settings.label_weight)
-        with evaluation_mode(model):
+        with evaluation_mode(model), self.accelerator.autocast():
             for batch in held_out:
                 inputs, labels = inputs_of(batch).to(self.device), labels_of(batch) if labelled else None
                 mine, wanted = (single_tensor(m(inputs), m, self.output) for m in (model, self.teacher))
                 known = None if labels is None or bool((labels < 0).any()) else labels.to(self.device)
                 total += float(self._loss(mine, wanted, known, 1.0)) * len(inputs)
                 samples += len(inputs)
+        sums = torch.tensor([total, samples], dtype=torch.float64, device=self.device)
+        total, samples = self.accelerator.reduce(sums, "sum").tolist()  # all processes judge alike
         if samples == 0:
             raise DataError("finetune: there is no held-out batch; give at least one")
         return total / samples
@@ -303,7 +308,13 @@ class _Training:
     def _about(self) -> dict[str, Any]:
         plan = plan_of(self.model)
         kept = None if plan is None else {name: int(mask.sum()) for name, mask in plan.keep.items()}
-        return {"format": STATE_FORMAT, "settings": repr(self.settings), "batches": self.per_epoch, "kept": kept}
+        return {
+            "format": STATE_FORMAT,
+            "held_out": self.judged,
+            "settings": repr(self.settings),
+            "batches": self.per_epoch,
+            "kept": kept,
+        }
 
     def _save(self, folder: Path) -> None:
         scaler = self.accelerator.scaler

@@ -51,7 +51,7 @@ def recover(
         batchnorm: whether to re-estimate batch-norm statistics before fine-tuning.
         finetune_with: settings of the distillation; None leaves it out.
         finetune_batches: other (more, or augmented) batches for the distillation.
-        held_out: other unlabeled batches that the distillation's `patience` is counted on.
+        held_out: other batches, which the distillation's best model is chosen and its `patience` counted on.
         save: a folder for the distillation's state; one found there is gone on with. See `finetune`.
         output: which part of what the models return the distillation compares; see `finetune`.
         progress: called as `progress(stage, done, total)`.

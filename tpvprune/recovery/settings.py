@@ -58,7 +58,7 @@ class Finetune:
         norms: "train" updates batch-norm statistics on the way, "freeze" keeps them; so does a batch of one sample.
         precision: Accelerate's mixed precision, for both models.
         accumulate: batches per optimiser step.
-        patience: epochs without coming closer to the dense model on held-out images, after which it ends.
+        patience: epochs that come no closer to the dense model on held-out images than one before, after which it ends.
     """
 
     epochs: int = 5

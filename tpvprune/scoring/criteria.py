@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from os import PathLike
 from typing import Protocol
@@ -17,8 +16,6 @@ from tpvprune.scoring.collect import Streaming, collect
 from tpvprune.scoring.heads import Softmax
 from tpvprune.scoring.tpv import TPV
 from tpvprune.types import Graph, fingerprint
-
-logger = logging.getLogger(__name__)
 
 
 class Criterion(Protocol):

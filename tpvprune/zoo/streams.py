@@ -98,18 +98,14 @@ class Stream:
         self.skipped: dict[str, str] = {}
         self._dataset, self._transform = dataset, transform
         self._count = len(dataset)
-        self._filters: tuple[Callable[[int], bool], ...] = ()
-        self._most: int | None = None
+        self._cuts: tuple[Callable[[int], bool] | int, ...] = ()  # parts, and numbers of first images, in turn
 
     def __len__(self) -> int:
         return self._count
 
     def part(self, mine: Callable[[int], bool]) -> Stream:
         """The images at the places, counted from 0, that `mine` says yes to."""
-        twin = copy.copy(self)
-        twin._filters = (*self._filters, mine)
-        twin._count = sum(map(mine, range(self._count)))
-        return twin
+        return self._cut(mine, sum(map(mine, range(self._count))))
 
     def split(self) -> tuple[Stream, Stream]:
         """(even places, odd places): for scoring and recovery, for measuring."""
@@ -119,24 +115,25 @@ class Stream:
         """The first `count` images: a stream cannot be drawn from without reading it."""
         if count is None or count >= self._count:
             return self
+        return self._cut(count, count)
+
+    def _cut(self, cut: Callable[[int], bool] | int, count: int) -> Stream:
         twin = copy.copy(self)
-        twin._count = twin._most = count
+        twin._cuts, twin._count = (*self._cuts, cut), count
         return twin
 
     def images(self) -> Iterator[tuple[Any, int]]:
-        """The images that are asked for, as they come, with labels or -1."""
-        counts = [0] * len(self._filters)
-        given = 0
+        """The images that are asked for, as they come, with labels or -1; nothing is read behind a last one."""
+        seen = [0] * len(self._cuts)
         for image, label in self._dataset:
-            if self._most is not None and given >= self._most:
-                return
-            for depth, mine in enumerate(self._filters):
-                counts[depth] += 1
-                if not mine(counts[depth] - 1):
+            for depth, cut in enumerate(self._cuts):
+                place, seen[depth] = seen[depth], seen[depth] + 1
+                if not isinstance(cut, int) and not cut(place):
                     break
             else:
-                given += 1
                 yield image, int(label) if self.labelled else -1
+            if any(isinstance(cut, int) and had >= cut for cut, had in zip(self._cuts, seen, strict=True)):
+                return
 
     def loader(
         self,
