@@ -113,7 +113,7 @@ def test_a_distillation_that_brings_the_model_closer_is_kept(tmp_path: Path) -> 
     told = run.until("recover")
     assert told["steps"] == ["finetune"]
     assert "left_out" not in told
-    learnt, held = kept_back(chosen, run.inputs.images.scored)
+    _, held = kept_back(chosen, run.inputs.images.scored)
     assert held is not None
     assert (told["finetune_images"], len(held)) == (200, 20)
     best = min(told["epochs"], key=lambda epoch: epoch["held_out"])
