@@ -85,7 +85,7 @@ def test_a_distillation_that_brings_nothing_closer_is_left_out(
 ) -> None:
     make_images(place / "images", 80)
     lines: list[str] = []
-    wild = ("recover.finetune.epochs=2", "recover.finetune.lr=5", "data.batch_size=8")
+    wild = ("recover.finetune.epochs=2", "recover.finetune.lr=0.5", "data.batch_size=8")
     run = Run(recipe(place, *wild), place / "out", log=lines.append)
     told = run.until("recover")
     assert told["steps"] == ["reconstruct"]

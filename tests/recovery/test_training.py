@@ -205,7 +205,7 @@ def test_a_sample_alone_is_learnt_from_with_the_statistics_there_are() -> None:
     torch.manual_seed(0)
     batches = [torch.randn(n, 4) for n in (8, 1)]
     small = tp.apply(model, plan_without(tp.trace(model, batches[0]), {"0": [1, 4]}))
-    found = tp.finetune(small, batches, model, tp.Finetune(epochs=1, lr=1e-2))
+    found = tp.finetune(small, batches, model, tp.Finetune(epochs=1, lr=1e-2, norms="train"))
     assert found[1].num_batches_tracked == small[1].num_batches_tracked + 1
     assert not torch.equal(found[3].weight, small[3].weight)
 

@@ -55,14 +55,15 @@ class Finetune:
         ema: decay of a moving average of the weights, which is then what comes out; None keeps none.
         mixup: strength of mixing pairs of images, 0 for none; the teacher answers for the mixture.
         cutmix: strength of pasting images into each other, likewise.
-        norms: "train" updates batch-norm statistics on the way, "freeze" keeps them; so does a batch of one sample.
+        norms: "freeze" keeps batch-norm statistics, which a closed form has fitted the weights to; "train" takes those of
+            each batch and updates them, which is for models that were not refitted. A batch of one sample is frozen.
         precision: Accelerate's mixed precision, for both models.
         accumulate: batches per optimiser step.
         patience: epochs that come no closer to the dense model on held-out images than one before, after which it ends.
     """
 
     epochs: int = 5
-    lr: float = 1e-3
+    lr: float = 2e-4
     optimizer: str = "adamw"
     weight_decay: float = 1e-4
     temperature: float = 2.0
@@ -75,7 +76,7 @@ class Finetune:
     ema: float | None = None
     mixup: float = 0.0
     cutmix: float = 0.0
-    norms: Literal["train", "freeze"] = "train"
+    norms: Literal["train", "freeze"] = "freeze"
     precision: Literal["no", "fp16", "bf16"] = "no"
     accumulate: int = 1
     patience: int | None = None
