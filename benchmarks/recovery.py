@@ -43,8 +43,8 @@ BEST = tp.Reconstruct(sums=True, **FAST)
 COMPENSATED, ALONE, PLAIN = tp.TPV(compensated=True), tp.TPV(compensated="alone"), tp.TPV(sensitivities=0)
 JOINT, BOTH = tp.TPV(), tp.TPV(compensated="alone", sensitivities=1280)
 ONE, FOUR = tp.Planning(per="macs"), tp.Planning(steps=4, refit=True, per="macs")
-DISTILL = tp.Finetune(epochs=10, lr=0.025, optimizer="momentum", weight_decay=5e-4, temperature=4.0, clip=5.0)
-GENTLE = tp.Finetune(epochs=10, lr=2e-4, norms="freeze")  # for few images
+DISTILL = tp.Finetune(epochs=10, lr=0.01, optimizer="momentum", weight_decay=5e-4, temperature=4.0, clip=5.0)
+GENTLE = tp.Finetune()  # for few images
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ WAYS = {
         after="compensated, Gauss-Newton", then=replace(DISTILL, label_weight=0.3)
     ),
     "compensated, distilled": Way(after="compensated, closed form", then=DISTILL),
+    "compensated, distilled gently": Way(after="compensated, closed form", then=GENTLE),
 }
 CLOSED = [name for name, way in WAYS.items() if not isinstance(way.then, tp.Finetune)]
 Images = Callable[[int], Any]
@@ -232,11 +233,12 @@ def report(path: Path) -> None:
     """A table for each network and budget, mean and standard deviation over seeds."""
     tables: dict[tuple[str, float], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in read(path):
-        tables[row["net"], row["macs"]][row["way"]].append(row)
+        half = f" ({row['precision']})" if "precision" in row else ""
+        tables[row["net"], row["macs"]][row["way"] + half].append(row)
     for (net, macs), ways in sorted(tables.items()):
         print(f"\n{net}, {macs:g} of the multiply-adds\n\n| way | seeds | top-1 | agreement | KL | s |")
         print("| --- " * 6 + "|")
-        for name in (n for n in WAYS if n in ways):
+        for name in sorted(ways, key=lambda found: list(WAYS).index(found.partition(" (")[0])):
             rows = ways[name]
 
             def mean(key: str, digits: int = 4, rows: list[dict[str, Any]] = rows) -> str:
@@ -287,6 +289,8 @@ def run(args: argparse.Namespace) -> None:
         for way in args.ways:
             for macs in args.macs:
                 about = {"net": args.net, "macs": macs, "way": way, "seed": seed}
+                if args.precision != "no" and isinstance(WAYS[way].then, tp.Finetune):
+                    about["precision"] = args.precision
                 if any(about.items() <= row.items() for row in read(args.results)):
                     continue
                 kept = (args.kept or args.results.with_suffix("")) / f"{args.net}-{macs:g}-{seed}"

@@ -56,7 +56,7 @@ class Finetune:
         mixup: strength of mixing pairs of images, 0 for none; the teacher answers for the mixture.
         cutmix: strength of pasting images into each other, likewise.
         norms: "freeze" keeps batch-norm statistics, which a closed form has fitted the weights to; "train" takes those
-            of each batch and updates them, which is for models that were not refitted. A batch of one sample keeps them.
+            of each batch and updates them, which is for models that were not refitted. A single sample keeps them.
         precision: Accelerate's mixed precision, for both models.
         accumulate: batches per optimiser step.
         patience: epochs that come no closer to the dense model on held-out images than one before, after which it ends.
