@@ -43,7 +43,9 @@ BEST = tp.Reconstruct(sums=True, **FAST)
 COMPENSATED, ALONE, PLAIN = tp.TPV(compensated=True), tp.TPV(compensated="alone"), tp.TPV(sensitivities=0)
 JOINT, BOTH = tp.TPV(), tp.TPV(compensated="alone", sensitivities=1280)
 ONE, FOUR = tp.Planning(per="macs"), tp.Planning(steps=4, refit=True, per="macs")
-DISTILL = tp.Finetune(epochs=10, lr=0.01, optimizer="momentum", weight_decay=5e-4, temperature=4.0, clip=5.0)
+DISTILL = tp.Finetune(
+    epochs=10, lr=0.025, optimizer="momentum", weight_decay=5e-4, temperature=4.0, clip=5.0, norms="train"
+)
 GENTLE = tp.Finetune()  # for few images
 
 
@@ -92,6 +94,9 @@ WAYS = {
     "compensated, Gauss-Newton, distilled": Way(after="compensated, Gauss-Newton", then=DISTILL),
     "compensated, Gauss-Newton, distilled with labels": Way(
         after="compensated, Gauss-Newton", then=replace(DISTILL, label_weight=0.3)
+    ),
+    "compensated, Gauss-Newton, distilled, statistics kept": Way(
+        after="compensated, Gauss-Newton", then=replace(DISTILL, lr=0.01, norms="freeze")
     ),
     "compensated, distilled": Way(after="compensated, closed form", then=DISTILL),
     "compensated, distilled gently": Way(after="compensated, closed form", then=GENTLE),
