@@ -216,8 +216,13 @@ class Run:
             images = self.images.varied(self.seed) if way.varied else self.batches
             return tp.refine(small, images, self.dense, way.then, log=print)
         log: Any = lambda told: print(told, flush=True)  # noqa: E731
-        settings = replace(way.then, precision=self.precision)
+        settings = with_precision(way.then, self.precision)
         return tp.finetune(small, self.images.train(self.seed), self.dense, settings, log=log)
+
+
+def with_precision(then: Any, precision: Any) -> Any:
+    """What follows a way, distillation in that precision."""
+    return replace(then, precision=precision) if isinstance(then, tp.Finetune) else then
 
 
 def measured(model: nn.Module, dense: nn.Module, test: list[Tensor], labels: Tensor) -> dict[str, float]:
@@ -294,8 +299,9 @@ def run(args: argparse.Namespace) -> None:
         for way in args.ways:
             for macs in args.macs:
                 about = {"net": args.net, "macs": macs, "way": way, "seed": seed}
-                if args.precision != "no" and isinstance(WAYS[way].then, tp.Finetune):
-                    about["precision"] = args.precision
+                then = with_precision(WAYS[way].then, args.precision)
+                if isinstance(then, tp.Finetune) and then.precision != "no":
+                    about["precision"] = then.precision
                 if any(about.items() <= row.items() for row in read(args.results)):
                     continue
                 kept = (args.kept or args.results.with_suffix("")) / f"{args.net}-{macs:g}-{seed}"
@@ -307,7 +313,7 @@ def run(args: argparse.Namespace) -> None:
                     "kept": plan.macs / plan.graph.macs(),
                     **measured(found, dense, test, labels),
                     "seconds": seconds,
-                    "then": repr(WAYS[way].then),
+                    "then": repr(then),
                     "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
                 }
                 args.results.parent.mkdir(parents=True, exist_ok=True)

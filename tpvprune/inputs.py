@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from tpvprune.deploy.examples import Changed
 from tpvprune.errors import DataError, ModelError
 from tpvprune.recipe import Recipe
 from tpvprune.zoo.data import input_size, open_pool, overlap
@@ -93,3 +95,13 @@ class Inputs:
     def scored(self) -> Pool | Stream:
         """The images that scores are made of."""
         return self.images.scored.sample(self.recipe.score.samples, self.recipe.seed)
+
+    def changed(self, model: str) -> Changed:
+        """Collects images whose answer changed; those of a folder were normalised, and are shown as they were."""
+        data, held = self.recipe.data, self.recipe.eval
+        assert data is not None
+        images = held.images or data.images
+        assert images is not None
+        known = getattr(self.dense, "pretrained_cfg", None) or {}
+        scale = (known.get("mean", ()), known.get("std", ())) if Path(images).is_dir() else ((), ())
+        return Changed(model, held.examples, *scale)

@@ -34,18 +34,17 @@ HELD = 1000  # images kept back at the most
 def kept_back(recipe: Recipe, scored: Pool | Stream) -> tuple[Pool | Stream, Pool | Stream | None]:
     """The images to recover on, and those that tell whether distillation has brought the model any closer.
 
-    For each nine of the images distilled on one is kept back from all of the recovery: at the most 1,000, of few images
-    eight, or a quarter. None where nothing is distilled.
+    A tenth as many as are distilled on are kept back from all of the recovery: at the most 1,000, of few images eight,
+    or a quarter. None where nothing is distilled.
     """
-    tuning, closed = recipe.recover.finetune, recipe.recover.reconstruct
+    tuning = recipe.recover.finetune
     if tuning is None:
         return scored, None
     learnt = min(len(scored), tuning.samples or len(scored))
     held = min(HELD, max(learnt // 10, min(8, learnt // 4)))
     if not held:
         return scored, None
-    refit = recipe.score.samples if closed is None else closed.samples
-    drawn = scored.sample(max(learnt, refit or len(scored)) + held, recipe.seed)
+    drawn = scored.sample(max(learnt, _refitted_on(recipe) or len(scored)) + held, recipe.seed)
     order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(recipe.seed))
     back = frozenset(order[:held].tolist())
     return drawn.part(lambda place: place not in back), drawn.part(lambda place: place in back)
@@ -53,9 +52,14 @@ def kept_back(recipe: Recipe, scored: Pool | Stream) -> tuple[Pool | Stream, Poo
 
 def refitted(recipe: Recipe, scored: Pool | Stream) -> Pool | Stream:
     """The images that layers are refitted on."""
-    section = recipe.recover.reconstruct
-    count = recipe.score.samples if section is None else section.samples
-    return kept_back(recipe, scored)[0].sample(count, recipe.seed)
+    return kept_back(recipe, scored)[0].sample(_refitted_on(recipe), recipe.seed)
+
+
+def _refitted_on(recipe: Recipe) -> int | None:
+    """At most how many images; None for all."""
+    closed = recipe.recover.reconstruct
+    samples: int | None = recipe.score.samples if closed is None else closed.samples
+    return samples
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from tpvprune import report as reporting
 from tpvprune.batches import Progress, finite_output
 from tpvprune.card import write_card
 from tpvprune.checkpoint import ABOUT, load, save
-from tpvprune.deploy.examples import Changed
 from tpvprune.deploy.page import write_page
 from tpvprune.deploy.story import EXAMPLES
 from tpvprune.errors import DataError, RecipeError, TpvpruneError
@@ -314,7 +313,7 @@ class Run:
         if not plan.zeros:
             predicted = predicted_kl(self.recipe.criterion(), self.inputs.dense, batches, plan, self.progress)
         recovered = bool(state["recover"]["told"]["steps"])
-        changed = self._changed("recovered" if recovered else "pruned")
+        changed = self.inputs.changed("recovered" if recovered else "pruned")
         scored = state["score"]["told"]["images"]
         report = reporting.build(
             dense=self.inputs.dense,
@@ -344,16 +343,6 @@ class Run:
         return {"before": report.before.metrics, "pruned": report.pruned.metrics} | (
             {"recovered": report.recovered.metrics} if report.recovered else {}
         )
-
-    def _changed(self, model: str) -> Changed:
-        """Collects images whose answer changed; those of a folder were normalised, and are shown as they were."""
-        data, held = self.recipe.data, self.recipe.eval
-        assert data is not None
-        images = held.images or data.images
-        assert images is not None
-        known = getattr(self.inputs.dense, "pretrained_cfg", None) or {}
-        scale = (known.get("mean", ()), known.get("std", ())) if Path(images).is_dir() else ((), ())
-        return Changed(model, held.examples, *scale)
 
     def _report(self) -> dict[str, Any]:
         write_page(self.folder)

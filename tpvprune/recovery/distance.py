@@ -32,6 +32,24 @@ def output_distance(output: Tensor, wanted: Tensor, temperature: float = 1.0) ->
     return F.kl_div(softened, target, reduction="batchmean", log_target=True) * temperature**2
 
 
+def distillation_loss(
+    output: Tensor, wanted: Tensor, temperature: float, labels: Tensor | None, label_weight: float
+) -> Tensor:
+    """The distance to the teacher, with cross-entropy's share where there are labels.
+
+    Args:
+        output: `(batch, ...)`, of the student.
+        wanted: shaped as it is, of the teacher.
+        temperature: of the distance.
+        labels: `(batch,)`, or shares `(batch, classes)`; None for the distance alone.
+        label_weight: share of cross-entropy.
+    """
+    distance = output_distance(output, wanted, temperature)
+    if labels is None:
+        return distance
+    return (1 - label_weight) * distance + label_weight * F.cross_entropy(output.float(), labels)
+
+
 class Features:
     """Outputs of named modules in student and teacher, held side by side.
 

@@ -8,7 +8,6 @@ schedule, moving average and mixup are timm's, device placement, precision, accu
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +21,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tpvprune.batches import (
     Batch,
@@ -38,13 +36,13 @@ from tpvprune.batches import (
 )
 from tpvprune.errors import CheckpointError, DataError, InputError, NonFiniteError
 from tpvprune.plan import plan_of
-from tpvprune.recovery.distance import Features, output_distance
+from tpvprune.recovery.distance import Features, distillation_loss
+from tpvprune.recovery.judge import Judge
 from tpvprune.recovery.masks import Masks
 from tpvprune.recovery.optimisation import Mixture, optimizer_for, schedule_for
 from tpvprune.recovery.settings import Finetune
 from tpvprune.recovery.state import load_state, random_state, save_state, set_random_state
 
-logger = logging.getLogger(__name__)
 Log = Callable[[dict[str, float]], None]
 STATE_FORMAT = 2
 LAST, BEST = "last.safetensors", "best.safetensors"
@@ -102,15 +100,21 @@ def finetune(
     if settings.patience is not None and held_out is None:
         raise InputError(f"finetune: patience={settings.patience} is counted on held-out batches; give held_out")
     with evaluation_mode(teacher):
-        training = _Training(model, batches, teacher, settings, output)
-        return training.run(held_out, None if save is None else Path(save), save_every, progress, log)
+        training = _Training(model, batches, teacher, settings, output, held_out)
+        return training.run(None if save is None else Path(save), save_every, progress, log)
 
 
 class _Training:
     """One run: what changes in it, and the loop."""
 
     def __init__(
-        self, model: nn.Module, batches: Iterable[Batch], teacher: nn.Module, settings: Finetune, output: Selector
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        teacher: nn.Module,
+        settings: Finetune,
+        output: Selector,
+        held_out: Iterable[Batch] | None,
     ) -> None:
         self.model, self.batches, self.teacher, self.settings, self.output = model, batches, teacher, settings, output
         self.student = copy.deepcopy(model)
@@ -129,25 +133,17 @@ class _Training:
         self.features = Features(self.student, teacher, settings.features) if settings.feature_weight else None
         self.wrapped, self.stepper = self.accelerator.prepare(self.student, self.optimizer)
         self.masks = Masks(self.student)
-        self.epoch = self.batch = self.update = self.waited = 0
-        self.total, self.best, self.before, self.judged = 0.0, math.inf, math.inf, False
-        self.best_state: dict[str, Tensor] | None = None
+        self.judge = None if held_out is None else Judge(held_out, teacher, settings, output, self.accelerator)
+        self.epoch = self.batch = self.update = 0
+        self.total = 0.0
         self.began: dict[str, Any] = {}
 
-    def run(
-        self,
-        held_out: Iterable[Batch] | None,
-        folder: Path | None,
-        save_every: int,
-        progress: Progress | None,
-        log: Log | None,
-    ) -> nn.Module:
+    def run(self, folder: Path | None, save_every: int, progress: Progress | None, log: Log | None) -> nn.Module:
         settings, whole = self.settings, self.settings.epochs * self.per_epoch
-        self.judged = held_out is not None
         if folder is not None and (folder / LAST).is_file():
             self._restore(load_state(folder / LAST))
-        elif held_out is not None:
-            self.before, self.best_state = self._measured(held_out), _copied(self.student)
+        elif self.judge is not None:
+            self.judge.begin(self.student)
         start, fresh, seen = time.perf_counter(), self.epoch * self.per_epoch + self.batch, 0
         with ExitStack() as stack:
             watched = None if self.features is None else stack.enter_context(self.features.watched())
@@ -167,8 +163,8 @@ class _Training:
                 loss = self._mean_loss()
                 told = {"epoch": self.epoch + 1, "loss": loss, "lr": self.optimizer.param_groups[0]["lr"]}
                 self.epoch, self.batch, self.total = self.epoch + 1, 0, 0.0
-                if held_out is not None:
-                    told |= {"held_out": self._judge(held_out, folder), "held_out_before": self.before}
+                if self.judge is not None:
+                    told |= self._judged(self.judge, folder)
                 seconds, done = time.perf_counter() - start, self.epoch * self.per_epoch
                 told["samples_per_second"] = round(seen / seconds, 1)
                 told["seconds_left"] = round(seconds / max(1, done - fresh) * (whole - done), 1)
@@ -179,7 +175,15 @@ class _Training:
         return self._result()
 
     def _enough(self) -> bool:
-        return self.settings.patience is not None and self.waited >= self.settings.patience
+        patience = self.settings.patience
+        return patience is not None and self.judge is not None and self.judge.waited >= patience
+
+    def _judged(self, judge: Judge, folder: Path | None) -> dict[str, float]:
+        """Distances to the teacher on held-out batches: the model's now, and that of the one given."""
+        found, closest = judge.after_epoch(self.student if self.ema is None else self.ema.module)
+        if closest and folder is not None and self.accelerator.is_main_process:
+            save_state(folder / BEST, {"model": judge.closest, "epoch": self.epoch, "held_out": found})
+        return {"held_out": found, "held_out_before": judge.before}
 
     def _rest_of_epoch(self) -> Iterator[Batch]:
         """The batches of the epoch that were not learnt from yet, drawn as they would have been without a stop."""
@@ -214,7 +218,7 @@ class _Training:
             wanted = single_tensor(self.teacher(inputs), self.teacher, self.output)
         with nullcontext() if closing else accelerator.no_sync(self.wrapped):
             output = single_tensor(self.wrapped(inputs), self.student, self.output)
-            loss = self._loss(output, wanted, labels, settings.temperature) * share
+            loss = distillation_loss(output, wanted, settings.temperature, labels, settings.label_weight) * share
             if watched is not None and self.features is not None:
                 loss = loss + settings.feature_weight * share * self.features.distance(watched)
             accelerator.backward(loss / window)
@@ -257,13 +261,6 @@ class _Training:
     def _classes(self, inputs: Tensor) -> int:
         return single_tensor(self.teacher(inputs[:1]), self.teacher, self.output).shape[1]
 
-    def _loss(self, output: Tensor, wanted: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
-        weight = self.settings.label_weight
-        distance = output_distance(output, wanted, temperature)
-        if labels is None:
-            return distance
-        return (1 - weight) * distance + weight * F.cross_entropy(output.float(), labels)
-
     def _mean_loss(self) -> float:
         total = torch.tensor(self.total / self.per_epoch, device=self.device)
         mean = float(self.accelerator.reduce(total, "mean"))
@@ -273,44 +270,12 @@ class _Training:
             )
         return mean
 
-    def _answering(self) -> nn.Module:
-        return self.student if self.ema is None else self.ema.module
-
-    def _judge(self, held_out: Iterable[Batch], folder: Path | None) -> float:
-        """The distance on held-out batches; remembers the model if none was closer."""
-        found = self._measured(held_out)
-        self.waited += 1
-        if found < self.best:
-            if found < self.before:
-                self.best_state = _copied(self._answering())
-                if folder is not None and self.accelerator.is_main_process:
-                    save_state(folder / BEST, {"model": self.best_state, "epoch": self.epoch, "held_out": found})
-            self.best, self.waited = found, 0
-        return found
-
-    @torch.no_grad()
-    def _measured(self, held_out: Iterable[Batch]) -> float:
-        """Distance to the teacher on held-out batches, with labels' share if they are asked for and there."""
-        model, total, samples, labelled = self._answering(), 0.0, 0, bool(self.settings.label_weight)
-        with evaluation_mode(model), self.accelerator.autocast():
-            for batch in held_out:
-                inputs, labels = inputs_of(batch).to(self.device), labels_of(batch) if labelled else None
-                mine, wanted = (single_tensor(m(inputs), m, self.output) for m in (model, self.teacher))
-                known = None if labels is None or bool((labels < 0).any()) else labels.to(self.device)
-                total += float(self._loss(mine, wanted, known, 1.0)) * len(inputs)
-                samples += len(inputs)
-        sums = torch.tensor([total, samples], dtype=torch.float64, device=self.device)
-        total, samples = self.accelerator.reduce(sums, "sum").tolist()  # all processes judge alike
-        if samples == 0:
-            raise DataError("finetune: there is no held-out batch; give at least one")
-        return total / samples
-
     def _about(self) -> dict[str, Any]:
         plan = plan_of(self.model)
         kept = None if plan is None else {name: int(mask.sum()) for name, mask in plan.keep.items()}
         return {
             "format": STATE_FORMAT,
-            "held_out": self.judged,
+            "held_out": self.judge is not None,
             "settings": repr(self.settings),
             "batches": self.per_epoch,
             "kept": kept,
@@ -324,8 +289,8 @@ class _Training:
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
-            "place": [self.epoch, self.batch, self.update, self.waited, self.total, self.best, self.before],
-            "best": self.best_state,
+            "place": [self.epoch, self.batch, self.update, self.total],
+            "judge": None if self.judge is None else self.judge.to_state(),
             "began": self.began,
             "random": random_state(),
             "generator": g.get_state() if (g := getattr(self.batches, "generator", None)) is not None else None,
@@ -345,8 +310,10 @@ class _Training:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.batch, self.update, self.waited, self.total, self.best, self.before = state["place"]
-        self.best_state, self.began = state["best"], state["began"]
+        self.epoch, self.batch, self.update, self.total = state["place"]
+        if self.judge is not None:
+            self.judge.restore(state["judge"])
+        self.began = state["began"]
         set_random_state(state["random"])
         if state["generator"] is not None:
             self.batches.generator.set_state(state["generator"])  # type: ignore[attr-defined]  # it had one
@@ -358,16 +325,8 @@ class _Training:
         for name in ("forward", "_original_forward"):  # what the precision wrapper left on the instance
             if name not in self.model.__dict__:
                 student.__dict__.pop(name, None)
-        if self.best_state is not None:
-            student.load_state_dict(self.best_state)
-            if self.best >= self.before:
-                logger.warning(
-                    "finetune: no epoch came closer to the dense model on held-out images (%.4g at best) than the "
-                    "model was before (%.4g), which is given back; lower lr=%g, or give more images",
-                    self.best,
-                    self.before,
-                    self.settings.lr,
-                )
+        if self.judge is not None:
+            student.load_state_dict(self.judge.decided())
         elif self.ema is not None:
             student.load_state_dict(self.ema.module.state_dict())
         student.zero_grad(set_to_none=True)
@@ -377,10 +336,6 @@ class _Training:
             module.training = old.training
         found: nn.Module = student
         return found
-
-
-def _copied(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
 def _accelerator(precision: str, device: torch.device) -> Accelerator:

@@ -32,6 +32,8 @@ from tpvprune.scoring.engine import global_number, of_all, process
 from tpvprune.types import Graph
 
 SAMPLES = 2560  # covariances of a few thousand channels are known well enough from these, at many positions each
+AT_ONCE = 32  # of so many units that are left, one leaves in a step
+DOUBT = 0.01  # share of a unit's whole output below which its own score says little of what a part of it costs
 
 
 @dataclass(frozen=True)
@@ -272,10 +274,6 @@ def _by_channel(layer: Any, channels: int) -> Tensor:
     for group in range(groups):
         found[group, :, group] = rows[group]
     return found.reshape(-1, channels)
-
-
-AT_ONCE = 32  # of so many units that are left, one leaves in a step
-DOUBT = 0.01  # share of a unit's whole output below which its own score says little of what a part of it costs
 
 
 def left_later(
