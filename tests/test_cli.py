@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 
 import tpvprune as tp
 from tpvprune import cli
+from tpvprune.console import number
+from tpvprune.runfolder import one_line
 
 CLASSES = 3
 SMALL = [f"model.args.num_classes={CLASSES}", "data.size=32", "data.batch_size=8", "recover.finetune.epochs=1"]
@@ -402,3 +404,8 @@ def test_bounds_are_options_and_replace_those_of_a_recipe(place, run):
     code, _, said = run("prune", "test_resnet", "--data", "images")
     assert code == 2
     assert "no budget" in said
+
+
+def test_truth_is_told_in_words() -> None:
+    assert one_line({"settled": False, "images": 1280, "share": 0.5}) == "settled no; images 1,280; share 0.5"
+    assert [number(value) for value in (True, False, 1, None)] == ["yes", "no", "1", "-"]

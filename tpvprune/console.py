@@ -86,7 +86,9 @@ def print_table(
 
 
 def number(value: Any) -> str:
-    """Whole numbers with their thousands apart, others to four digits, None as a dash."""
+    """Whole numbers with their thousands apart, others to four digits, None as a dash, truth as yes or no."""
     if value is None:
         return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)

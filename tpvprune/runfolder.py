@@ -92,6 +92,8 @@ def one_line(told: dict[str, Any]) -> str:
             return "+".join(value)
         if isinstance(value, (dict, list)):
             return str(len(value))
+        if isinstance(value, bool):
+            return "yes" if value else "no"
         return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
     return "; ".join(f"{key.replace('_', ' ')} {short(value)}" for key, value in told.items())
