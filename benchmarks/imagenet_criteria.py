@@ -41,6 +41,7 @@ CRITERIA: dict[str, tuple[Callable[[], Any], str]] = {
     "tpv": (lambda: tp.TPV(), "global"),
     "tpv, 8 probes": (lambda: tp.TPV(probes=8), "global"),
     "tpv compensated": (lambda: tp.TPV(compensated=True), "global"),
+    "tpv compensated, 8 probes": (lambda: tp.TPV(compensated=True, probes=8), "global"),
     "tpv plan": (lambda: tp.TPV(sensitivities=10**6), "joint"),
     "tpv plan, 8 probes": (lambda: tp.TPV(sensitivities=10**6, probes=8), "joint"),
     "tpv plan compensated": (lambda: tp.TPV(sensitivities=10**6, compensated=True), "joint"),

@@ -28,6 +28,9 @@ CRITERIA: dict[str, Any] = {
     "tpv": tp.TPV(),
     "tpv, per sample": tp.TPV(engine="per_sample"),
     "tpv, factored": tp.TPV(engine="factored"),
+    "tpv, compensated alone": tp.TPV(compensated="alone"),
+    "tpv, compensated": tp.TPV(compensated=True),
+    "tpv, compensated 2:4": tp.TPV(compensated="2:4"),
 }
 WAYS: dict[str, dict[str, Any]] = {
     "0.5": {"sparsity": 0.5},

@@ -88,7 +88,20 @@ def test_settings_that_a_criterion_lacks_are_refused(overrides, message):
 def test_zeros_are_asked_for_by_a_share_or_a_pattern(overrides, message):
     with pytest.raises(tp.RecipeError, match=message):
         parse_recipe(FULL, "mine.yaml", overrides)
-    assert parse_recipe(FULL, "mine.yaml", ["sparsify.pattern='2:4'"]).sparsify.criterion == "l1"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (["sparsify.pattern='2:4'"], tp.TPV(compensated="2:4")),
+        (["sparsify.sparsity=0.5"], tp.TPV(compensated=True)),
+        (["sparsify.sparsity=0.5", "recover.reconstruct=null"], tp.L1()),
+        (["sparsify.sparsity=0.5", "sparsify.criterion=tpv", "recover.reconstruct=null"], tp.TPV()),
+        (["sparsify.sparsity=0.5", "sparsify.criterion=l1"], tp.L1()),
+    ],
+)
+def test_weights_are_scored_for_what_follows(overrides, wanted):
+    assert parse_recipe(FULL, "mine.yaml", overrides).criterion_of_weights() == wanted
 
 
 def test_the_resolved_recipe_reads_back_as_itself():

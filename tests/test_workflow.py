@@ -190,7 +190,8 @@ def test_zeros_follow_the_cut_and_change_the_plan_alone(place: Path):
         tp.apply(without.inputs.dense, without.plan),
         tp.weight_graph(tp.apply(without.inputs.dense, without.plan)),
     )
-    by_hand = tp.sparsify(tp.score(small, [], weights, tp.L1()), weights, pattern="2:4", after=without.plan)
+    scores = tp.score(small, without.inputs.loader(without.inputs.scored()), weights, tp.TPV(compensated="2:4"))
+    by_hand = tp.sparsify(scores, weights, pattern="2:4", after=without.plan)
     assert run.plan.diff(by_hand) == {}
     run.until("eval")
     report = json.loads((place / "out" / "report.json").read_text())

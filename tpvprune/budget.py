@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -23,6 +24,18 @@ def parse_amount(value: float | str, what: str) -> float:
         BudgetError: the value is no positive number, or a percentage above 100.
     """
     return _read(value, what)[0]
+
+
+def n_of_m(pattern: str) -> tuple[int, int]:
+    """N and M of "N:M": how many of every M stay.
+
+    Raises:
+        BudgetError: it is none.
+    """
+    found = re.fullmatch(r"(\d+):(\d+)", str(pattern))
+    if found is None or not 0 < int(found[1]) < int(found[2]):
+        raise BudgetError(f"pattern={pattern!r} is no N:M with N below M; write '2:4'")
+    return int(found[1]), int(found[2])
 
 
 def _read(value: float | str, what: str) -> tuple[float, bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,3 +29,11 @@ def patches(layer: nn.Module, value: Tensor) -> Tensor:
         padded, kernel, stride, dilation = padded.unsqueeze(2), (1, *kernel), (1, *stride), (1, *dilation)
     columns = F.unfold(padded, kernel, dilation=dilation, stride=stride)
     return columns.reshape(len(columns), layer.groups, -1, columns.shape[-1])
+
+
+def some_of(positions: int, most: int) -> Tensor | slice:
+    """Which positions to look at: all of them, or `most` drawn ones in their order, the same ones at each call."""
+    if positions <= most:
+        return slice(None)
+    drawn = torch.randperm(positions, generator=torch.Generator().manual_seed(0))
+    return drawn[:most].sort().values

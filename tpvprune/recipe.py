@@ -81,6 +81,12 @@ class Recipe(Strict):
         except InputError as error:
             raise RecipeError(f"score: {error}") from error
 
+    def criterion_of_weights(self) -> Criterion:
+        """How to score single weights: compensated TPV where a refit makes up for them, else by magnitude."""
+        section, refitted = self.sparsify or SparsifySection(sparsity=0.5), self.recover.reconstruct is not None
+        name = section.criterion or ("tpv" if refitted else "l1")
+        return criterion_named(name, {"compensated": refitted and (section.pattern or True)} if name == "tpv" else None)
+
     def limits(self) -> Budget:
         """What the result may cost."""
         return _settings(Budget, self.budget, "budget")

@@ -107,7 +107,7 @@ class SparsifySection(Strict):
     pattern: str | None = Field(default=None, pattern=r"^\d+:\d+$")
     scope: Literal["global", "layer"] = "global"
     protect: tuple[str, ...] = ()
-    criterion: Literal["l1", "tpv"] = "l1"
+    criterion: Literal["l1", "tpv"] | None = None  # None: "tpv", compensated, if a refit follows, else "l1"
 
     @model_validator(mode="after")
     def _one_of_two(self) -> SparsifySection:

@@ -40,7 +40,6 @@ from tpvprune.schedule import plan_for
 from tpvprune.scores import Scores
 from tpvprune.scoring.collect import Streaming
 from tpvprune.scoring.criteria import predicted_kl, score
-from tpvprune.scoring.registry import criterion_named
 from tpvprune.sections import SparsifySection
 from tpvprune.surgery.removal import apply
 from tpvprune.types import Graph, read_json
@@ -275,8 +274,8 @@ class Run:
         """A plan, and single weights of what it leaves held at zero."""
         small = apply(self.inputs.dense, plan)
         weights = weight_graph(small)
-        criterion = criterion_named(section.criterion)
-        scores = score(small, self.inputs.loader(self.inputs.scored()), weights, criterion, progress=self.progress)
+        loader, criterion = self.inputs.loader(self.inputs.scored()), self.recipe.criterion_of_weights()
+        scores = score(small, loader, weights, criterion, progress=self.progress)
         return sparsify(
             scores,
             weights,

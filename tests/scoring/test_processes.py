@@ -47,17 +47,20 @@ CASES: dict[str, tuple[Callable[[], Any], int]] = {
     "compensated": (lambda: tp.TPV(compensated=True), 5),
     "batched": (lambda: tp.TPV(engine="batched", seed=1), 5),
     "weights": (lambda: tp.TPV(engine="per_sample"), 5),
+    "weights, compensated": (lambda: tp.TPV(compensated=True), 5),
     "jbr": (lambda: tp.JBR(confidence=0.3), 5),
     "fisher": (tp.Fisher, 5),
     "variance": (tp.Variance, 5),
     "one batch": (lambda: tp.TPV(probes=2), 1),
     "one batch, batched": (lambda: tp.TPV(engine="batched"), 1),
     "one batch, variance": (tp.Variance, 1),
+    "one batch, compensated": (lambda: tp.TPV(compensated=True), 1),
+    "weights, one batch, compensated": (lambda: tp.TPV(compensated=True), 1),
 }
 
 
 def graph_of(name: str) -> tp.Graph:
-    return tp.weight_graph(built("mlp").model) if name == "weights" else built("mlp").graph
+    return tp.weight_graph(built("mlp").model) if name.startswith("weights") else built("mlp").graph
 
 
 def scored(name: str, rank: int = 0, world: int = 1, **kwargs: Any) -> tp.Scores:

@@ -9,7 +9,6 @@ input channels of one kernel position of a convolution. That is how matrix kerne
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tpvprune.budget import n_of_m
 from tpvprune.errors import BudgetError, PlanError
 from tpvprune.members import Group, Member
 from tpvprune.plan import Plan
@@ -73,7 +73,7 @@ def sparsify(
     parts = [_Part.of(group, graph, scores, ground) for group, ground in grounds if group.id not in protected]
     made_by: dict[str, Any] = {"planner": "sparsify", "criterion": scores.criterion, "samples": scores.samples}
     if pattern is not None:
-        kept, of = _pattern(pattern)
+        kept, of = n_of_m(pattern)
         dense |= {part.group.id: why for part in parts if (why := _unfit(part, of))}
         chosen = _chosen(parts, dense)
         for part in chosen:
@@ -112,18 +112,6 @@ def _check(scores: Scores, graph: Graph, sparsity: float | None, pattern: str | 
         raise BudgetError(f"sparsity={sparsity!r} must lie between 0 and 1")
     if sparsity is not None and pattern is not None:
         raise BudgetError(f"sparsity={sparsity} and pattern={pattern!r} both say how much stays; give one")
-
-
-def _pattern(text: str) -> tuple[int, int]:
-    """N and M of "N:M".
-
-    Raises:
-        BudgetError: it is none.
-    """
-    found = re.fullmatch(r"(\d+):(\d+)", str(text))
-    if found is None or not 0 < int(found[1]) < int(found[2]):
-        raise BudgetError(f"pattern={text!r} is no N:M with N below M; write '2:4'")
-    return int(found[1]), int(found[2])
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tpvprune.batches import device_of
 from tpvprune.errors import PlanError
-from tpvprune.patches import patches
+from tpvprune.patches import patches, some_of
 from tpvprune.plan import Plan, plan_of
 from tpvprune.recovery.normal import Normal, chosen_ridge
 from tpvprune.recovery.order import Course
@@ -120,11 +120,9 @@ class Fit:
             if columns.shape[0] * columns.shape[3] != len(flat):
                 self._odd = True
                 return
-            if columns.shape[3] > self._positions:
-                some = torch.randperm(columns.shape[3], generator=torch.Generator().manual_seed(0))
-                some = some[: self._positions].sort().values.to(columns.device)
-                flat = flat.unflatten(0, columns.shape[::3])[:, some].flatten(0, 1)
-                columns = columns[..., some]
+            some = some_of(columns.shape[3], self._positions)
+            flat = flat.unflatten(0, columns.shape[::3])[:, some].flatten(0, 1)
+            columns = columns[..., some]
             read = columns.permute(1, 0, 3, 2).reshape(self._groups, -1, columns.shape[2])
             half.add(read, flat.reshape(len(flat), self._groups, -1).transpose(0, 1))
 

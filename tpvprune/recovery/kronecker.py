@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpvprune.patches import patches
+from tpvprune.patches import patches, some_of
 from tpvprune.recovery.fits import COLUMNS, REFITTED
 from tpvprune.recovery.settings import GaussNewton
 
@@ -63,9 +63,7 @@ class Factors:
         reads = max(1, value[0].numel() * layer.weight[0].numel() // max(1, layer.weight.shape[1]))
         for part in value.split(max(1, COLUMNS // reads)):
             columns = patches(layer, part)
-            if columns.shape[3] > self._settings.positions:
-                some = torch.randperm(columns.shape[3], generator=torch.Generator().manual_seed(0))
-                columns = columns[..., some[: self._settings.positions].to(columns.device)]
+            columns = columns[..., some_of(columns.shape[3], self._settings.positions)]
             rows = columns.permute(1, 2, 0, 3).flatten(2)  # (groups, inputs, rows)
             wide = rows.shape[1] > WIDEST
             moments = rows.square().sum(2) if wide else rows @ rows.mT

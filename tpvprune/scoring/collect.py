@@ -23,6 +23,8 @@ from tpvprune.types import Graph
 from tpvprune.version import __version__
 
 SAVE_EVERY = 30.0  # seconds between two states of a scoring on disk
+Later = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""Scores of what scores say of each unit alone, both `(units,)` per group."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +43,7 @@ class Observation:
     rows: Tensor | None = None
     linear: Tensor | None = None
     samples: int = 0
-    later: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
+    later: Later | None = None
 
 
 @runtime_checkable
@@ -144,7 +146,7 @@ def collect(
     rows, fresh = _Rows.of(start), 0
     cap = getattr(criterion, "cap", 0)
 
-    later = None
+    later: Later | None = None
 
     def state(done: int) -> Scores:
         held = rows.result(graph, -(-cap // world))
@@ -159,7 +161,9 @@ def collect(
     saved, took = time.monotonic(), 0.0
     try:
         # A process without a batch of its own has others to wait for it; one alone is told that there is none.
-        if (start is None and world == 1) or (watched.pending() and not settled(skip)):
+        if world > 1 and not watched.pending() and hasattr(criterion, "join"):
+            later = criterion.join(model, graph)
+        elif (start is None and world == 1) or (watched.pending() and not settled(skip)):
             for seen in criterion.observe(model, watched, graph, tally.batches, progress):
                 tally, later = tally + seen.tally, seen.later
                 rows.add(seen)
@@ -236,7 +240,7 @@ def _scores(
     tally: Tally,
     rows: Sensitivities | None,
     manifest: dict[str, Any],
-    later: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None,
+    later: Later | None,
 ) -> Scores:
     halves = [criterion.summarise(half, model, graph) for half in tally.halves() or ()]
     values = criterion.summarise(tally.means(), model, graph)

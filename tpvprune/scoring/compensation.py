@@ -15,7 +15,7 @@ the samples are dealt out to two halves, and each half's residuals are those of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpvprune.batches import Batch, evaluation_mode, model_inputs
+from tpvprune.batches import Batch, device_of, evaluation_mode, inputs_of
 from tpvprune.errors import NonFiniteError
 from tpvprune.members import Member
 from tpvprune.reads import ThroughLayers
@@ -76,28 +76,62 @@ def _of_half(value: Tensor, numbers: range, half: int) -> Tensor:
     return each[(half + numbers.start) % 2 :: 2]
 
 
-class _Moments:
-    """Sums over samples and positions of one layer's input."""
+class Moments:
+    """Sums over the rows of what a layer is given, `(..., rows, channels)`: over samples and positions."""
 
     def __init__(self) -> None:
         self.rows = 0
         self.total = self.square = torch.zeros(())
 
     def add(self, rows: Tensor) -> None:
+        """Add rows."""
         rows = rows if rows.dtype == torch.float64 else rows.float()
-        self.rows += len(rows)
-        self.total = self.total + rows.sum(0).double()
+        self.rows += rows.shape[-2]
+        self.total = self.total + rows.sum(-2).double()
         self.square = self.square + (rows.mT @ rows).double()
 
-    def __add__(self, other: _Moments) -> _Moments:
-        whole = _Moments()
+    def __add__(self, other: Moments) -> Moments:
+        whole = Moments()
         whole.rows = self.rows + other.rows
         whole.total, whole.square = self.total + other.total, self.square + other.square
         return whole
 
     def covariance(self) -> tuple[Tensor, Tensor]:
+        """Mean `(..., channels)` and covariance `(..., channels, channels)`."""
         mean = self.total / self.rows
-        return mean, self.square / self.rows - mean.unsqueeze(1) * mean
+        return mean, self.square / self.rows - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+
+
+def watch(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    layers: Iterable[tuple[str, nn.Module]],
+    see: Callable[[str, nn.Module, Tensor, range], None],
+) -> None:
+    """One forward pass over the first `SAMPLES` samples.
+
+    Args:
+        model: any module.
+        batches: its inputs; a process among several may have none.
+        layers: names, and modules of the model.
+        see: told the name and the module of each layer that is called, what it is given and the numbers of the samples.
+    """
+    numbers, seen, layers = range(0), 0, list(layers)
+
+    def hook(name: str) -> Any:
+        return lambda module, args: see(name, module, args[0].detach(), numbers)
+
+    for local, batch in enumerate(batches):
+        inputs, first = inputs_of(batch).to(device_of(model)), global_number(local)
+        numbers = range(first, first + len(inputs))
+        # Hooks are on for the pass alone: what gives the batches may use the model too.
+        with evaluation_mode(model), torch.no_grad(), ThroughLayers(model), ExitStack() as hooks:
+            for name, module in layers:
+                hooks.enter_context(module.register_forward_pre_hook(hook(name)))
+            model(inputs)
+        seen += len(inputs)
+        if seen >= SAMPLES // process()[1]:
+            break
 
 
 def residuals(model: nn.Module, batches: Iterable[Batch], graph: Graph, ridges: Sequence[float]) -> dict[str, Residual]:
@@ -111,29 +145,14 @@ def residuals(model: nn.Module, batches: Iterable[Batch], graph: Graph, ridges: 
             least of the samples it was not made of is taken.
     """
     layers = dict.fromkeys(member.layer for group in graph.groups for member in group.of_role("consume"))
-    moments = {name: (_Moments(), _Moments()) for name in layers}
-    numbers = range(0)
+    moments = {name: (Moments(), Moments()) for name in layers}
 
-    def hook(name: str) -> Any:
-        def seen(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            value = args[0].detach().movedim(channel_axis(module), -1)
-            for half, held in enumerate(moments[name]):
-                held.add(_of_half(value, numbers, half).flatten(0, -2))
+    def see(name: str, module: nn.Module, value: Tensor, numbers: range) -> None:
+        value = value.movedim(channel_axis(module), -1)
+        for half, held in enumerate(moments[name]):
+            held.add(_of_half(value, numbers, half).flatten(0, -2))
 
-        return seen
-
-    seen = 0
-    for local, inputs in enumerate(model_inputs(model, batches, "covariance")):
-        first = global_number(local)
-        numbers = range(first, first + len(inputs))
-        # Hooks are on for the pass alone: what gives the batches may use the model too.
-        with evaluation_mode(model), torch.no_grad(), ThroughLayers(model), ExitStack() as hooks:
-            for name in layers:
-                hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(hook(name)))
-            model(inputs)
-        seen += len(inputs)
-        if seen >= SAMPLES // process()[1]:
-            break
+    watch(model, batches, [(name, model.get_submodule(name)) for name in layers], see)
     if process()[1] > 1:
         moments = _together(of_all(moments))
     return {
@@ -144,8 +163,8 @@ def residuals(model: nn.Module, batches: Iterable[Batch], graph: Graph, ridges: 
 
 
 def _together(
-    of_each: list[dict[str, tuple[_Moments, _Moments]]],
-) -> dict[str, tuple[_Moments, _Moments]]:
+    of_each: list[dict[str, tuple[Moments, Moments]]],
+) -> dict[str, tuple[Moments, Moments]]:
     whole = of_each[0]
     for other in of_each[1:]:
         whole = {name: (even + other[name][0], odd + other[name][1]) for name, (even, odd) in whole.items()}
@@ -153,7 +172,7 @@ def _together(
 
 
 def _residual(
-    model: nn.Module, graph: Graph, layer: str, even: _Moments, odd: _Moments, ridges: Sequence[float]
+    model: nn.Module, graph: Graph, layer: str, even: Moments, odd: Moments, ridges: Sequence[float]
 ) -> Residual:
     # One half alone has nothing but itself to be held against.
     halves = [(odd if odd.rows else even).covariance(), (even if even.rows else odd).covariance()]
@@ -179,14 +198,26 @@ def _precision(model: nn.Module, layer: str, covariance: Tensor, ridge: float) -
     if width < channels:  # an output of a grouped convolution reads the channels of its own group alone
         own = torch.arange(channels, device=covariance.device) // width
         covariance = covariance * (own.unsqueeze(1) == own)
+    try:
+        return damped_inverse(covariance, ridge)
+    except ArithmeticError:
+        raise NonFiniteError(f"layer {layer!r} is given NaN or infinity; check the input and the weights") from None
+
+
+def damped_inverse(covariance: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """Inverse of a covariance with a ridge, a share of its mean variance, and what that adds to the diagonal.
+
+    Raises:
+        ArithmeticError: the covariance is not finite.
+    """
     damping = max(ridge, 1e-8) * covariance.diagonal().mean().clamp(min=1e-30)
-    eye = torch.eye(channels, dtype=covariance.dtype, device=covariance.device)
+    eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
     for _ in range(60):
         factor, failed = torch.linalg.cholesky_ex(covariance + damping * eye)
         if not failed:
             return torch.cholesky_inverse(factor), float(damping)
         damping = 10 * damping  # what hardly varies about a large mean is not positive definite, for rounding
-    raise NonFiniteError(f"layer {layer!r} is given NaN or infinity; check the input and the weights")
+    raise ArithmeticError("no damping makes the covariance positive definite")
 
 
 def _width(model: nn.Module, layer: str, channels: int) -> int:

@@ -12,17 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.batches import Batch, Progress, Selector, evaluation_mode, finite_outputs, model_inputs, repeatable
+from tpvprune.budget import n_of_m
 from tpvprune.errors import InputError, PlanError
 from tpvprune.plan import Plan
 from tpvprune.scores import Scores
 from tpvprune.scoring.activations import Tapped
 from tpvprune.scoring.blocks import left_over
-from tpvprune.scoring.collect import Observation, collect
+from tpvprune.scoring.collect import Later, Observation, collect
 from tpvprune.scoring.compensation import Residual, left_later, residuals
 from tpvprune.scoring.engine import Parts, Watched, global_number
 from tpvprune.scoring.heads import Head, head_named
 from tpvprune.scoring.perturb import Perturbation, Removal, perturbation_named
 from tpvprune.scoring.probing import Probing, detached, drift_slope
+from tpvprune.scoring.rowwise import inputs_of_weights, rows_in_turn
 from tpvprune.scoring.weights import factored_scores, gradient_observations
 from tpvprune.tally import Tally
 from tpvprune.types import Graph
@@ -52,15 +54,17 @@ class TPV:
         perturbation: "removal", "rounding", "isotropic", or a `Perturbation`.
         engine: "activations" (removal of channels and heads; exact per sample, no weight gradient), or over
             weight gradients "batched", "per_sample" or "factored" (an approximation); "auto" takes the first where
-            it can and "batched" elsewhere.
+            it can, "factored" for compensated single weights and "batched" elsewhere.
         sensitivities: keep the per-sample effects of at most this many samples, which a plan is judged by as a
             whole; 0 keeps none. None: 1280 where they can be kept (removal of channels and heads), else none.
         reference: the model that drift is measured from, where that is not the one scored: the dense original,
             when a pruned model is scored again. Adds the linear term of drift to the sensitivities.
-        compensated: score of each channel only what the layers that read it cannot predict from their other inputs:
-            for a plan that is refitted afterwards. Those inputs are the ones that are left when its turn comes, the
-            cheapest leaving first; "alone" takes all of them. Takes a forward pass more; the batches must be readable
-            twice. Blocks are scored as they are: what replaces one is not predicted.
+        compensated: score of each channel only what the layers that read it cannot predict from their other inputs,
+            of each single weight only what the others of its row cannot make up for: for a plan that is refitted
+            afterwards. Those others are the ones that are left when its turn comes, the cheapest leaving first;
+            "alone" takes all of them. "2:4" or any N:M is for single weights, of which those leave first that such a
+            pattern takes. Takes a forward pass more; the batches must be readable twice. Residual blocks
+            are scored as they are: what replaces one is not predicted.
     """
 
     head: str | Head = "softmax"
@@ -72,7 +76,7 @@ class TPV:
     engine: Engine = "auto"
     sensitivities: int | None = None
     reference: nn.Module | None = None
-    compensated: bool | Literal["alone"] = False
+    compensated: bool | str = False
 
     def __post_init__(self) -> None:
         head_named(self.head)
@@ -87,8 +91,10 @@ class TPV:
             raise InputError(f"sensitivities={self.sensitivities!r} must be a number of samples, 0 or more")
         if self.sensitivities and (self.over != "consume" or self.engine not in ("auto", "activations")):
             raise InputError("sensitivities are kept for over='consume' and engine='activations' alone")
-        if self.compensated and (self.over != "consume" or self.engine not in ("auto", "activations")):
-            raise InputError("compensated=True is for over='consume' and engine='activations' alone")
+        if self.compensated and self.over != "consume":
+            raise InputError("compensated=True is for over='consume' alone")
+        if self.compensated not in (False, True, "alone"):
+            n_of_m(str(self.compensated))
 
     @property
     def label(self) -> str:
@@ -99,7 +105,7 @@ class TPV:
         if self.engine not in ("auto", "activations"):
             parts.append(f"engine={self.engine}")
         if self.compensated:
-            parts.append("compensated" if self.compensated is True else "compensated alone")
+            parts.append("compensated" if self.compensated is True else f"compensated {self.compensated}")
         return f"tpv({', '.join(parts)})"
 
     @property
@@ -121,19 +127,25 @@ class TPV:
 
     def summarise(self, means: Mapping[str, Tensor], model: nn.Module, graph: Graph) -> Mapping[str, Tensor]:
         """The means themselves; the product of the factors for the factored engine."""
-        if self.engine != "factored":
+        if self._engine(graph) != "factored":
             return means
         return factored_scores(means, model, graph, perturbation_named(self.perturbation))
+
+    def _engine(self, graph: Graph) -> str:
+        """The engine that fits the units."""
+        if self.engine != "auto":
+            return self.engine
+        if isinstance(perturbation_named(self.perturbation), Removal) and not _of_weights(graph):
+            return "activations"
+        single = all(group.members[0].index is None for group in graph.groups)
+        return "factored" if self.compensated and single else "batched"  # compensated, only sums over rows count
 
     def observe(
         self, model: nn.Module, batches: Iterable[Batch], graph: Graph, first: int, progress: Progress | None
     ) -> Iterator[Observation]:
         """One observation a batch, by the engine that fits."""
         removal = isinstance(perturbation_named(self.perturbation), Removal)
-        weights = any(group.kind == "weight" for group in graph.groups)
-        engine = self.engine
-        if engine == "auto":
-            engine = "activations" if removal and not weights else "batched"
+        weights, engine = _of_weights(graph), self._engine(graph)
         if engine == "activations":
             if not removal or weights:
                 raise InputError(
@@ -142,9 +154,15 @@ class TPV:
                 )
             yield from self._from_activations(model, batches, graph, first, progress)
             return
-        if self.sensitivities or self.compensated:
-            raise InputError("sensitivities and compensation are for the removal of channels and heads; leave them out")
-        yield from gradient_observations(
+        if self.sensitivities:
+            raise InputError("sensitivities are for the removal of channels and heads; leave them out")
+        if self.compensated and not (removal and all(group.kind == "weight" for group in graph.groups)):
+            raise InputError(
+                "compensated scores are of the removal of single weights, or by engine='activations' of channels and "
+                "heads; leave compensated out"
+            )
+        _, later = self._ahead(model, batches, graph, first)
+        for seen in gradient_observations(
             model,
             batches,
             graph,
@@ -154,16 +172,14 @@ class TPV:
             self.over,
             first,
             progress,
-        )
+        ):
+            yield replace(seen, later=later)
 
     def _from_activations(
         self, model: nn.Module, batches: Iterable[Batch], graph: Graph, first: int, progress: Progress | None
     ) -> Iterator[Observation]:
-        left, maps = self.cap, self._maps(model, batches, graph, first)
-        later = None
-        if self.compensated is True:
-            assert maps is not None
-            later = partial(left_later, model, graph, maps)
+        left = self.cap
+        maps, later = self._ahead(model, batches, graph, first)
         sizes = {group.id: group.units for group in graph.groups}
 
         def fold(sensitivities: dict[str, list[Tensor]]) -> dict[str, Tensor]:
@@ -215,15 +231,26 @@ class TPV:
         error = float(values.std() / values.numel() ** 0.5) if values.numel() > 1 else float("nan")
         return float(values.mean()), error
 
-    def _maps(self, model: nn.Module, batches: Iterable[Batch], graph: Graph, first: int) -> dict[str, Residual] | None:
-        """What layers cannot predict of their inputs, if that is scored."""
+    def join(self, model: nn.Module, graph: Graph) -> Later | None:
+        """Take part, as a process without a batch, in what several make together before they score."""
+        return self._ahead(model, (), graph, 0)[1]
+
+    def _ahead(
+        self, model: nn.Module, batches: Iterable[Batch], graph: Graph, first: int
+    ) -> tuple[dict[str, Residual] | None, Later | None]:
+        """From a pass before the scoring: what layers cannot predict of their inputs, and what to make of scores."""
         if not self.compensated:
-            return None
+            return None, None
         source = batches.batches if isinstance(batches, Watched) else batches
         if first and not (isinstance(batches, Watched) and batches.skip):
             raise InputError("batches cannot be added to compensated scores: what compensates what would change")
         repeatable(source, "compensated scores read them twice")
-        return residuals(model, source, graph, RIDGES)
+        if _of_weights(graph):
+            return None, partial(rows_in_turn, model, graph, inputs_of_weights(model, source, graph), self.compensated)
+        if self.compensated not in (True, "alone"):
+            raise InputError(f"compensated={self.compensated!r} is for single weights; give a graph from weight_graph")
+        maps = residuals(model, source, graph, RIDGES)
+        return maps, partial(left_later, model, graph, maps) if self.compensated is True else None
 
     def _per_batch(
         self,
@@ -292,6 +319,10 @@ class TPV:
         if rows:
             out[""] = torch.stack(rows, 1) / probing.count**0.5
         return out if linear is None else out | {"linear": linear}
+
+
+def _of_weights(graph: Graph) -> bool:
+    return any(group.kind == "weight" for group in graph.groups)
 
 
 def _name(setting: Any) -> str:

@@ -1,0 +1,274 @@
+"""What single weights cost once the other weights of their row make up for them, for masks that are refitted.
+
+Optimal Brain Surgeon (Hassibi 1993) row by row of a layer's weight, as in Optimal Brain Compression (Frantar 2022,
+arXiv 2208.11580), in TPV's metric. Where a row `w` reads inputs of covariance `C`, its output moves by a variance of
+`w_j^2 / inv(C)_jj` when weight j leaves and the others are refitted, and what an output's variance is worth is read off
+the row's scores without compensation. The cheapest weight leaves first, the others take over, and the next is scored
+by what is left then. Blocks that lie in the same rows compete in the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.batches import Batch
+from tpvprune.budget import n_of_m
+from tpvprune.errors import InputError, NonFiniteError
+from tpvprune.members import Group
+from tpvprune.patches import patches, some_of
+from tpvprune.scoring.compensation import Moments, damped_inverse, watch
+from tpvprune.scoring.engine import of_all, process
+from tpvprune.scoring.gradients import Captured
+from tpvprune.types import Graph
+
+POSITIONS = 64  # of each sample that inputs are looked at
+COLUMNS = 1 << 23  # numbers of unfolded inputs that are looked at together
+AT_ONCE = 16  # of so many units of a row that are left, one leaves in a step
+# Rows x inputs x (inputs that make up for each other)^2 of a layer, at most: ten seconds or so of a processor's core.
+# Where there are more, the inputs are cut into parts, each of which makes up for itself.
+WORK = 2 * 10**11
+RIDGE = 1e-2  # that of the refit, as a share of the inputs' mean variance
+HELD = 1 << 24  # entries of inverse covariances, one a row, that are held together
+
+
+def inputs_of_weights(model: nn.Module, batches: Iterable[Batch], graph: Graph) -> dict[str, Moments]:
+    """Per layer, moments of what its weight reads, `(groups of the layer, inputs)`, from one forward pass.
+
+    Raises:
+        ModelError: a weight is of no linear layer or convolution.
+    """
+    layers = [group.members[0].layer for group in graph.groups]
+    moments = {name: Moments() for name in layers}
+
+    def see(name: str, module: nn.Module, value: Tensor, numbers: range) -> None:
+        entries = value[:1].numel() * math.prod(getattr(module, "kernel_size", ()))
+        for part in value.split(max(1, COLUMNS // max(1, entries))):
+            columns = patches(module, part if part.dtype == torch.float64 else part.float())
+            columns = columns[..., some_of(columns.shape[3], POSITIONS)]
+            moments[name].add(columns.permute(1, 0, 3, 2).flatten(1, 2))
+
+    watch(model, batches, Captured(model, layers).users, see)
+    if process()[1] > 1:
+        first, *others = of_all(moments)
+        moments = {name: sum((other[name] for other in others), own) for name, own in first.items()}
+    return moments
+
+
+def rows_in_turn(
+    model: nn.Module, graph: Graph, moments: Mapping[str, Moments], others: bool | str, alone: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What weights, or blocks of them, cost once the rest of their rows makes up for them, `(units,)` per group.
+
+    Args:
+        model: the model scored.
+        graph: from `weight_graph`.
+        moments: from `inputs_of_weights`.
+        others: what makes up for a unit: True for what is left when its turn comes, the cheapest leaving first; the
+            same by "N:M", first those that such a pattern takes; "alone" for all of the row.
+        alone: what each costs without compensation.
+
+    Raises:
+        InputError: units are no blocks as `weight_graph` makes them, or cross the groups of a convolution; a pattern
+            is given for blocks.
+        NonFiniteError: a layer is given NaN or infinity.
+    """
+    found = {}
+    for group in graph.groups:
+        name = group.members[0].layer
+        score = alone[group.id]
+        if moments[name].rows:
+            try:
+                score = _of_layer(model.get_submodule(name), group, moments[name], others, score)
+            except ArithmeticError:
+                told = f"layer {name!r} is given NaN or infinity; check the input and the weights"
+                raise NonFiniteError(told) from None
+        found[group.id] = score.to(alone[group.id])
+    return found
+
+
+def _of_layer(layer: Any, group: Group, seen: Moments, others: bool | str, alone: Tensor) -> Tensor:
+    means, covariances = seen.covariance()
+    count, inputs = means.shape
+    weight = layer.weight.detach().double().reshape(count, -1, inputs)
+    high, wide = _block(group, weight.shape[0] * weight.shape[1], inputs)
+    if weight.shape[1] % high:
+        raise InputError(f"blocks of {group.id!r} cross the groups of its convolution; take blocks of fewer rows")
+    places = None
+    if others not in (True, "alone"):
+        places = _Places.of_pattern(str(others), layer.weight.shape[1], inputs)
+        if (high, wide) != (1, 1):
+            raise InputError(f"compensated={others!r} chooses among single weights, and {group.id!r} has blocks")
+    alone = alone.to(covariances).reshape(count, -1, inputs // wide)
+    kind = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
+    costs = []
+    for rows, score, mean, covariance in zip(weight, alone, means, covariances, strict=True):
+        stripes = rows.reshape(-1, high, inputs)
+        # What a score says of an output: the score of removal, over the mean square of what is removed.
+        inside = _inside(covariance + mean.unsqueeze(1) * mean, wide)
+        apart = stripes.unflatten(2, (-1, wide))
+        moved = torch.einsum("shuw,uwv,shuv->s", apart, inside, apart)
+        price = score.sum(1) / moved.clamp(min=1e-300)
+        most = inputs if others == "alone" else math.isqrt(WORK // weight.numel())
+        cost = _of_stripes(stripes.to(kind), covariance, wide, most, places, others != "alone")
+        costs.append(price.unsqueeze(1) * cost)
+    return torch.cat(costs).flatten()
+
+
+def _block(group: Group, rows: int, inputs: int) -> tuple[int, int]:
+    """Rows and inputs of each unit of a weight."""
+    index = group.members[0].index
+    if index is None:
+        return 1, 1
+    high = int((index[0] // inputs).unique().numel())
+    wide = index.shape[1] // high
+    corners = torch.arange(rows * inputs).reshape(rows, inputs)[::high, ::wide].flatten()
+    if not torch.equal(index[:, 0].cpu(), corners):
+        raise InputError(f"the units of {group.id!r} are no blocks as weight_graph makes them")
+    return high, wide
+
+
+def _inside(matrix: Tensor, wide: int) -> Tensor:
+    """The blocks on the diagonal of `(..., inputs, inputs)`, `(..., units, wide, wide)`."""
+    apart = matrix.unflatten(-1, (-1, wide)).unflatten(-3, (-1, wide))
+    return apart.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where a pattern N:M chooses: of every M consecutive channels at one kernel position.
+
+    Args:
+        of: the place of each input, `(inputs,)`.
+        room: how many inputs leave at each place.
+        grain: inputs after which a row can be cut into parts.
+    """
+
+    of: Tensor
+    room: int
+    grain: int
+
+    @classmethod
+    def of_pattern(cls, pattern: str, channels: int, inputs: int) -> _Places | None:
+        """None where M does not divide the channels."""
+        kept, of = n_of_m(pattern)
+        if channels % of:
+            return None
+        taps = inputs // channels
+        number = torch.arange(inputs)
+        return cls(number // (of * taps) * taps + number % taps, of - kept, of * taps)
+
+
+def _of_stripes(
+    stripes: Tensor, covariance: Tensor, wide: int, most: int, places: _Places | None, turns: bool
+) -> Tensor:
+    """Variance that the outputs of each stripe lose with each unit, `(stripes, units)`.
+
+    Args:
+        stripes: weights of rows that leave together, `(stripes, rows, inputs)`.
+        covariance: of the inputs.
+        wide: inputs of a unit.
+        most: inputs of a part.
+        places: of a pattern that goes first.
+        turns: whether what makes up for a unit are those that are left.
+    """
+    grain = wide if places is None else places.grain
+    grains = len(covariance) // grain
+    parts = min(grains, -(-len(covariance) // max(1, most)))
+    found, first = [], 0
+    for part in range(parts):
+        last = grains * (part + 1) // parts * grain
+        precision = damped_inverse(covariance[first:last, first:last], RIDGE)[0].to(stripes)
+        own = stripes[..., first:last]
+        if turns:
+            chunks = own.split(max(1, HELD // precision.numel()))
+            slots = None if places is None else places.of[first:last].to(own.device)
+            room = 0 if places is None else places.room
+            found.append(torch.cat([_leaving(chunk, precision, wide, slots, room) for chunk in chunks]))
+        else:
+            found.append(_cost(own, precision.unsqueeze(0), wide))
+        first = last
+    return torch.cat(found, 1)
+
+
+def _cost(stripes: Tensor, precision: Tensor, wide: int) -> Tensor:
+    """`w^T inv(P_uu) w` summed over the rows of a stripe, `(stripes, units)`."""
+    if wide == 1:
+        return stripes.square().sum(1) / precision.diagonal(dim1=1, dim2=2).clamp(min=1e-30)
+    apart = stripes.unflatten(2, (-1, wide)).permute(0, 2, 3, 1)
+    return (apart * torch.linalg.solve(_inside(precision, wide), apart)).sum((2, 3))
+
+
+def _leaving(stripes: Tensor, precision: Tensor, wide: int, places: Tensor | None, room: int) -> Tensor:
+    """What each unit costs when its turn comes, rising in the order in which units of a stripe leave.
+
+    Args:
+        stripes: `(stripes, rows, inputs)`.
+        precision: inverse covariance of the inputs.
+        wide: inputs of a unit.
+        places: of each unit, `(units,)`, if some leave before others.
+        room: how many units leave from each place before any other does.
+    """
+    count, units = len(stripes), stripes.shape[2] // wide
+    precision = precision.expand(count, -1, -1)
+    result = stripes.new_zeros(count, units)
+    left = torch.arange(units, device=stripes.device).expand(count, -1)
+    reached, rooms = result[:, :1], None
+    if places is not None:
+        places = places - places.min()
+        rooms = left.new_full((count, int(places.max()) + 1), room)
+    while True:
+        cost = _cost(stripes, precision, wide)
+        most = max(1, left.shape[1] // AT_ONCE)
+        turn = cost
+        if places is not None and rooms is not None and bool(rooms.any()):
+            turn = cost.masked_fill(~_first(cost, places[left], rooms), torch.inf)
+            most = min(most, int(turn.isfinite().sum(1).min()))
+        order = turn.argsort(dim=1, stable=True)
+        gone, stay = order.tensor_split([most], 1)
+        paid = torch.maximum(cost.gather(1, gone).cummax(1).values, reached)
+        result.scatter_(1, left.gather(1, gone), paid)
+        if not stay.shape[1]:
+            return result
+        if places is not None and rooms is not None:
+            rooms = rooms.scatter_add(1, places[left.gather(1, gone)], -torch.ones_like(gone)).clamp(min=0)
+        reached, stay = paid[:, -1:], stay.sort(1).values
+        out, rest = _columns(gone, wide), _columns(stay, wide)
+        taken = _at(precision, 1, out)
+        across = _at(taken, 2, rest)
+        share = torch.linalg.solve(_at(taken, 2, out), across)
+        stripes = torch.baddbmm(_at(stripes, 2, rest), _at(stripes, 2, out), share, alpha=-1)
+        precision = torch.baddbmm(_at(_at(precision, 1, rest), 2, rest), across.mT, share, alpha=-1)
+        left = left.gather(1, stay)
+
+
+def _first(cost: Tensor, places: Tensor, rooms: Tensor) -> Tensor:
+    """Which units are the cheapest of a place that has room, one a place, bool `(stripes, units)`.
+
+    Args:
+        cost: `(stripes, units)`.
+        places: of each unit, `(stripes, units)`.
+        rooms: how many may still leave from each place, `(stripes, places)`.
+    """
+    least = torch.full_like(rooms, torch.inf, dtype=cost.dtype).scatter_reduce_(1, places, cost, "amin")
+    number = torch.arange(cost.shape[1], device=cost.device).expand_as(cost)
+    tied = torch.where(cost == least.gather(1, places), number, cost.shape[1])
+    chosen = torch.full_like(rooms, cost.shape[1]).scatter_reduce_(1, places, tied, "amin")
+    return (number == chosen.gather(1, places)) & (rooms.gather(1, places) > 0)
+
+
+def _columns(units: Tensor, wide: int) -> Tensor:
+    """Inputs of units, `(stripes, units * wide)`."""
+    return (units.unsqueeze(2) * wide + torch.arange(wide, device=units.device)).flatten(1)
+
+
+def _at(values: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Entries of `(stripes, ..., ...)` along a dimension, for each stripe its own."""
+    shape = list(values.shape)
+    shape[dim] = index.shape[1]
+    return values.gather(dim, index.unsqueeze(3 - dim).expand(shape))
