@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -65,11 +66,20 @@ def test_scoring_under_autocast_stays_close(residual: Built):
         assert rank > 0.98, name
 
 
-@pytest.mark.parametrize("engine", ["batched", "per_sample", "factored"])
-def test_scores_of_weights_agree_with_the_cpu(residual: Built, engine: str):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"engine": "batched"},
+        {"engine": "per_sample"},
+        {"engine": "factored"},
+        {"compensated": True},
+        {"compensated": "1:2"},
+    ],
+)
+def test_scores_of_weights_agree_with_the_cpu(residual: Built, settings: dict[str, Any]):
     there = copy.deepcopy(residual.model).cuda()
     weights = tp.weight_graph(residual.model)
-    criterion = tp.TPV(engine=engine, probes=2)
+    criterion = tp.TPV(probes=2, **settings)
     here = tp.score(residual.model, [residual.inputs], weights, criterion)
     other = tp.score(there, [residual.inputs], weights, criterion)
     for name, value in here.values.items():

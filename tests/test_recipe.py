@@ -25,6 +25,15 @@ recover:
 """
 
 
+@pytest.mark.parametrize(
+    ("images", "probes"), [(None, 1), (10**6, 1), (1280, 1), (899, 1), (640, 2), (300, 4), (100, 8), (1, 8)]
+)
+def test_few_images_are_probed_more_often(images, probes):
+    assert parse_recipe(FULL, "mine.yaml").criterion(images).probes == probes
+    assert parse_recipe(FULL, "mine.yaml", ["score.probes=3"]).criterion(images).probes == 3
+    assert parse_recipe(FULL, "mine.yaml", ["score.criterion=wanda"]).criterion(images) == tp.Wanda()
+
+
 def test_every_builtin_recipe_validates_and_its_model_can_be_built():
     assert {"quickstart", "quickstart_cnn", "quickstart_vit"} <= set(builtin_recipes())
     for name in builtin_recipes():
@@ -82,6 +91,7 @@ def test_settings_that_a_criterion_lacks_are_refused(overrides, message):
         (["sparsify.sparsity=0.5", "sparsify.pattern='2:4'"], "give either sparsity, as 0.5, or pattern"),
         (["sparsify.sparsity=1.5"], "sparsify.sparsity"),
         (["sparsify.pattern=half"], "sparsify.pattern"),
+        (["sparsify.pattern='4:2'"], "no N:M with N below M"),
         (["sparsify.sparsty=0.5"], "did you mean 'sparsity'"),
     ],
 )
@@ -98,10 +108,29 @@ def test_zeros_are_asked_for_by_a_share_or_a_pattern(overrides, message):
         (["sparsify.sparsity=0.5", "recover.reconstruct=null"], tp.L1()),
         (["sparsify.sparsity=0.5", "sparsify.criterion=tpv", "recover.reconstruct=null"], tp.TPV()),
         (["sparsify.sparsity=0.5", "sparsify.criterion=l1"], tp.L1()),
+        (
+            ["sparsify.sparsity=0.5", "score.head=logits", "score.seed=3"],
+            tp.TPV(head="logits", seed=3, compensated=True),
+        ),
+        (["sparsify.sparsity=0.5", "score.criterion=l1"], tp.TPV(compensated=True)),
     ],
 )
 def test_weights_are_scored_for_what_follows(overrides, wanted):
-    assert parse_recipe(FULL, "mine.yaml", overrides).criterion_of_weights() == wanted
+    recipe = parse_recipe(FULL, "mine.yaml", overrides)
+    assert recipe.criterion_of_weights() == wanted
+    if isinstance(wanted, tp.TPV):
+        assert recipe.criterion_of_weights(100).probes == 8
+
+
+def test_recipes_of_earlier_versions_that_name_a_probe_are_read():
+    assert parse_recipe(FULL, "mine.yaml", ["score.criterion=wanda", "score.probes=1"]).criterion() == tp.Wanda()
+    with pytest.raises(tp.RecipeError, match="no setting 'probes'"):
+        parse_recipe(FULL, "mine.yaml", ["score.criterion=wanda", "score.probes=2"])
+
+
+def test_channels_are_compensated_by_one_engine_alone():
+    with pytest.raises(tp.RecipeError, match="engine 'activations'"):
+        parse_recipe(FULL, "mine.yaml", ["score.compensated=true", "score.engine=batched"])
 
 
 def test_the_resolved_recipe_reads_back_as_itself():

@@ -18,6 +18,7 @@ from tests.helpers import assert_scores_close
 from tests.test_cli import CLASSES, make_images
 from tpvprune.planning.widths import costs_of
 from tpvprune.recipe import validate_recipe
+from tpvprune.runfolder import stage_keys
 from tpvprune.workflow import Run
 
 
@@ -98,7 +99,7 @@ def test_a_criterion_that_needs_labels_says_so(place: Path):
 
 
 def test_the_stage_says_how_sure_the_ranking_is(place: Path):
-    told = Run(recipe(place), place / "out").until("score")
+    told = Run(recipe(place, "score.probes=1"), place / "out").until("score")
     assert 0 <= told["wrong_side"] <= 0.5
     assert -1 <= told["rank_correlation"] <= 1
     assert told["samples_to_settle"] > 12
@@ -177,6 +178,28 @@ def test_a_budget_of_milliseconds_is_planned_by_a_table_of_this_machine(
     assert not (place / "other" / "scores.safetensors").exists()
 
 
+def test_zeros_are_chosen_again_when_what_they_are_scored_for_changes(place: Path):
+    asked = ("budget.macs=1.0", "score.criterion=l1", "sparsify.sparsity=0.5")
+    keys = [stage_keys(recipe(place, *asked, *more), "plan") for more in ((), ("recover.reconstruct=null",))]
+    assert keys[0]["score"] == keys[1]["score"]
+    assert keys[0]["plan"] != keys[1]["plan"]
+
+
+def test_weights_that_cannot_be_compensated_are_chosen_by_magnitude(place: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise tp.ModelError("'up' is a ConvTranspose2d")
+
+    monkeypatch.setattr("tpvprune.scoring.tpv.parts_of_inputs", refuse)
+    lines: list[str] = []
+    asked = ("budget.macs=1.0", "score.criterion=l1", "sparsify.sparsity=0.5")
+    run = Run(recipe(place, *asked), place / "out", log=lines.append)
+    run.until("plan")
+    assert any("scored by magnitude: 'up' is a ConvTranspose2d" in line for line in lines)
+    assert run.plan.sparsity == pytest.approx(0.5, abs=0.01)
+    with pytest.raises(tp.ModelError):
+        Run(recipe(place, *asked, "sparsify.criterion=tpv"), place / "other").until("plan")
+
+
 def test_zeros_follow_the_cut_and_change_the_plan_alone(place: Path):
     asked = ("budget.macs=0.7", "sparsify.pattern='2:4'")
     run = Run(recipe(place, *asked), place / "out")
@@ -190,7 +213,9 @@ def test_zeros_follow_the_cut_and_change_the_plan_alone(place: Path):
         tp.apply(without.inputs.dense, without.plan),
         tp.weight_graph(tp.apply(without.inputs.dense, without.plan)),
     )
-    scores = tp.score(small, without.inputs.loader(without.inputs.scored()), weights, tp.TPV(compensated="2:4"))
+    scores = tp.score(
+        small, without.inputs.loader(without.inputs.scored()), weights, tp.TPV(compensated="2:4", probes=8)
+    )
     by_hand = tp.sparsify(scores, weights, pattern="2:4", after=without.plan)
     assert run.plan.diff(by_hand) == {}
     run.until("eval")

@@ -26,7 +26,7 @@ def parse_amount(value: float | str, what: str) -> float:
     return _read(value, what)[0]
 
 
-def n_of_m(pattern: str) -> tuple[int, int]:
+def n_of_m(pattern: str, what: str = "pattern") -> tuple[int, int]:
     """N and M of "N:M": how many of every M stay.
 
     Raises:
@@ -34,7 +34,7 @@ def n_of_m(pattern: str) -> tuple[int, int]:
     """
     found = re.fullmatch(r"(\d+):(\d+)", str(pattern))
     if found is None or not 0 < int(found[1]) < int(found[2]):
-        raise BudgetError(f"pattern={pattern!r} is no N:M with N below M; write '2:4'")
+        raise BudgetError(f"{what}={pattern!r} is no N:M with N below M; write '2:4'")
     return int(found[1]), int(found[2])
 
 

@@ -96,14 +96,14 @@ def _compared(
         images, held = run.inputs.images, next(iter(chosen.values()))
         assert recipe.data is not None
         about: dict[str, Any] = {"workers": recipe.data.workers}
-        scored = images.scored.sample(held.score.samples, recipe.seed).loader(recipe.data.batch_size, **about)
+        pool = images.scored.sample(held.score.samples, recipe.seed)
         measured = images.measured if samples is None else images.measured.sample(samples, recipe.seed)
         with only_run(folder):
             found = compare_criteria(
                 run.inputs.dense,
-                scored,
+                pool.loader(recipe.data.batch_size, **about),
                 run.graph,
-                {name: made.criterion() for name, made in chosen.items()},
+                {name: made.criterion(len(pool)) for name, made in chosen.items()},
                 measured.loader(recipe.data.batch_size, **about),
                 shares=shares,
                 budget=recipe.limits(),

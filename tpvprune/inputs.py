@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tpvprune.deploy.examples import Changed
 from tpvprune.errors import DataError, ModelError
 from tpvprune.recipe import Recipe
+from tpvprune.scoring.criteria import Criterion
 from tpvprune.zoo.data import input_size, open_pool, overlap
 from tpvprune.zoo.models import create_model
 from tpvprune.zoo.pool import Loader, Pool
@@ -95,6 +96,10 @@ class Inputs:
     def scored(self) -> Pool | Stream:
         """The images that scores are made of."""
         return self.images.scored.sample(self.recipe.score.samples, self.recipe.seed)
+
+    def criterion(self) -> Criterion:
+        """How those images are scored."""
+        return self.recipe.criterion(len(self.scored()))
 
     def changed(self, model: str) -> Changed:
         """Collects images whose answer changed; those of a folder were normalised, and are shown as they were."""

@@ -24,6 +24,7 @@ from tpvprune.recovery.reconstruct import Reconstruct
 from tpvprune.recovery.settings import Finetune, GaussNewton
 from tpvprune.schedule import Planning
 from tpvprune.scoring.criteria import Criterion
+from tpvprune.scoring.probing import probes_for
 from tpvprune.scoring.registry import CRITERIA, criterion_named
 from tpvprune.sections import (
     BudgetSection,
@@ -64,28 +65,41 @@ class Recipe(Strict):
             return {**data, "budget": {"macs": 0.5, **budget}}
         return data
 
-    def criterion(self) -> Criterion:
-        """How to score: the settings that the criterion has, and no other that was written down."""
+    def criterion(self, images: int | None = None) -> Criterion:
+        """How to score: the settings that the criterion has, and no other that was written down.
+
+        Args:
+            images: how many are scored, where that is known.
+        """
         section = self.score
         own = {name for name in _fields_of(CRITERIA[section.criterion]) if hasattr(section, name)}
         written = section.model_fields_set - {"criterion", "samples"}
         extra = {name for name in written - own if getattr(section, name) != ScoreSection.model_fields[name].default}
+        extra -= {"probes"} if section.probes == 1 else set()  # as recipes of earlier versions write it out
         settings = {name: getattr(section, name) for name in own | extra}
+        if settings.get("probes", 1) is None:
+            settings["probes"] = 1 if images is None else probes_for(images)
         if settings.get("compensated", True) is None:
             possible = section.over == "consume" and section.engine in ("auto", "activations")
             refitted = self.recover.reconstruct is not None
             whole = self.plan.allocator == "joint" or self.budget.drift is not None  # need effects of the cut itself
             settings["compensated"] = possible and refitted and not section.sensitivities and not whole
+        if settings.get("compensated") and settings.get("engine") not in ("auto", "activations"):
+            raise RecipeError("score: compensated scores of channels are made by engine 'activations' alone")
         try:
             return criterion_named(section.criterion, settings)
         except InputError as error:
             raise RecipeError(f"score: {error}") from error
 
-    def criterion_of_weights(self) -> Criterion:
+    def criterion_of_weights(self, images: int | None = None) -> Criterion:
         """How to score single weights: compensated TPV where a refit makes up for them, else by magnitude."""
         section, refitted = self.sparsify or SparsifySection(sparsity=0.5), self.recover.reconstruct is not None
         name = section.criterion or ("tpv" if refitted else "l1")
-        return criterion_named(name, {"compensated": refitted and (section.pattern or True)} if name == "tpv" else None)
+        if name == "l1":
+            return criterion_named(name)
+        score, probes = self.score, 1 if images is None else probes_for(images)
+        settings = {"head": score.head, "seed": score.seed, "probes": score.probes or probes}
+        return criterion_named(name, {**settings, "compensated": refitted and (section.pattern or True)})
 
     def limits(self) -> Budget:
         """What the result may cost."""
@@ -211,7 +225,13 @@ def validate_recipe(
         raise RecipeError(_explain(error, kind, origin, set_by, lines or {})) from error
     if isinstance(recipe, Recipe):
         try:
-            for settings in (recipe.criterion, recipe.limits, recipe.planning, recipe.closed_form):
+            for settings in (
+                recipe.criterion,
+                recipe.criterion_of_weights,
+                recipe.limits,
+                recipe.planning,
+                recipe.closed_form,
+            ):
                 settings()
             recipe.gauss_newton(), recipe.distillation()
         except RecipeError as error:

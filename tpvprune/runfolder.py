@@ -77,7 +77,8 @@ def _matters(recipe: Recipe, stage: str) -> dict[str, Any]:
     recover = sections["recover"]
     kept_back = {"kept_back": True} if recover["finetune"] else {}  # images that nothing is refitted on
     refit = {"refit_with": recover["reconstruct"], **kept_back} if plan["refit"] else {}
-    zeros = {"sparsify": sections["sparsify"]} if sections["sparsify"] else {}
+    by = {"criterion_of_weights": repr(recipe.criterion_of_weights())}
+    zeros = {"sparsify": sections["sparsify"], **by} if sections["sparsify"] else {}
     latency = sections["latency"] if timed else None
     return {"budget": sections["budget"], "plan": plan, "latency": latency, **refit, **zeros}
 

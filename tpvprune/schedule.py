@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
@@ -18,6 +18,8 @@ from tpvprune.plan import Plan, plan_of
 from tpvprune.planning.allocate import ALLOCATORS, Allocator, allocate
 from tpvprune.planning.graph import trace
 from tpvprune.planning.latency import LatencyTable
+from tpvprune.planning.sparsity import sparsify
+from tpvprune.planning.weights import weight_graph
 from tpvprune.planning.widths import check_reachable, costs_of, widths_of
 from tpvprune.recovery.reconstruct import Reconstruct, reconstruct
 from tpvprune.report import compare
@@ -221,3 +223,30 @@ def _from(criterion: Criterion, dense: nn.Module) -> Criterion:
     if counts and criterion.reference is None:  # type: ignore[attr-defined]  # both have it
         return replace(criterion, reference=dense)  # type: ignore[type-var]  # both are dataclasses
     return criterion
+
+
+def hold_zeros(
+    dense: nn.Module,
+    plan: Plan,
+    batches: Iterable[Batch],
+    criterion: Criterion,
+    asked: Mapping[str, Any],
+    progress: Progress | None = None,
+) -> Plan:
+    """A plan, and single weights of what it leaves held at zero.
+
+    Args:
+        dense: the dense model.
+        plan: what leaves it.
+        batches: to score what is left on.
+        criterion: how to.
+        asked: arguments of `sparsify`.
+        progress: see `score`.
+
+    Raises:
+        ModelError: the criterion cannot score a weight.
+        BudgetError: what is asked for cannot be met.
+    """
+    small = apply(dense, plan)
+    weights = weight_graph(small)
+    return sparsify(score(small, batches, weights, criterion, progress=progress), weights, after=plan, **asked)

@@ -8,7 +8,7 @@ from typing import Any, Literal, Optional, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
-from tpvprune.budget import BOUNDS, Budget
+from tpvprune.budget import BOUNDS, Budget, n_of_m
 from tpvprune.recovery.reconstruct import Reconstruct
 from tpvprune.recovery.settings import Finetune, GaussNewton
 from tpvprune.schedule import Planning
@@ -69,6 +69,7 @@ ScoreSection: Any = _section_of(
     criterion=(Literal[tuple(CRITERIA)], "tpv"),
     head=(Literal[tuple(sorted(HEADS))], "softmax"),
     compensated=(bool | None, None),  # None: if a refit follows
+    probes=(int | Literal["exact"] | None, None),  # None: 1, and more where there are few images, see `probes_for`
     samples=(int | None, Field(default=1280, ge=1)),
 )
 _ANY_BOUND: Any = dict.fromkeys(BOUNDS, (float | str | None, None))
@@ -113,6 +114,8 @@ class SparsifySection(Strict):
     def _one_of_two(self) -> SparsifySection:
         if (self.sparsity is None) == (self.pattern is None):
             raise ValueError("give either sparsity, as 0.5, or pattern, as '2:4'")
+        if self.pattern is not None:
+            n_of_m(self.pattern)
         return self
 
 

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +23,22 @@ from tpvprune.card import write_card
 from tpvprune.checkpoint import ABOUT, load, save
 from tpvprune.deploy.page import write_page
 from tpvprune.deploy.story import EXAMPLES
-from tpvprune.errors import DataError, RecipeError, TpvpruneError
+from tpvprune.errors import DataError, ModelError, RecipeError, TpvpruneError
 from tpvprune.files import sweep, write_text
 from tpvprune.inputs import Inputs
 from tpvprune.lock import only_run
 from tpvprune.plan import Plan
 from tpvprune.planning.graph import trace
 from tpvprune.planning.latency import LatencyTable, default_cache, latency_table
-from tpvprune.planning.sparsity import sparsify
-from tpvprune.planning.weights import weight_graph
 from tpvprune.planning.widths import check_reachable
 from tpvprune.recipe import Recipe
 from tpvprune.recovering import Recovery, refitted
 from tpvprune.runfolder import PARTIAL, PRODUCTS, RECIPE, STAGES, STATE, holds, one_line, stage_keys, stored_recipe
-from tpvprune.schedule import plan_for
+from tpvprune.schedule import hold_zeros, plan_for
 from tpvprune.scores import Scores
 from tpvprune.scoring.collect import Streaming
 from tpvprune.scoring.criteria import predicted_kl, score
+from tpvprune.scoring.registry import criterion_named
 from tpvprune.sections import SparsifySection
 from tpvprune.surgery.removal import apply
 from tpvprune.types import Graph, read_json
@@ -227,7 +226,7 @@ class Run:
 
     def _score(self) -> dict[str, Any]:
         pool = self.inputs.scored()
-        criterion, graph = self.recipe.criterion(), self.graph
+        criterion, graph = self.inputs.criterion(), self.graph
         save = self._partial("score", ".safetensors") if isinstance(criterion, Streaming) else None
         scores = score(self.inputs.dense, self.inputs.loader(pool), graph, criterion, progress=self.progress, save=save)
         scores.save(self._path("score"))
@@ -246,7 +245,7 @@ class Run:
             self.inputs.loader(self.inputs.scored()),
             graph,
             recipe.limits(),
-            criterion=recipe.criterion(),
+            criterion=self.inputs.criterion(),
             planning=recipe.planning(),
             scores=Scores.load(self._path("score")),
             latency=self._latency,
@@ -272,19 +271,17 @@ class Run:
 
     def _sparse(self, plan: Plan, section: SparsifySection) -> Plan:
         """A plan, and single weights of what it leaves held at zero."""
-        small = apply(self.inputs.dense, plan)
-        weights = weight_graph(small)
-        loader, criterion = self.inputs.loader(self.inputs.scored()), self.recipe.criterion_of_weights()
-        scores = score(small, loader, weights, criterion, progress=self.progress)
-        return sparsify(
-            scores,
-            weights,
-            section.sparsity,
-            pattern=section.pattern,
-            scope=section.scope,
-            protect=section.protect,
-            after=plan,
+        pool, asked = self.inputs.scored(), section.model_dump(exclude={"criterion"})
+        hold = partial(
+            hold_zeros, self.inputs.dense, plan, self.inputs.loader(pool), asked=asked, progress=self.progress
         )
+        try:
+            return hold(self.recipe.criterion_of_weights(len(pool)))
+        except ModelError as error:
+            if section.criterion is not None:
+                raise
+            self.log(f"single weights are scored by magnitude: {error}")
+            return hold(criterion_named("l1"))
 
     def _apply(self) -> dict[str, Any]:
         small = apply(self.inputs.dense, self.plan)
@@ -307,10 +304,12 @@ class Run:
 
     def _eval(self) -> dict[str, Any]:
         plan, state = self.plan, self._state()
-        batches = self.inputs.loader(self.inputs.images.measured)
+        measured = self.inputs.images.measured
+        batches = self.inputs.loader(measured)
         predicted = None  # of single weights there is no prediction
         if not plan.zeros:
-            predicted = predicted_kl(self.recipe.criterion(), self.inputs.dense, batches, plan, self.progress)
+            criterion = self.recipe.criterion(len(measured))
+            predicted = predicted_kl(criterion, self.inputs.dense, batches, plan, self.progress)
         recovered = bool(state["recover"]["told"]["steps"])
         changed = self.inputs.changed("recovered" if recovered else "pruned")
         scored = state["score"]["told"]["images"]

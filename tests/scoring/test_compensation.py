@@ -139,6 +139,40 @@ def test_a_copy_of_a_channel_costs_nothing_when_it_can_be_made_up_for():
     assert one < 1e-3 < 0.1 < other  # as soon as one has left, nothing makes up for the other
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_of_two_copies_that_leave_in_one_step_one_is_free(heads: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compensation, "AT_ONCE", 4)
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.Tanh(), torch.nn.Linear(24, 3)).double()
+    with torch.no_grad():
+        net[0].weight[5 * heads : 6 * heads] = net[0].weight[:heads]
+        net[0].bias[5 * heads : 6 * heads] = net[0].bias[:heads]
+        net[2].weight.fill_(1.0)
+    inputs = torch.randn(400, 16, dtype=torch.float64)
+    maps = residuals(net, [inputs], tp.trace(net, inputs[:1]), (1e-8,))
+    units = torch.arange(24).reshape(-1, heads)
+    member = tp.Member("2.weight", 1, units if heads > 1 else None, "consume")
+    reads = _Reads(net, member, len(units), maps["2"])
+    costs = _in_turn(reads.energy(torch.arange(len(units))), [reads])
+    one, other = sorted(costs[[0, 5]].tolist())
+    assert one < 1e-6 < 1e-2 < other
+
+
+@pytest.mark.parametrize("name", ["mlp", "vit"])
+def test_units_in_order_cost_what_they_cost_when_those_before_have_left(name: str):
+    b = built(name)
+    maps = residuals(b.model, [many(b, 80)], b.graph, (1e-2,))
+    for group in b.graph.groups:
+        member = group.of_role("consume")[0]
+        together, one_by_one = (_Reads(b.model, member, group.units, maps[member.layer]) for _ in range(2))
+        units = torch.arange(group.units).flip(0)[: max(1, group.units - 1)]
+        costs = together.in_order(units)
+        for unit, cost in zip(units.tolist(), costs.tolist(), strict=True):
+            assert cost == pytest.approx(float(one_by_one.energy(torch.tensor([unit]))), rel=1e-6, abs=1e-12)
+            if unit != units[-1]:
+                one_by_one.remove(torch.tensor([unit]))
+
+
 def test_what_compensated_scores_refuse(mlp: Built, tmp_path):
     with pytest.raises(tp.InputError, match="compensated=True"):
         tp.TPV(compensated=True, over="all")

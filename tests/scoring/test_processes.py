@@ -81,6 +81,11 @@ def work(rank: int, folder: str) -> None:
             scored("probes", rank, WORLD, **kwargs)
         except tp.InputError as error:
             found[name] = str(error)
+    try:  # a process without a batch waits for none that refused
+        mine = data(1)[rank::WORLD]
+        tp.score(built("mlp").model, mine, built("mlp").graph, tp.TPV(compensated=True, engine="batched"))
+    except tp.InputError as error:
+        found["refused"] = str(error)
     try:
         tp.score(built("mlp").model, [], built("mlp").graph)
     except tp.InputError as error:
@@ -162,6 +167,7 @@ def test_what_several_processes_cannot_do_is_refused(found: Any) -> None:
         assert "several processes cannot; leave it out" in one["until"]
         assert "start= is for one process" in one["start"]
         assert "give more batches" in one["nothing"]
+        assert "leave compensated out" in one["refused"]
 
 
 def test_one_process_saves_once(found: Any) -> None:

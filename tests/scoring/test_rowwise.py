@@ -13,6 +13,7 @@ import tpvprune as tp
 from tests import tolerances
 from tests.cases import example, randomise
 from tests.helpers import built, gap
+from tpvprune.patches import some_of
 from tpvprune.scoring import rowwise
 
 RIDGE = 0.01
@@ -112,7 +113,8 @@ def wanted(
         damped = seen.T.cov(correction=0)
         damped = damped + RIDGE * damped.diagonal().mean() * torch.eye(len(damped), dtype=damped.dtype)
         own = weight[row : row + high]
-        moved = sum(float((own[:, unit] @ seen[:, unit].T).square().mean(1).sum()) for unit in units)
+        damping = float((damped - seen.T.cov(correction=0)).diagonal()[0]) * float(own.square().sum())
+        moved = damping + sum(float((own[:, unit] @ seen[:, unit].T).square().mean(1).sum()) for unit in units)
         result[stripe] = by_brute_force(own, damped, units, turns, *chosen) * alone[stripe].sum() / moved
     return result
 
@@ -194,18 +196,60 @@ def test_any_engine_prices_the_rows(engine: str):
         assert gap(found.values[group.id], expected) < tolerances.UNDAMPED * float(expected.max())
 
 
-def test_one_of_two_weights_that_read_the_same_is_free():
+@pytest.mark.parametrize("width", [6, 80, 200])
+def test_one_of_two_weights_that_read_the_same_is_free(width: int):
+    """In wide rows too, of which many leave in one step."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 5)).double()
-    inputs = torch.randn(300, 6, dtype=torch.float64)
+    net = nn.Sequential(nn.Linear(width, 5)).double()
+    inputs = torch.randn(4 * width, width, dtype=torch.float64)
     inputs[:, 5] = inputs[:, 0]
     with torch.no_grad():
-        net[0].weight[:, [0, 5]] = 1.0
-    scores = tp.score(net, [inputs], tp.weight_graph(net), tp.TPV(head="logits", compensated=True))
-    pair = scores.values["0.weight"].reshape(5, 6)[:, [0, 5]].sort(1).values
-    assert bool((pair[:, 0] < 0.02 * pair[:, 1]).all())
+        net[0].weight.fill_(1.0)
+    scores = tp.score(net, [inputs], tp.weight_graph(net), tp.TPV(head="logits", compensated=True)).values["0.weight"]
+    scores = scores.reshape(5, width)
+    pair = scores[:, [0, 5]].sort(1).values
+    assert bool((pair[:, 0] < 0.03 * pair[:, 1]).all())
+    assert bool((pair[:, 1] > scores.median()).all())
     alone = tp.score(net, [inputs], tp.weight_graph(net), tp.TPV(head="logits", compensated="alone"))
-    assert float(alone.values["0.weight"].reshape(5, 6)[:, [0, 5]].max()) < 0.02 * float(pair.max())
+    assert float(alone.values["0.weight"].reshape(5, width)[:, [0, 5]].max()) < 0.03 * float(pair.max())
+
+
+def test_units_that_leave_together_cost_what_refits_one_after_the_other_leave(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rowwise, "AT_ONCE", 4)
+    model, inputs = randomise(nn.Sequential(nn.Linear(12, 4))), example(40, 12)
+    graph = tp.weight_graph(model)
+    found = tp.score(model, [inputs], graph, tp.TPV(compensated=True)).values["0.weight"].reshape(4, 12)
+    plain = tp.score(model, [inputs], graph, tp.TPV(engine="factored")).values["0.weight"].reshape(4, 12)
+    damped = inputs.T.cov(correction=0)
+    damping = RIDGE * damped.diagonal().mean()
+    damped = damped + damping * torch.eye(12, dtype=damped.dtype)
+    weight = model[0].weight.detach()
+    for row in range(4):
+        price = plain[row].sum() / (weight[row].square() * (inputs.square().mean(0) + damping)).sum()
+        left, reached = list(range(12)), 0.0
+        while left:
+            before = left_by(left, weight[row], damped)
+            costs = {i: left_by([j for j in left if j != i], weight[row], damped) - before for i in left}
+            chosen = sorted(left, key=lambda i: costs[i])[: max(1, len(left) // 4)]
+            floor = reached
+            for i in chosen:
+                left.remove(i)
+                after = left_by(left, weight[row], damped)
+                expected = float(price) * max(after - before, floor)
+                assert float(found[row, i]) == pytest.approx(expected, rel=1e-6, abs=1e-12)
+                before = after
+            reached = max(reached, costs[chosen[-1]])
+
+
+def test_inputs_that_are_dead_where_they_were_looked_at_are_scored_all_the_same():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 4, 1, groups=4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    inputs = torch.rand(16, 4, 32, 32)
+    flat = inputs.flatten(2)
+    flat[:, 0, some_of(1024, rowwise.POSITIONS)] = 0
+    scores = tp.score(net, [flat.reshape(inputs.shape)], tp.weight_graph(net), tp.TPV(compensated=True))
+    assert all(bool(torch.isfinite(value).all()) for value in scores.values.values())
+    assert float(scores.values["0.weight"][0]) > 0
 
 
 def test_parts_of_wide_rows_make_up_for_themselves_alone(monkeypatch: pytest.MonkeyPatch):
@@ -216,8 +260,10 @@ def test_parts_of_wide_rows_make_up_for_themselves_alone(monkeypatch: pytest.Mon
     found = tp.score(model, [inputs], graph, tp.TPV(compensated=True)).values["0.weight"].reshape(3, 10)
     price = tp.score(model, [inputs], graph, tp.TPV(engine="factored")).values["0.weight"].reshape(3, 10).sum(1)
     weight = model[0].weight.detach()
-    price = price / (weight.square() * inputs.square().mean(0)).sum(1)
-    for part in (slice(0, 3), slice(3, 6), slice(6, 10)):
+    cuts = (slice(0, 3), slice(3, 6), slice(6, 10))
+    ridge = torch.cat([RIDGE * inputs[:, cut].var(0, correction=0).mean().expand(cut.stop - cut.start) for cut in cuts])
+    price = price / (weight.square() * (inputs.square().mean(0) + ridge)).sum(1)
+    for part in cuts:
         damped = inputs[:, part].T.cov(correction=0)
         damped = damped + RIDGE * damped.diagonal().mean() * torch.eye(len(damped), dtype=damped.dtype)
         units = [[i] for i in range(len(damped))]
@@ -264,8 +310,14 @@ def test_what_compensated_scores_of_weights_refuse():
     first = tp.score(b.model, [b.inputs], graph, tp.TPV(compensated=True))
     with pytest.raises(tp.InputError, match="cannot be added"):
         tp.score(b.model, [b.inputs], graph, tp.TPV(compensated=True), start=first)
-    with pytest.raises(tp.BudgetError, match="no N:M"):
+    with pytest.raises(tp.BudgetError, match="compensated='most' is no N:M"):
         tp.TPV(compensated="most")
+    with pytest.raises(tp.InputError, match="'alone' or a pattern"):
+        tp.TPV(compensated=1.5)
+    tied = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6))
+    tied[1].weight = tied[0].weight
+    with pytest.raises(tp.ModelError, match="leave its layer out"):
+        tp.score(tied, [torch.arange(6)], tp.weight_graph(tied), tp.TPV(compensated=True))
     with pytest.raises(tp.InputError, match="weight_graph"):
         tp.score(b.model, [b.inputs], b.graph, tp.TPV(compensated="2:4"))
     with pytest.raises(tp.InputError, match="single weights"):

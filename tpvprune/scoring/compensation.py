@@ -15,23 +15,20 @@ the samples are dealt out to two halves, and each half's residuals are those of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tpvprune.batches import Batch, device_of, evaluation_mode, inputs_of
+from tpvprune.batches import Batch
 from tpvprune.errors import NonFiniteError
 from tpvprune.members import Member
-from tpvprune.reads import ThroughLayers
 from tpvprune.scoring.activations import channel_axis
-from tpvprune.scoring.engine import global_number, of_all, process
+from tpvprune.scoring.moments import Moments, damped_inverse, together, watch
 from tpvprune.types import Graph
 
-SAMPLES = 2560  # covariances of a few thousand channels are known well enough from these, at many positions each
 AT_ONCE = 32  # of so many units that are left, one leaves in a step
 DOUBT = 0.01  # share of a unit's whole output below which its own score says little of what a part of it costs
 
@@ -76,64 +73,6 @@ def _of_half(value: Tensor, numbers: range, half: int) -> Tensor:
     return each[(half + numbers.start) % 2 :: 2]
 
 
-class Moments:
-    """Sums over the rows of what a layer is given, `(..., rows, channels)`: over samples and positions."""
-
-    def __init__(self) -> None:
-        self.rows = 0
-        self.total = self.square = torch.zeros(())
-
-    def add(self, rows: Tensor) -> None:
-        """Add rows."""
-        rows = rows if rows.dtype == torch.float64 else rows.float()
-        self.rows += rows.shape[-2]
-        self.total = self.total + rows.sum(-2).double()
-        self.square = self.square + (rows.mT @ rows).double()
-
-    def __add__(self, other: Moments) -> Moments:
-        whole = Moments()
-        whole.rows = self.rows + other.rows
-        whole.total, whole.square = self.total + other.total, self.square + other.square
-        return whole
-
-    def covariance(self) -> tuple[Tensor, Tensor]:
-        """Mean `(..., channels)` and covariance `(..., channels, channels)`."""
-        mean = self.total / self.rows
-        return mean, self.square / self.rows - mean.unsqueeze(-1) * mean.unsqueeze(-2)
-
-
-def watch(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    layers: Iterable[tuple[str, nn.Module]],
-    see: Callable[[str, nn.Module, Tensor, range], None],
-) -> None:
-    """One forward pass over the first `SAMPLES` samples.
-
-    Args:
-        model: any module.
-        batches: its inputs; a process among several may have none.
-        layers: names, and modules of the model.
-        see: told the name and the module of each layer that is called, what it is given and the numbers of the samples.
-    """
-    numbers, seen, layers = range(0), 0, list(layers)
-
-    def hook(name: str) -> Any:
-        return lambda module, args: see(name, module, args[0].detach(), numbers)
-
-    for local, batch in enumerate(batches):
-        inputs, first = inputs_of(batch).to(device_of(model)), global_number(local)
-        numbers = range(first, first + len(inputs))
-        # Hooks are on for the pass alone: what gives the batches may use the model too.
-        with evaluation_mode(model), torch.no_grad(), ThroughLayers(model), ExitStack() as hooks:
-            for name, module in layers:
-                hooks.enter_context(module.register_forward_pre_hook(hook(name)))
-            model(inputs)
-        seen += len(inputs)
-        if seen >= SAMPLES // process()[1]:
-            break
-
-
 def residuals(model: nn.Module, batches: Iterable[Batch], graph: Graph, ridges: Sequence[float]) -> dict[str, Residual]:
     """The residual map of every layer that reads units of the graph, from one forward pass.
 
@@ -153,22 +92,13 @@ def residuals(model: nn.Module, batches: Iterable[Batch], graph: Graph, ridges: 
             held.add(_of_half(value, numbers, half).flatten(0, -2))
 
     watch(model, batches, [(name, model.get_submodule(name)) for name in layers], see)
-    if process()[1] > 1:
-        moments = _together(of_all(moments))
+    even, odd = (together({name: pair[half] for name, pair in moments.items()}, model) for half in (0, 1))
+    moments = {name: (even[name], odd[name]) for name in moments}
     return {
         name: _residual(model, graph, name, *halves, ridges)
         for name, halves in moments.items()
         if halves[0].rows + halves[1].rows
     }
-
-
-def _together(
-    of_each: list[dict[str, tuple[Moments, Moments]]],
-) -> dict[str, tuple[Moments, Moments]]:
-    whole = of_each[0]
-    for other in of_each[1:]:
-        whole = {name: (even + other[name][0], odd + other[name][1]) for name, (even, odd) in whole.items()}
-    return whole
 
 
 def _residual(
@@ -202,22 +132,6 @@ def _precision(model: nn.Module, layer: str, covariance: Tensor, ridge: float) -
         return damped_inverse(covariance, ridge)
     except ArithmeticError:
         raise NonFiniteError(f"layer {layer!r} is given NaN or infinity; check the input and the weights") from None
-
-
-def damped_inverse(covariance: Tensor, ridge: float) -> tuple[Tensor, float]:
-    """Inverse of a covariance with a ridge, a share of its mean variance, and what that adds to the diagonal.
-
-    Raises:
-        ArithmeticError: the covariance is not finite.
-    """
-    damping = max(ridge, 1e-8) * covariance.diagonal().mean().clamp(min=1e-30)
-    eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
-    for _ in range(60):
-        factor, failed = torch.linalg.cholesky_ex(covariance + damping * eye)
-        if not failed:
-            return torch.cholesky_inverse(factor), float(damping)
-        damping = 10 * damping  # what hardly varies about a large mean is not positive definite, for rounding
-    raise ArithmeticError("no damping makes the covariance positive definite")
 
 
 def _width(model: nn.Module, layer: str, channels: int) -> int:
@@ -274,6 +188,20 @@ class _Reads:
         spread = self.precision[:, columns].permute(1, 0, 2) @ solved
         return ((weight * solved).sum((1, 2)) - self.damping * spread.square().sum((1, 2))).clamp(min=0)
 
+    def in_order(self, units: Tensor) -> Tensor:
+        """`energy` of each of some units once those before it have left, `(units,)`."""
+        columns = self.columns[units]
+        flat, wide = columns.flatten(), columns.shape[1]
+        factor = torch.linalg.cholesky(self.precision[flat][:, flat])
+        # Eliminated in this order, each column has its weights and its residual over the root of its pivot here.
+        own = torch.linalg.solve_triangular(factor, self.weight[:, flat].mT, upper=False).unflatten(0, (-1, wide))
+        along = torch.linalg.solve_triangular(factor, self.precision[flat], upper=False).unflatten(0, (-1, wide))
+        if wide == 1:
+            spread = own.square().sum((1, 2)) * along.square().sum((1, 2))
+        else:
+            spread = (along.mT @ own).square().sum((1, 2))
+        return (own.square().sum((1, 2)) - self.damping * spread).clamp(min=0)
+
     def whole(self) -> Tensor:
         """Variance of all that each unit gives, `(units,)`, before any has left."""
         eye = torch.eye(len(self.precision), dtype=self.precision.dtype)
@@ -310,7 +238,7 @@ def _by_channel(layer: Any, channels: int) -> Tensor:
 def left_later(
     model: nn.Module, graph: Graph, maps: Mapping[str, Residual], alone: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What units cost when their turn comes, `(units,)` per group, rising in the order in which they leave.
+    """What units cost when their turn comes, `(units,)` per group, none less than what was cheapest before.
 
     Args:
         model: the model scored.
@@ -339,8 +267,10 @@ def _in_turn(alone: Tensor, reads: Sequence[_Reads]) -> Tensor:
     while len(left):
         cost = prices[left] * energy()
         order = cost.argsort(stable=True)[: max(1, len(left) // AT_ONCE)]
-        result[left[order]] = cost[order].cummax(0).values.clamp(min=reached)
-        reached = float(result[left[order[-1]]])
+        # Of two copies among them one is free, not both.
+        later = torch.stack([read.in_order(left[order]) for read in reads]).sum(0) * prices[left[order]]
+        result[left[order]] = later.clamp(min=reached)
+        reached = max(reached, float(cost[order[-1]]))
         if len(order) < len(left):
             for read in reads:
                 read.remove(left[order])

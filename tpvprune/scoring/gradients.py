@@ -155,7 +155,7 @@ class Captured:
         outputs: per layer, the output of each call, to take gradients at.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[str], instead: str = "use engine='batched'") -> None:
         self.model, self.layers = model, list(layers)
         self.calls: dict[str, list[nn.Module]] = {}
         self.inputs: dict[str, list[Tensor]] = {}
@@ -164,8 +164,8 @@ class Captured:
         for name, module in self.users:
             if not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
                 raise ModelError(
-                    f"{name!r} is a {type(module).__name__}, or shares its weight with one; per-sample and factored "
-                    "scores are made for linear layers and convolutions, use engine='batched'"
+                    f"{name!r} is a {type(module).__name__}, or shares its weight with one; per-sample, factored "
+                    f"and compensated scores are made for linear layers and convolutions; {instead}"
                 )
 
     @contextmanager

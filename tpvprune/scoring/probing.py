@@ -12,6 +12,14 @@ from tpvprune.batches import Outputs, Selector
 from tpvprune.scoring.engine import global_number, stream
 from tpvprune.scoring.heads import Head
 
+COTANGENTS = 1280  # of a scoring: with so many images one each is enough, of fewer each is probed more often
+MOST = 8
+
+
+def probes_for(samples: int) -> int:
+    """Cotangents per sample where there are so many samples."""
+    return max(1, min(MOST, round(COTANGENTS / max(1, samples))))
+
 
 @dataclass(frozen=True)
 class Probing:

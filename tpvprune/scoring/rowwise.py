@@ -9,8 +9,9 @@ by what is left then. Blocks that lie in the same rows compete in the same way.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +23,8 @@ from tpvprune.budget import n_of_m
 from tpvprune.errors import InputError, NonFiniteError
 from tpvprune.members import Group
 from tpvprune.patches import patches, some_of
-from tpvprune.scoring.compensation import Moments, damped_inverse, watch
-from tpvprune.scoring.engine import of_all, process
 from tpvprune.scoring.gradients import Captured
+from tpvprune.scoring.moments import Moments, damped_inverse, together, watch
 from tpvprune.types import Graph
 
 POSITIONS = 64  # of each sample that inputs are looked at
@@ -37,54 +37,95 @@ RIDGE = 1e-2  # that of the refit, as a share of the inputs' mean variance
 HELD = 1 << 24  # entries of inverse covariances, one a row, that are held together
 
 
-def inputs_of_weights(model: nn.Module, batches: Iterable[Batch], graph: Graph) -> dict[str, Moments]:
-    """Per layer, moments of what its weight reads, `(groups of the layer, inputs)`, from one forward pass.
+@dataclass(frozen=True)
+class Part:
+    """Neighbouring inputs of a layer's weight that make up for each other, and what they were given.
+
+    Args:
+        inputs: which of them.
+        moments: `(groups of the layer, inputs)`.
+    """
+
+    inputs: slice
+    moments: Moments
+
+
+def parts_of_inputs(
+    model: nn.Module, batches: Iterable[Batch], graph: Graph, others: bool | str
+) -> dict[str, list[Part]]:
+    """Per layer, what its weight reads, from one forward pass.
+
+    Args:
+        model: the model scored.
+        batches: its inputs; a process among several may have none.
+        graph: from `weight_graph`.
+        others: what makes up for a unit, see `rows_in_turn`.
 
     Raises:
         ModelError: a weight is of no linear layer or convolution.
+        InputError: units are no blocks as `weight_graph` makes them, or cross the groups of a convolution; a pattern
+            is given for blocks.
     """
-    layers = [group.members[0].layer for group in graph.groups]
-    moments = {name: Moments() for name in layers}
+    layers = {group.members[0].layer: group for group in graph.groups}
+    users = Captured(model, list(layers), "leave its layer out of weight_graph, or compensated").users
+    cuts = {name: _cuts(model.get_submodule(name), group, others) for name, group in layers.items()}
+    moments = {f"{name}/{cut.start}": Moments() for name, own in cuts.items() for cut in own}
 
     def see(name: str, module: nn.Module, value: Tensor, numbers: range) -> None:
         entries = value[:1].numel() * math.prod(getattr(module, "kernel_size", ()))
-        for part in value.split(max(1, COLUMNS // max(1, entries))):
-            columns = patches(module, part if part.dtype == torch.float64 else part.float())
-            columns = columns[..., some_of(columns.shape[3], POSITIONS)]
-            moments[name].add(columns.permute(1, 0, 3, 2).flatten(1, 2))
+        for rows in value.split(max(1, COLUMNS // max(1, entries))):
+            columns = patches(module, rows if rows.dtype == torch.float64 else rows.float())
+            columns = columns[..., some_of(columns.shape[3], POSITIONS)].permute(1, 0, 3, 2).flatten(1, 2)
+            for cut in cuts[name]:
+                moments[f"{name}/{cut.start}"].add(columns[..., cut])
 
-    watch(model, batches, Captured(model, layers).users, see)
-    if process()[1] > 1:
-        first, *others = of_all(moments)
-        moments = {name: sum((other[name] for other in others), own) for name, own in first.items()}
-    return moments
+    watch(model, batches, users, see)
+    moments = together(moments, model)
+    return {name: [Part(cut, moments[f"{name}/{cut.start}"]) for cut in own] for name, own in cuts.items()}
+
+
+def _cuts(layer: Any, group: Group, others: bool | str) -> list[slice]:
+    count = int(getattr(layer, "groups", 1))
+    inputs, outputs = layer.weight[0].numel(), len(layer.weight) // count
+    high, wide = _block(group, len(layer.weight), inputs)
+    if outputs % high:
+        raise InputError(f"blocks of {group.id!r} cross the groups of its convolution; take blocks of fewer rows")
+    grain = wide
+    if others not in (True, "alone"):
+        if (high, wide) != (1, 1):
+            raise InputError(f"compensated={others!r} chooses among single weights, and {group.id!r} has blocks")
+        places = _Places.of_pattern(str(others), layer.weight.shape[1], inputs)
+        grain = wide if places is None else places.grain
+    most = inputs if others == "alone" else max(1, math.isqrt(WORK // layer.weight.numel()))
+    grains = inputs // grain
+    number = min(grains, -(-inputs // most))
+    ends = [grains * part // number * grain for part in range(number + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(ends)]
 
 
 def rows_in_turn(
-    model: nn.Module, graph: Graph, moments: Mapping[str, Moments], others: bool | str, alone: Mapping[str, Tensor]
+    model: nn.Module, graph: Graph, parts: Mapping[str, list[Part]], others: bool | str, alone: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """What weights, or blocks of them, cost once the rest of their rows makes up for them, `(units,)` per group.
 
     Args:
         model: the model scored.
         graph: from `weight_graph`.
-        moments: from `inputs_of_weights`.
+        parts: from `parts_of_inputs`.
         others: what makes up for a unit: True for what is left when its turn comes, the cheapest leaving first; the
             same by "N:M", first those that such a pattern takes; "alone" for all of the row.
         alone: what each costs without compensation.
 
     Raises:
-        InputError: units are no blocks as `weight_graph` makes them, or cross the groups of a convolution; a pattern
-            is given for blocks.
         NonFiniteError: a layer is given NaN or infinity.
     """
     found = {}
     for group in graph.groups:
         name = group.members[0].layer
         score = alone[group.id]
-        if moments[name].rows:
+        if parts[name][0].moments.rows:
             try:
-                score = _of_layer(model.get_submodule(name), group, moments[name], others, score)
+                score = _of_layer(model.get_submodule(name), group, parts[name], others, score)
             except ArithmeticError:
                 told = f"layer {name!r} is given NaN or infinity; check the input and the weights"
                 raise NonFiniteError(told) from None
@@ -92,32 +133,32 @@ def rows_in_turn(
     return found
 
 
-def _of_layer(layer: Any, group: Group, seen: Moments, others: bool | str, alone: Tensor) -> Tensor:
-    means, covariances = seen.covariance()
-    count, inputs = means.shape
-    weight = layer.weight.detach().double().reshape(count, -1, inputs)
-    high, wide = _block(group, weight.shape[0] * weight.shape[1], inputs)
-    if weight.shape[1] % high:
-        raise InputError(f"blocks of {group.id!r} cross the groups of its convolution; take blocks of fewer rows")
-    places = None
-    if others not in (True, "alone"):
-        places = _Places.of_pattern(str(others), layer.weight.shape[1], inputs)
-        if (high, wide) != (1, 1):
-            raise InputError(f"compensated={others!r} chooses among single weights, and {group.id!r} has blocks")
-    alone = alone.to(covariances).reshape(count, -1, inputs // wide)
+def _of_layer(layer: Any, group: Group, parts: Sequence[Part], others: bool | str, alone: Tensor) -> Tensor:
+    count, inputs = int(getattr(layer, "groups", 1)), layer.weight[0].numel()
+    high, wide = _block(group, len(layer.weight), inputs)
+    weight = layer.weight.detach().double().reshape(count, -1, high, inputs)
+    alone = alone.to(weight).reshape(count, -1, inputs // wide)
     kind = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
-    costs = []
-    for rows, score, mean, covariance in zip(weight, alone, means, covariances, strict=True):
-        stripes = rows.reshape(-1, high, inputs)
-        # What a score says of an output: the score of removal, over the mean square of what is removed.
-        inside = _inside(covariance + mean.unsqueeze(1) * mean, wide)
-        apart = stripes.unflatten(2, (-1, wide))
-        moved = torch.einsum("shuw,uwv,shuv->s", apart, inside, apart)
-        price = score.sum(1) / moved.clamp(min=1e-300)
-        most = inputs if others == "alone" else math.isqrt(WORK // weight.numel())
-        cost = _of_stripes(stripes.to(kind), covariance, wide, most, places, others != "alone")
-        costs.append(price.unsqueeze(1) * cost)
-    return torch.cat(costs).flatten()
+    turns = others != "alone"
+    places = _Places.of_pattern(str(others), layer.weight.shape[1], inputs) if others not in (True, "alone") else None
+    rows = []
+    for number in range(count):
+        moved, costs = torch.zeros_like(alone[number, :, 0]), []
+        for part in parts:
+            stripes = weight[number, ..., part.inputs]
+            mean, covariance = (value[number] for value in part.moments.covariance())
+            precision, damping = damped_inverse(covariance, RIDGE)
+            # What a score says of an output: the score of removal, over the mean square of what is removed.
+            eye = torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
+            inside = _inside(covariance + mean.unsqueeze(1) * mean + damping * eye, wide)
+            apart = stripes.unflatten(2, (-1, wide))
+            moved += torch.einsum("shuw,uwv,shuv->s", apart, inside, apart)
+            slots = None if places is None else places.of[part.inputs].to(mean.device)
+            room = 0 if places is None else places.room
+            costs.append(_costs(stripes.to(kind), precision.to(kind), wide, turns, slots, room))
+        price = alone[number].sum(1) / moved.clamp(min=1e-300)
+        rows.append(price.unsqueeze(1) * torch.cat(costs, 1))
+    return torch.cat(rows).flatten()
 
 
 def _block(group: Group, rows: int, inputs: int) -> tuple[int, int]:
@@ -164,36 +205,12 @@ class _Places:
         return cls(number // (of * taps) * taps + number % taps, of - kept, of * taps)
 
 
-def _of_stripes(
-    stripes: Tensor, covariance: Tensor, wide: int, most: int, places: _Places | None, turns: bool
-) -> Tensor:
-    """Variance that the outputs of each stripe lose with each unit, `(stripes, units)`.
-
-    Args:
-        stripes: weights of rows that leave together, `(stripes, rows, inputs)`.
-        covariance: of the inputs.
-        wide: inputs of a unit.
-        most: inputs of a part.
-        places: of a pattern that goes first.
-        turns: whether what makes up for a unit are those that are left.
-    """
-    grain = wide if places is None else places.grain
-    grains = len(covariance) // grain
-    parts = min(grains, -(-len(covariance) // max(1, most)))
-    found, first = [], 0
-    for part in range(parts):
-        last = grains * (part + 1) // parts * grain
-        precision = damped_inverse(covariance[first:last, first:last], RIDGE)[0].to(stripes)
-        own = stripes[..., first:last]
-        if turns:
-            chunks = own.split(max(1, HELD // precision.numel()))
-            slots = None if places is None else places.of[first:last].to(own.device)
-            room = 0 if places is None else places.room
-            found.append(torch.cat([_leaving(chunk, precision, wide, slots, room) for chunk in chunks]))
-        else:
-            found.append(_cost(own, precision.unsqueeze(0), wide))
-        first = last
-    return torch.cat(found, 1)
+def _costs(stripes: Tensor, precision: Tensor, wide: int, turns: bool, places: Tensor | None, room: int) -> Tensor:
+    """Variance that the outputs of each stripe lose with each unit, `(stripes, units)`; see `_leaving`."""
+    if not turns:
+        return _cost(stripes, precision.unsqueeze(0), wide)
+    chunks = stripes.split(max(1, HELD // precision.numel()))
+    return torch.cat([_leaving(chunk, precision, wide, places, room) for chunk in chunks])
 
 
 def _cost(stripes: Tensor, precision: Tensor, wide: int) -> Tensor:
@@ -205,10 +222,10 @@ def _cost(stripes: Tensor, precision: Tensor, wide: int) -> Tensor:
 
 
 def _leaving(stripes: Tensor, precision: Tensor, wide: int, places: Tensor | None, room: int) -> Tensor:
-    """What each unit costs when its turn comes, rising in the order in which units of a stripe leave.
+    """What each unit costs when its turn comes, none less than what was cheapest before.
 
     Args:
-        stripes: `(stripes, rows, inputs)`.
+        stripes: weights of rows that leave together, `(stripes, rows, inputs)`.
         precision: inverse covariance of the inputs.
         wide: inputs of a unit.
         places: of each unit, `(units,)`, if some leave before others.
@@ -218,7 +235,7 @@ def _leaving(stripes: Tensor, precision: Tensor, wide: int, places: Tensor | Non
     precision = precision.expand(count, -1, -1)
     result = stripes.new_zeros(count, units)
     left = torch.arange(units, device=stripes.device).expand(count, -1)
-    reached, rooms = result[:, :1], None
+    reached, rooms = stripes.new_zeros(count, 1), None
     if places is not None:
         places = places - places.min()
         rooms = left.new_full((count, int(places.max()) + 1), room)
@@ -226,25 +243,38 @@ def _leaving(stripes: Tensor, precision: Tensor, wide: int, places: Tensor | Non
         cost = _cost(stripes, precision, wide)
         most = max(1, left.shape[1] // AT_ONCE)
         turn = cost
-        if places is not None and rooms is not None and bool(rooms.any()):
+        if places is not None and rooms is not None:
             turn = cost.masked_fill(~_first(cost, places[left], rooms), torch.inf)
-            most = min(most, int(turn.isfinite().sum(1).min()))
+            most = max(1, min(most, int(turn.isfinite().sum(1).min())))
         order = turn.argsort(dim=1, stable=True)
         gone, stay = order.tensor_split([most], 1)
-        paid = torch.maximum(cost.gather(1, gone).cummax(1).values, reached)
-        result.scatter_(1, left.gather(1, gone), paid)
+        out = _columns(gone, wide)
+        taken, weights = _at(precision, 1, out), _at(stripes, 2, out)
+        factor = _factor(_at(taken, 2, out))
+        # Of two copies among them one is free, not both: each is scored once those before it have left.
+        own = torch.linalg.solve_triangular(factor, weights.mT, upper=False).square().sum(2)
+        result.scatter_(1, left.gather(1, gone), torch.maximum(own.unflatten(1, (-1, wide)).sum(2), reached))
         if not stay.shape[1]:
             return result
+        reached = torch.maximum(reached, cost.gather(1, gone)[:, -1:])
         if places is not None and rooms is not None:
-            rooms = rooms.scatter_add(1, places[left.gather(1, gone)], -torch.ones_like(gone)).clamp(min=0)
-        reached, stay = paid[:, -1:], stay.sort(1).values
-        out, rest = _columns(gone, wide), _columns(stay, wide)
-        taken = _at(precision, 1, out)
+            rooms = rooms.scatter_add(1, places[left.gather(1, gone)], -torch.ones_like(gone))
+            if not bool(rooms.any()):  # what a pattern takes is gone, and costs no more than all that stays
+                reached, rooms = torch.maximum(reached, result.amax(1, keepdim=True)), None
+        stay = stay.sort(1).values
+        rest = _columns(stay, wide)
         across = _at(taken, 2, rest)
-        share = torch.linalg.solve(_at(taken, 2, out), across)
-        stripes = torch.baddbmm(_at(stripes, 2, rest), _at(stripes, 2, out), share, alpha=-1)
+        share = torch.cholesky_solve(across, factor)
+        stripes = torch.baddbmm(_at(stripes, 2, rest), weights, share, alpha=-1)
         precision = torch.baddbmm(_at(_at(precision, 1, rest), 2, rest), across.mT, share, alpha=-1)
         left = left.gather(1, stay)
+
+
+def _factor(matrices: Tensor) -> Tensor:
+    """Cholesky factors; of the diagonal alone where rounding left a matrix indefinite."""
+    factor, failed = torch.linalg.cholesky_ex(matrices)
+    apart = matrices.diagonal(dim1=1, dim2=2).clamp(min=1e-30).sqrt().diag_embed()
+    return torch.where((failed > 0)[:, None, None], apart, factor)
 
 
 def _first(cost: Tensor, places: Tensor, rooms: Tensor) -> Tensor:

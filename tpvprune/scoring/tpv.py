@@ -24,7 +24,7 @@ from tpvprune.scoring.engine import Parts, Watched, global_number
 from tpvprune.scoring.heads import Head, head_named
 from tpvprune.scoring.perturb import Perturbation, Removal, perturbation_named
 from tpvprune.scoring.probing import Probing, detached, drift_slope
-from tpvprune.scoring.rowwise import inputs_of_weights, rows_in_turn
+from tpvprune.scoring.rowwise import parts_of_inputs, rows_in_turn
 from tpvprune.scoring.weights import factored_scores, gradient_observations
 from tpvprune.tally import Tally
 from tpvprune.types import Graph
@@ -93,8 +93,13 @@ class TPV:
             raise InputError("sensitivities are kept for over='consume' and engine='activations' alone")
         if self.compensated and self.over != "consume":
             raise InputError("compensated=True is for over='consume' alone")
-        if self.compensated not in (False, True, "alone"):
-            n_of_m(str(self.compensated))
+        pattern = isinstance(self.compensated, str) and self.compensated != "alone"
+        if not pattern and self.compensated != "alone" and not isinstance(self.compensated, bool):
+            raise InputError(
+                f"compensated={self.compensated!r} must be True, False, 'alone' or a pattern such as '2:4'"
+            )
+        if pattern:
+            n_of_m(str(self.compensated), "compensated")
 
     @property
     def label(self) -> str:
@@ -140,19 +145,19 @@ class TPV:
         single = all(group.members[0].index is None for group in graph.groups)
         return "factored" if self.compensated and single else "batched"  # compensated, only sums over rows count
 
-    def observe(
-        self, model: nn.Module, batches: Iterable[Batch], graph: Graph, first: int, progress: Progress | None
-    ) -> Iterator[Observation]:
-        """One observation a batch, by the engine that fits."""
+    def _check(self, graph: Graph) -> None:
+        """Refuse what does not go together."""
         removal = isinstance(perturbation_named(self.perturbation), Removal)
-        weights, engine = _of_weights(graph), self._engine(graph)
-        if engine == "activations":
-            if not removal or weights:
+        if self._engine(graph) == "activations":
+            if not removal or _of_weights(graph):
                 raise InputError(
                     "engine='activations' scores the removal of channels and heads; use engine='batched' for single "
                     "weights and for other perturbations"
                 )
-            yield from self._from_activations(model, batches, graph, first, progress)
+            if self.compensated not in (False, True, "alone"):
+                raise InputError(
+                    f"compensated={self.compensated!r} is for single weights; give a graph from weight_graph"
+                )
             return
         if self.sensitivities:
             raise InputError("sensitivities are for the removal of channels and heads; leave them out")
@@ -161,6 +166,16 @@ class TPV:
                 "compensated scores are of the removal of single weights, or by engine='activations' of channels and "
                 "heads; leave compensated out"
             )
+
+    def observe(
+        self, model: nn.Module, batches: Iterable[Batch], graph: Graph, first: int, progress: Progress | None
+    ) -> Iterator[Observation]:
+        """One observation a batch, by the engine that fits."""
+        self._check(graph)
+        engine = self._engine(graph)
+        if engine == "activations":
+            yield from self._from_activations(model, batches, graph, first, progress)
+            return
         _, later = self._ahead(model, batches, graph, first)
         for seen in gradient_observations(
             model,
@@ -233,6 +248,7 @@ class TPV:
 
     def join(self, model: nn.Module, graph: Graph) -> Later | None:
         """Take part, as a process without a batch, in what several make together before they score."""
+        self._check(graph)
         return self._ahead(model, (), graph, 0)[1]
 
     def _ahead(
@@ -246,9 +262,8 @@ class TPV:
             raise InputError("batches cannot be added to compensated scores: what compensates what would change")
         repeatable(source, "compensated scores read them twice")
         if _of_weights(graph):
-            return None, partial(rows_in_turn, model, graph, inputs_of_weights(model, source, graph), self.compensated)
-        if self.compensated not in (True, "alone"):
-            raise InputError(f"compensated={self.compensated!r} is for single weights; give a graph from weight_graph")
+            parts = parts_of_inputs(model, source, graph, self.compensated)
+            return None, partial(rows_in_turn, model, graph, parts, self.compensated)
         maps = residuals(model, source, graph, RIDGES)
         return maps, partial(left_later, model, graph, maps) if self.compensated is True else None
 

@@ -1,0 +1,104 @@
+"""Moments of what layers are given, from one forward pass, and the inverse of a covariance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.batches import Batch, device_of, evaluation_mode, inputs_of
+from tpvprune.reads import ThroughLayers
+from tpvprune.scoring.engine import global_number, of_all, process
+
+SAMPLES = 2560  # covariances of a few thousand channels are known well enough from these, at many positions each
+
+
+class Moments:
+    """Sums over the rows of what a layer is given, `(..., rows, channels)`: over samples and positions."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.total = self.square = torch.zeros(())
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows."""
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        self.rows += rows.shape[-2]
+        self.total = self.total + rows.sum(-2).double()
+        self.square = self.square + (rows.mT @ rows).double()
+
+    def to(self, device: torch.device | str) -> Moments:
+        """The sums on another device."""
+        moved = Moments()
+        moved.rows, moved.total, moved.square = self.rows, self.total.to(device), self.square.to(device)
+        return moved
+
+    def __add__(self, other: Moments) -> Moments:
+        whole = Moments()
+        whole.rows = self.rows + other.rows
+        whole.total, whole.square = self.total + other.total, self.square + other.square
+        return whole
+
+    def covariance(self) -> tuple[Tensor, Tensor]:
+        """Mean `(..., channels)` and covariance `(..., channels, channels)`."""
+        mean = self.total / self.rows
+        return mean, self.square / self.rows - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+
+
+def watch(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    layers: Iterable[tuple[str, nn.Module]],
+    see: Callable[[str, nn.Module, Tensor, range], None],
+) -> None:
+    """One forward pass over the first `SAMPLES` samples.
+
+    Args:
+        model: any module.
+        batches: its inputs; a process among several may have none.
+        layers: names, and modules of the model.
+        see: told the name and the module of each layer that is called, what it is given and the numbers of the samples.
+    """
+    numbers, seen, layers = range(0), 0, list(layers)
+
+    def hook(name: str) -> Any:
+        return lambda module, args: see(name, module, args[0].detach(), numbers)
+
+    for local, batch in enumerate(batches):
+        inputs, first = inputs_of(batch).to(device_of(model)), global_number(local)
+        numbers = range(first, first + len(inputs))
+        # Hooks are on for the pass alone: what gives the batches may use the model too.
+        with evaluation_mode(model), torch.no_grad(), ThroughLayers(model), ExitStack() as hooks:
+            for name, module in layers:
+                hooks.enter_context(module.register_forward_pre_hook(hook(name)))
+            model(inputs)
+        seen += len(inputs)
+        if seen >= SAMPLES // process()[1]:
+            break
+
+
+def together(moments: dict[str, Moments], model: nn.Module) -> dict[str, Moments]:
+    """The sums of all processes, on the model's device."""
+    if process()[1] == 1:
+        return moments
+    first, *others = of_all({name: own.to("cpu") for name, own in moments.items()})
+    return {name: sum((other[name] for other in others), own).to(device_of(model)) for name, own in first.items()}
+
+
+def damped_inverse(covariance: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """Inverse of a covariance with a ridge, a share of its mean variance, and what that adds to the diagonal.
+
+    Raises:
+        ArithmeticError: the covariance is not finite.
+    """
+    damping = max(ridge, 1e-8) * covariance.diagonal().mean().clamp(min=1e-30)
+    eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    for _ in range(60):
+        factor, failed = torch.linalg.cholesky_ex(covariance + damping * eye)
+        if not failed:
+            return torch.cholesky_inverse(factor), float(damping)
+        damping = 10 * damping  # what hardly varies about a large mean is not positive definite, for rounding
+    raise ArithmeticError("no damping makes the covariance positive definite")
