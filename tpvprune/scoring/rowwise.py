@@ -30,7 +30,7 @@ from tpvprune.types import Graph
 POSITIONS = 64  # of each sample that inputs are looked at
 COLUMNS = 1 << 23  # numbers of unfolded inputs that are looked at together
 AT_ONCE = 16  # of so many units of a row that are left, one leaves in a step
-# Rows x inputs x (inputs that make up for each other)^2 of a layer, at most: ten seconds or so of a processor's core.
+# Rows x inputs x (inputs that make up for each other)^2 of a layer, at most: no more than about a minute of a core.
 # Where there are more, the inputs are cut into parts, each of which makes up for itself.
 WORK = 2 * 10**11
 RIDGE = 1e-2  # that of the refit, as a share of the inputs' mean variance
