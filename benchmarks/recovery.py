@@ -98,6 +98,9 @@ WAYS = {
     "compensated, Gauss-Newton, trained with labels": Way(
         after="compensated, Gauss-Newton", then=replace(DISTILL, label_weight=0.9)
     ),
+    "compensated, Gauss-Newton, trained with labels, 20 epochs": Way(
+        after="compensated, Gauss-Newton", then=replace(DISTILL, label_weight=0.9, epochs=20)
+    ),
     "compensated, Gauss-Newton, distilled, statistics kept": Way(
         after="compensated, Gauss-Newton", then=replace(DISTILL, lr=0.01, norms="freeze")
     ),
