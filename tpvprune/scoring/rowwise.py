@@ -141,19 +141,19 @@ def _of_layer(layer: Any, group: Group, parts: Sequence[Part], others: bool | st
     kind = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
     turns = others != "alone"
     places = _Places.of_pattern(str(others), layer.weight.shape[1], inputs) if others not in (True, "alone") else None
+    known = [(part.inputs, *part.moments.covariance()) for part in parts]
     rows = []
     for number in range(count):
         moved, costs = torch.zeros_like(alone[number, :, 0]), []
-        for part in parts:
-            stripes = weight[number, ..., part.inputs]
-            mean, covariance = (value[number] for value in part.moments.covariance())
+        for own, means, covariances in known:
+            stripes, mean, covariance = weight[number, ..., own], means[number], covariances[number]
             precision, damping = damped_inverse(covariance, RIDGE)
             # What a score says of an output: the score of removal, over the mean square of what is removed.
             eye = torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
             inside = _inside(covariance + mean.unsqueeze(1) * mean + damping * eye, wide)
             apart = stripes.unflatten(2, (-1, wide))
             moved += torch.einsum("shuw,uwv,shuv->s", apart, inside, apart)
-            slots = None if places is None else places.of[part.inputs].to(mean.device)
+            slots = None if places is None else places.of[own].to(mean.device)
             room = 0 if places is None else places.room
             costs.append(_costs(stripes.to(kind), precision.to(kind), wide, turns, slots, room))
         price = alone[number].sum(1) / moved.clamp(min=1e-300)
