@@ -129,6 +129,8 @@ def test_recipes_of_earlier_versions_that_name_a_probe_are_read():
 
 
 def test_channels_are_compensated_by_one_engine_alone():
+    with pytest.raises(tp.RecipeError, match="'wanda' has no setting 'compensated'"):
+        parse_recipe(FULL, "mine.yaml", ["score.criterion=wanda", "score.compensated=true"])
     with pytest.raises(tp.RecipeError, match="engine 'activations'"):
         parse_recipe(FULL, "mine.yaml", ["score.compensated=true", "score.engine=batched"])
 

@@ -84,7 +84,7 @@ class Recipe(Strict):
             refitted = self.recover.reconstruct is not None
             whole = self.plan.allocator == "joint" or self.budget.drift is not None  # need effects of the cut itself
             settings["compensated"] = possible and refitted and not section.sensitivities and not whole
-        if settings.get("compensated") and settings.get("engine") not in ("auto", "activations"):
+        if settings.get("compensated") and settings.get("engine", "auto") not in ("auto", "activations"):
             raise RecipeError("score: compensated scores of channels are made by engine 'activations' alone")
         try:
             return criterion_named(section.criterion, settings)

@@ -90,12 +90,10 @@ def _cuts(layer: Any, group: Group, others: bool | str) -> list[slice]:
     high, wide = _block(group, len(layer.weight), inputs)
     if outputs % high:
         raise InputError(f"blocks of {group.id!r} cross the groups of its convolution; take blocks of fewer rows")
-    grain = wide
-    if others not in (True, "alone"):
-        if (high, wide) != (1, 1):
-            raise InputError(f"compensated={others!r} chooses among single weights, and {group.id!r} has blocks")
-        places = _Places.of_pattern(str(others), layer.weight.shape[1], inputs)
-        grain = wide if places is None else places.grain
+    if others not in (True, "alone") and (high, wide) != (1, 1):
+        raise InputError(f"compensated={others!r} chooses among single weights, and {group.id!r} has blocks")
+    places = _Places.of_weight(layer.weight, others)
+    grain = wide if places is None else places.grain
     most = inputs if others == "alone" else max(1, math.isqrt(WORK // layer.weight.numel()))
     grains = inputs // grain
     number = min(grains, -(-inputs // most))
@@ -140,7 +138,7 @@ def _of_layer(layer: Any, group: Group, parts: Sequence[Part], others: bool | st
     alone = alone.to(weight).reshape(count, -1, inputs // wide)
     kind = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
     turns = others != "alone"
-    places = _Places.of_pattern(str(others), layer.weight.shape[1], inputs) if others not in (True, "alone") else None
+    places = _Places.of_weight(layer.weight, others)
     known = [(part.inputs, *part.moments.covariance()) for part in parts]
     rows = []
     for number in range(count):
@@ -195,9 +193,12 @@ class _Places:
     grain: int
 
     @classmethod
-    def of_pattern(cls, pattern: str, channels: int, inputs: int) -> _Places | None:
-        """None where M does not divide the channels."""
-        kept, of = n_of_m(pattern)
+    def of_weight(cls, weight: Tensor, others: bool | str) -> _Places | None:
+        """None without a pattern, and where M does not divide the channels."""
+        if others in (True, "alone"):
+            return None
+        kept, of = n_of_m(str(others))
+        channels, inputs = weight.shape[1], weight[0].numel()
         if channels % of:
             return None
         taps = inputs // channels

@@ -93,13 +93,10 @@ class TPV:
             raise InputError("sensitivities are kept for over='consume' and engine='activations' alone")
         if self.compensated and self.over != "consume":
             raise InputError("compensated=True is for over='consume' alone")
-        pattern = isinstance(self.compensated, str) and self.compensated != "alone"
-        if not pattern and self.compensated != "alone" and not isinstance(self.compensated, bool):
-            raise InputError(
-                f"compensated={self.compensated!r} must be True, False, 'alone' or a pattern such as '2:4'"
-            )
-        if pattern:
-            n_of_m(str(self.compensated), "compensated")
+        if not isinstance(self.compensated, (bool, str)):
+            raise InputError(f"compensated={self.compensated!r} must be True, False, 'alone' or a pattern as '2:4'")
+        if isinstance(self.compensated, str) and self.compensated != "alone":
+            n_of_m(self.compensated, "compensated")
 
     @property
     def label(self) -> str:
