@@ -196,6 +196,26 @@ def test_weights_that_cannot_be_compensated_are_chosen_by_magnitude(place: Path,
     run.until("plan")
     assert any("scored by magnitude: 'up' is a ConvTranspose2d" in line for line in lines)
     assert run.plan.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+def test_images_that_only_zeros_are_scored_on_are_counted(place: Path):
+    asked = ("budget.macs=1.0", "score.criterion=l1", "sparsify.sparsity=0.5", "recover.finetune=null")
+    run = Run(recipe(place, *asked), place / "out")
+    told = run.until("plan")
+    assert told["scored_by"] == "tpv(head=softmax, over=consume, compensated)"
+    run.until("eval")
+    report = json.loads((place / "out" / "report.json").read_text())
+    assert report["data"]["scored"] == told["images"] > 0
+
+
+def test_weights_that_cannot_be_compensated_are_an_error_where_they_are_asked_for(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise tp.ModelError("'up' is a ConvTranspose2d")
+
+    monkeypatch.setattr("tpvprune.scoring.tpv.parts_of_inputs", refuse)
+    asked = ("budget.macs=1.0", "score.criterion=l1", "sparsify.sparsity=0.5")
     with pytest.raises(tp.ModelError):
         Run(recipe(place, *asked, "sparsify.criterion=tpv"), place / "other").until("plan")
 
@@ -206,6 +226,7 @@ def test_zeros_follow_the_cut_and_change_the_plan_alone(place: Path):
     told = run.until("plan")
     assert told["zeros"] == run.plan.zeros > 0
     assert told["sparsity"] == 0.5
+    assert told["scored_by"] == "tpv(head=softmax, over=consume, compensated 2:4)"
     without = Run(recipe(place, "budget.macs=0.7"), place / "without")
     without.until("plan")
     assert {n: m.tolist() for n, m in run.plan.keep.items()} == {n: m.tolist() for n, m in without.plan.keep.items()}

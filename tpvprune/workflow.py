@@ -259,6 +259,8 @@ class Run:
         if recipe.sparsify is not None:
             plan = self._sparse(plan, recipe.sparsify)
         plan.save(self._path("plan"))
+        by = plan.made_by.get("composed", [plan.made_by])[-1]
+        zeros = {"zeros": plan.zeros, "sparsity": round(plan.sparsity, 4), "scored_by": by.get("criterion")}
         return {
             "removed": plan.removed,
             "of": graph.units,
@@ -266,7 +268,7 @@ class Run:
             "macs": plan.macs,
             "share_of_params": round(plan.params / graph.params(), 4),
             "share_of_macs": round(plan.macs / graph.macs(), 4),
-            **({"zeros": plan.zeros, "sparsity": round(plan.sparsity, 4)} if plan.zeros else {}),
+            **({**zeros, "images": by.get("samples", 0)} if plan.zeros else {}),
         }
 
     def _sparse(self, plan: Plan, section: SparsifySection) -> Plan:
@@ -312,7 +314,7 @@ class Run:
             predicted = predicted_kl(criterion, self.inputs.dense, batches, plan, self.progress)
         recovered = bool(state["recover"]["told"]["steps"])
         changed = self.inputs.changed("recovered" if recovered else "pruned")
-        scored = state["score"]["told"]["images"]
+        scored = max(state[stage]["told"].get("images", 0) for stage in ("score", "plan"))
         report = reporting.build(
             dense=self.inputs.dense,
             pruned=load(self.folder / "pruned").to(self.inputs.device),
