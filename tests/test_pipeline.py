@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def test_prune_is_its_verbs_in_order(name: str) -> None:
     assert_same_state(model.state_dict(), b.model.state_dict())
     assert all(m.training for m in model.modules())
     assert torch.equal(torch.get_rng_state(), rng)
-    scores = tp.score(b.model, data, b.graph, tp.TPV(compensated=True))
+    scores = tp.score(b.model, data, b.graph, tp.TPV(compensated=True, probes=8))
     plan = tp.allocate(scores, b.graph, budget)
     by_hand = tp.reconstruct(tp.apply(b.model, plan), data, b.model)
     assert result.plan.diff(plan) == {}
@@ -38,9 +39,20 @@ def test_prune_is_its_verbs_in_order(name: str) -> None:
 def test_without_a_refit_units_are_judged_together_as_they_are() -> None:
     b, data, budget = built("residual"), batches("residual"), tp.Budget(macs=0.6)
     result = tp.prune(b.model, data, budget, reconstruct_with=None)
-    plan = tp.allocate(tp.score(b.model, data, b.graph, tp.TPV()), b.graph, budget, allocator="joint")
+    plan = tp.allocate(tp.score(b.model, data, b.graph, tp.TPV(probes=8)), b.graph, budget, allocator="joint")
     assert result.plan.diff(plan) == {}
     assert result.plan.made_by["allocator"] == "joint"
+
+
+def test_samples_whose_number_nothing_tells_are_probed_once() -> None:
+    class Streamed:
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            return iter(data)
+
+    b, data, budget = built("mlp"), batches("mlp"), tp.Budget(macs=0.6)
+    result = tp.prune(b.model, Streamed(), budget)
+    once = tp.score(b.model, data, b.graph, tp.TPV(compensated=True))
+    assert all(torch.equal(result.scores.values[g], v) for g, v in once.values.items())
 
 
 def test_models_that_return_more_than_a_tensor_are_pruned_by_the_part_that_counts() -> None:
@@ -82,7 +94,7 @@ def test_the_report_says_what_was_asked_and_what_came_out() -> None:
     x = torch.cat([batch for batch, _ in labelled])
     p, q = outputs(b.model, x).log_softmax(1), outputs(result.model, x).log_softmax(1)
     assert report.drift["recovered_kl"] == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-9)
-    wanted = tp.TPV().drift(b.model, labelled, result.plan)[0] / 2
+    wanted = tp.TPV(probes=8).drift(b.model, labelled, result.plan)[0] / 2
     assert report.drift["predicted_kl"] == pytest.approx(wanted, rel=1e-9)
     assert json.loads(json.dumps(report.to_json()))["format"] == 2
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from tpvprune import report as reporting
-from tpvprune.batches import Batch, Progress, Selector, inputs_of, repeatable
+from tpvprune.batches import Batch, Progress, Selector, inputs_of, length_of, repeatable
 from tpvprune.budget import Budget
 from tpvprune.errors import DataError
 from tpvprune.measures import Report
@@ -22,6 +22,7 @@ from tpvprune.recovery.settings import GaussNewton
 from tpvprune.schedule import Planning, plan_for
 from tpvprune.scores import Scores
 from tpvprune.scoring.criteria import Criterion, predicted_kl, score
+from tpvprune.scoring.probing import probes_for
 from tpvprune.scoring.tpv import TPV
 from tpvprune.surgery.removal import apply
 
@@ -65,7 +66,7 @@ def prune(
         batches: unlabeled; a list or a DataLoader.
         budget: what the result may cost.
         criterion: how to score; `TPV()` by default, compensated if the closed form follows (and drift is not
-            bounded).
+            bounded), each of few samples probed more often: about 1,280 cotangents, at most eight a sample.
         planning: in how many steps, and by which allocator; one step by default.
         output: which part of what the model returns counts, where that is not one tensor: a key, attribute or
             index, or a function. A criterion of your own has its own `output`.
@@ -83,8 +84,6 @@ def prune(
     repeatable(batches, "scoring and recovery both need them")
     if held_out is not None:
         repeatable(held_out, "the prediction and the report both need them")
-    compensated = reconstruct_with is not None and budget.drift is None
-    criterion = criterion or TPV(output=output, compensated=compensated)
     seconds: dict[str, float] = {}
 
     def timed(stage: str, since: float) -> float:
@@ -95,6 +94,10 @@ def prune(
     first = next(iter(batches), None)
     if first is None:
         raise DataError("there is no batch; give at least one")
+    if criterion is None:
+        compensated, count = reconstruct_with is not None and budget.drift is None, length_of(batches)
+        probes = 1 if count is None else probes_for(count * len(inputs_of(first)))
+        criterion = TPV(output=output, compensated=compensated, probes=probes)
     graph = trace(model, inputs_of(first)[:1], depth=depth, progress=progress)
     clock = timed("trace", clock)
     scores = score(model, batches, graph, criterion, progress=progress)
