@@ -39,6 +39,7 @@ from tpvprune.options import (
     Target,
 )
 from tpvprune.plancli import plans_app
+from tpvprune.processes import launched
 from tpvprune.recipe import builtin_recipes, find_recipe, load_recipe
 from tpvprune.report import compare
 from tpvprune.showing import finish
@@ -46,6 +47,9 @@ from tpvprune.targets import flags, is_saved_model, resolve, resolve_model
 from tpvprune.timing import latencies
 from tpvprune.version import __version__
 from tpvprune.zoo.data import open_pool
+
+SHARED = {"run", "prune", "trace", "score", "plan", "apply", "recover", "eval", "report"}
+"""Verbs that several processes do together."""
 
 app = typer.Typer(
     help="Prune any timm checkpoint from unlabeled images.",
@@ -73,7 +77,7 @@ def _common(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on the way.")] = False,
 ) -> None:
     logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING,
+        level=logging.ERROR if launched()[0] else logging.INFO if verbose else logging.WARNING,
         format="%(message)s",
         handlers=[RichHandler(console=err, show_time=False, show_path=False)],
         force=True,
@@ -243,7 +247,13 @@ def _evaluate(folder: Path, data: str | None, labels: str | None, as_json: bool)
 
 
 def main() -> None:
-    """Entry point: runs the command and turns errors into messages and exit codes."""
+    """Entry point: runs the command and turns errors into messages and exit codes.
+
+    Of several processes of a launcher the first alone does what is no run of a recipe.
+    """
+    verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    if launched()[0] and verb not in SHARED:
+        return
     try:
         app()
     except InputError as error:
@@ -265,8 +275,10 @@ def _in_words(error: OSError) -> str:
 
 
 def _fail(error: Exception, code: int, told: str = "") -> None:
-    told = told or str(error)
-    if "--json" in sys.argv:
+    rank, told = launched()[0], told or str(error)
+    if rank:  # what the first process meets too is told twice, what it does not would not be told at all
+        told = f"process {rank}: {told}"
+    elif "--json" in sys.argv:
         print_json({"error": type(error).__name__, "message": told})
     err.print(f"tpvprune: {told}", style="red" if err.is_terminal else None, highlight=False, markup=False)
     raise SystemExit(code)

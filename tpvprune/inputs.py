@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tpvprune.deploy.examples import Changed
 from tpvprune.errors import DataError, ModelError
+from tpvprune.processes import process
 from tpvprune.recipe import Recipe
 from tpvprune.scoring.criteria import Criterion
 from tpvprune.zoo.data import input_size, open_pool, overlap
@@ -25,6 +26,21 @@ class Images:
 
     scored: Pool | Stream
     measured: Pool | Stream
+
+
+def own_images(pool: Pool | Stream) -> bool:
+    """Whether each of the processes that share work reads images of its own there."""
+    return isinstance(pool, Stream) and process()[1] > 1
+
+
+def drawn(pool: Pool | Stream, count: int | None, seed: int) -> Pool | Stream:
+    """So many images, or all processes' parts of so many where each reads its own."""
+    return pool.sample(-(-count // process()[1]) if count is not None and own_images(pool) else count, seed)
+
+
+def in_all(pool: Pool | Stream) -> int:
+    """How many images all processes have there together."""
+    return len(pool) * (process()[1] if own_images(pool) else 1)
 
 
 class Inputs:
@@ -81,12 +97,23 @@ class Inputs:
     def loader(
         self, pool: Pool | Stream, *, batch_size: int | None = None, train: bool = False, augment: bool = False
     ) -> Loader | StreamLoader:
-        """Batches of a pool, of the recipe's size and seed."""
+        """Batches of a pool, of the recipe's size and seed; several processes that train share each of them."""
         data = self.recipe.data
         assert data is not None
         return pool.loader(
-            batch_size or data.batch_size, shuffle=train, augment=augment, workers=data.workers, seed=self.recipe.seed
+            batch_size or data.batch_size,
+            shuffle=train,
+            augment=augment,
+            workers=data.workers,
+            seed=self.recipe.seed,
+            share=process() if train else (0, 1),
         )
+
+    def dealt(self, pool: Pool | Stream) -> Loader | StreamLoader:
+        """Of the batches of a pool those that are this process's: each so manieth of a pool, all of its own stream."""
+        assert self.recipe.data is not None
+        (rank, world), size = process(), self.recipe.data.batch_size
+        return self.loader(pool if own_images(pool) else pool.part(lambda place: place // size % world == rank))
 
     def example(self) -> Tensor:
         """Zeros of one image, `(1, channels, height, width)`."""
@@ -94,12 +121,12 @@ class Inputs:
         return torch.zeros(1, *input_size(self.dense, size), device=self.device)
 
     def scored(self) -> Pool | Stream:
-        """The images that scores are made of."""
-        return self.images.scored.sample(self.recipe.score.samples, self.recipe.seed)
+        """The images that scores are made of; those that are dealt to this process, if it has a stream of its own."""
+        return drawn(self.images.scored, self.recipe.score.samples, self.recipe.seed)
 
     def criterion(self) -> Criterion:
         """How those images are scored."""
-        return self.recipe.criterion(len(self.scored()))
+        return self.recipe.criterion(in_all(self.scored()))
 
     def changed(self, model: str) -> Changed:
         """Collects images whose answer changed; those of a folder were normalised, and are shown as they were."""

@@ -20,6 +20,8 @@ from torch import nn
 from tpvprune.batches import Progress, device_of
 from tpvprune.checkpoint import load, save
 from tpvprune.files import write_text
+from tpvprune.inputs import Inputs, drawn, in_all
+from tpvprune.processes import process
 from tpvprune.recipe import Recipe
 from tpvprune.recovery.recover import recover
 from tpvprune.recovery.settings import Finetune
@@ -44,10 +46,10 @@ def kept_back(recipe: Recipe, scored: Pool | Stream) -> tuple[Pool | Stream, Poo
     held = min(HELD, max(learnt // 10, min(8, learnt // 4)))
     if not held:
         return scored, None
-    drawn = scored.sample(max(learnt, _refitted_on(recipe) or len(scored)) + held, recipe.seed)
-    order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(recipe.seed))
+    taken = scored.sample(max(learnt, _refitted_on(recipe) or len(scored)) + held, recipe.seed)
+    order = torch.randperm(len(taken), generator=torch.Generator().manual_seed(recipe.seed))
     back = frozenset(order[:held].tolist())
-    return drawn.part(lambda place: place not in back), drawn.part(lambda place: place in back)
+    return taken.part(lambda place: place not in back), taken.part(lambda place: place in back)
 
 
 def refitted(recipe: Recipe, scored: Pool | Stream) -> Pool | Stream:
@@ -68,38 +70,42 @@ class Recovery:
 
     Attributes:
         recipe: what to do.
-        dense: the teacher.
-        scored: images that may be looked at.
+        inputs: the teacher, and the images that may be looked at.
         partial: a folder for what is done so far.
-        loader: makes batches of images, as `Run` does.
         progress: called as `progress(stage, done, total)`.
         log: receives one line an epoch.
     """
 
     recipe: Recipe
-    dense: nn.Module
-    scored: Pool | Stream
+    inputs: Inputs
     partial: Path
-    loader: Callable[..., Any]
     progress: Progress | None
     log: Callable[[str], None]
 
-    def run(self, pruned: Path) -> tuple[dict[str, Any], nn.Module]:
-        """What is told of the recovery, and the model.
+    def refitted(self, pruned: Path) -> tuple[dict[str, Any], nn.Module]:
+        """What is told of the recovery, and the model, before anything is distilled.
 
         Args:
             pruned: where the model that was cut is saved.
         """
-        settings = self.recipe.distillation()
         if (self.partial / TOLD).is_file():
-            told = dict(read_json(self.partial / TOLD, "record of a recovery"))
-            small = load(self.partial).to(device_of(self.dense))
-        else:
-            told, small = self._refit(load(pruned).to(device_of(self.dense)))
-            if settings is not None:  # which takes long, and begins from here after a stop
-                save(small, self.partial)
-                self._keep(told)
-        return told, small if settings is None else self._distil(small, settings, told)
+            return self._kept()
+        told, small = self._refit(load(pruned).to(device_of(self.inputs.dense)))
+        if self.recipe.distillation() is not None:  # which takes long, and begins from here after a stop
+            save(small, self.partial)
+            self._keep(told)
+        return told, small
+
+    def distilled(self) -> tuple[dict[str, Any], nn.Module]:
+        """The same once what was refitted is distilled; several processes do it together."""
+        told, small = self._kept()
+        settings = self.recipe.distillation()
+        assert settings is not None
+        return told, self._distil(small, settings, told)
+
+    def _kept(self) -> tuple[dict[str, Any], nn.Module]:
+        told = dict(read_json(self.partial / TOLD, "record of a recovery"))
+        return told, load(self.partial).to(device_of(self.inputs.dense))
 
     def _refit(self, small: nn.Module) -> tuple[dict[str, Any], nn.Module]:
         told: dict[str, Any] = {"steps": []}
@@ -107,16 +113,16 @@ class Recovery:
         newton = self.recipe.gauss_newton()
         if closed is None and newton is None and not section.fold and not section.batchnorm:
             return told, small
-        pool = refitted(self.recipe, self.scored)
+        pool = refitted(self.recipe, self.inputs.images.scored)
         varied = None
         if newton is not None:
             self._seed()
             augment = cast(Any, section.refine).augment
-            varied = self.loader(pool, train=True, augment=augment)
+            varied = self.inputs.loader(pool, train=True, augment=augment)
         small = recover(
             small,
-            self.loader(pool),
-            teacher=self.dense,
+            self.inputs.loader(pool),
+            teacher=self.inputs.dense,
             reconstruct_with=closed,
             refine_with=newton,
             refine_batches=varied,
@@ -135,17 +141,17 @@ class Recovery:
 
     def _distil(self, small: nn.Module, settings: Finetune, told: dict[str, Any]) -> nn.Module:
         tuning: Any = self.recipe.recover.finetune
-        rest, held = kept_back(self.recipe, self.scored)
-        learnt = rest.sample(tuning.samples, self.recipe.seed)
+        rest, held = kept_back(self.recipe, self.inputs.images.scored)
+        learnt = drawn(rest, tuning.samples, self.recipe.seed)
         self._seed()
         told.setdefault("epochs", [])
         small = recover(
             small,
-            self.loader(learnt, batch_size=tuning.batch_size, train=True, augment=tuning.augment),
-            teacher=self.dense,
+            self.inputs.loader(learnt, batch_size=tuning.batch_size, train=True, augment=tuning.augment),
+            teacher=self.inputs.dense,
             reconstruct_with=None,
             finetune_with=settings,
-            held_out=None if held is None else self.loader(held),
+            held_out=None if held is None else self.inputs.dealt(held),
             save=self.partial,
             progress=self.progress,
             log=lambda found: self._tell_epoch(told, found),
@@ -154,7 +160,7 @@ class Recovery:
         before = told["epochs"][-1].get("held_out_before", 0.0) if told["epochs"] else 0.0
         if best < before:
             told["steps"].append("finetune")
-            told["finetune_images"] = len(learnt)
+            told["finetune_images"] = in_all(learnt)
         else:
             told["left_out"] = (
                 f"finetune, because on {len(held or ())} images kept back no epoch came closer to the dense model "
@@ -174,9 +180,11 @@ class Recovery:
         )
 
     def _seed(self) -> None:
-        """Of what augmentation draws: torchvision from torch, timm from Python."""
-        torch.manual_seed(self.recipe.seed)
-        random.seed(self.recipe.seed)
+        """Of what augmentation draws: torchvision from torch, timm from Python; in each process something else."""
+        seed = self.recipe.seed + process()[0]
+        torch.manual_seed(seed)
+        random.seed(seed)
 
     def _keep(self, told: dict[str, Any]) -> None:
-        write_text(self.partial / TOLD, json.dumps(told))
+        if process()[0] == 0:
+            write_text(self.partial / TOLD, json.dumps(told))

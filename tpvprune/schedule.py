@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from tpvprune.batches import Batch, Progress, inputs_of, repeatable
 from tpvprune.budget import QUANTITIES, Budget, Quantity
@@ -21,6 +21,7 @@ from tpvprune.planning.latency import LatencyTable
 from tpvprune.planning.sparsity import sparsify
 from tpvprune.planning.weights import weight_graph
 from tpvprune.planning.widths import check_reachable, costs_of, widths_of
+from tpvprune.processes import from_first, of_all, process
 from tpvprune.recovery.reconstruct import Reconstruct, reconstruct
 from tpvprune.report import compare
 from tpvprune.scores import Scores
@@ -122,22 +123,20 @@ def plan_for(
     finals = check_reachable(graph, budget, latency=latency)
     if planning.steps == 1:
         alone = scores if scores is not None else score(model, batches, graph, criterion, progress=progress)
-        return allocate(alone, graph, budget, **choice)
+        return from_first(allocate(alone, graph, budget, **choice))
     repeatable(batches, "every step reads them")
-    example = next(iter(batches), None)
-    if example is None:
-        raise DataError("there is no batch; give at least one")
+    example = _example(batches)
     ways = {
         name: planning.bounds(costs_of(name, graph, latency=latency).total, bound) for name, bound in finals.items()
     }
-    plan = Plan.load(save) if save is not None and Path(save).is_file() else Plan({}, graph, {"steps": []})
+    plan = from_first(Plan.load(save) if save is not None and Path(save).is_file() else Plan({}, graph, {"steps": []}))
     source = batches if refit_batches is None else refit_batches
     small = _left(model, plan, planning, source, refit_with, progress) if plan.removed else model
     for step in range(len(plan.made_by["steps"]), planning.steps):
         if progress:
             progress("plan", step, planning.steps)
         first = not plan.removed
-        now = graph if first else _again(small, inputs_of(example)[:1], plan, progress)
+        now = graph if first else _again(small, example, plan, progress)
         lacking = [g.id for g in graph.groups if g.kind == "block" and g.id not in now and bool(plan.mask(g.id).all())]
         if lacking and "units" in budget.quantities:
             raise PlanError(
@@ -149,8 +148,7 @@ def plan_for(
         share = (step + 1) / planning.steps
         limit, so_far = _limit_of(budget, {name: way[step] for name, way in ways.items()}), 0.0
         if budget.most_drift is not None:
-            metrics, _ = compare({"now": small}, model, batches, output=getattr(criterion, "output", None))
-            so_far = metrics["now"]["kl"]
+            so_far = _measured(small, model, batches, criterion)
             if share * budget.most_drift <= so_far:
                 plan = _told(plan, {**plan.made_by, "steps": [*plan.made_by["steps"], {"measured_kl": so_far}]})
                 continue
@@ -158,7 +156,7 @@ def plan_for(
         found = scores if first and scores is not None else None
         if found is None:
             found = score(small, batches, now, criterion if first else _from(criterion, model), progress=progress)
-        part = allocate(found, now, limit, after=None if first else plan, **choice)
+        part = from_first(allocate(found, now, limit, after=None if first else plan, **choice))
         about = {**part.made_by, "asked": finals | _drift_of(budget), "steps": [*plan.made_by["steps"]]}
         about["steps"].append({"got": part.made_by["got"]} | ({"measured_kl": so_far} if so_far else {}))
         if budget.most_drift is not None:
@@ -169,11 +167,29 @@ def plan_for(
         plan = _told(plan_of(small) or plan, about)
         if planning.refit and step + 1 < planning.steps:
             small = _left(model, plan, planning, source, refit_with, progress)
-        if save is not None:
+        if save is not None and process()[0] == 0:
             plan.save(save)
     if progress:
         progress("plan", planning.steps, planning.steps)
     return plan
+
+
+def _example(batches: Iterable[Batch]) -> Tensor:
+    """One input of any process, `(1, ...)`."""
+    first = next(iter(batches), None)
+    for found in of_all(None if first is None else inputs_of(first)[:1]):
+        if found is not None:
+            return found
+    raise DataError("there is no batch; give at least one")
+
+
+def _measured(small: nn.Module, model: nn.Module, batches: Iterable[Batch], criterion: Criterion) -> float:
+    """KL to the dense model on the batches of all processes."""
+    metrics, samples = {"now": {"kl": 0.0}}, 0
+    if process()[1] == 1 or next(iter(batches), None) is not None:
+        metrics, samples = compare({"now": small}, model, batches, output=getattr(criterion, "output", None))
+    found = of_all((metrics["now"]["kl"], samples))
+    return sum(kl * count for kl, count in found) / sum(count for _, count in found)
 
 
 def _left(

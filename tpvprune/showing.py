@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tpvprune.console import bars, err, log_line, number, out, print_json, print_table
+from tpvprune.processes import launched, met
 from tpvprune.recipe import Recipe
 from tpvprune.runfolder import PRODUCTS
 from tpvprune.types import Graph
@@ -31,18 +32,19 @@ def stoppable(folder: Path) -> Iterator[None]:
 
 
 def finish(runs: list[tuple[Recipe, Path]], stage: str, as_json: bool) -> None:
-    """Do the runs up to a stage and print what that stage found."""
-    found = []
-    for recipe, folder in runs:
-        if len(runs) > 1:
-            err.print(f"{recipe.name} -> {folder}", highlight=False)
-        with stoppable(folder), bars() as progress:
-            job = Run(recipe, folder, progress=progress, log=log_line)
-            told = job.until(stage)
-        found.append({"recipe": recipe.name, "out": str(folder), "stage": stage, **told})
-        if not as_json:
-            print_stage(stage, told, folder)
-    if as_json:
+    """Do the runs up to a stage, with the other processes of a launcher, and print what that stage found."""
+    found, first = [], launched()[0] == 0
+    with met():
+        for recipe, folder in runs:
+            if len(runs) > 1 and first:
+                err.print(f"{recipe.name} -> {folder}", highlight=False)
+            with stoppable(folder), bars() as progress:
+                job = Run(recipe, folder, progress=progress, log=log_line)
+                told = job.until(stage)
+            found.append({"recipe": recipe.name, "out": str(folder), "stage": stage, **told})
+            if not as_json and first:
+                print_stage(stage, told, folder)
+    if as_json and first:
         print_json(found[0] if len(found) == 1 else found)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from tpvprune import report as reporting
 from tpvprune.batches import Progress, finite_output
@@ -25,12 +26,13 @@ from tpvprune.deploy.page import write_page
 from tpvprune.deploy.story import EXAMPLES
 from tpvprune.errors import DataError, ModelError, RecipeError, TpvpruneError
 from tpvprune.files import sweep, write_text
-from tpvprune.inputs import Inputs
+from tpvprune.inputs import Inputs, in_all
 from tpvprune.lock import only_run
 from tpvprune.plan import Plan
 from tpvprune.planning.graph import trace
 from tpvprune.planning.latency import LatencyTable, default_cache, latency_table
 from tpvprune.planning.widths import check_reachable
+from tpvprune.processes import Crew, from_first, of_all
 from tpvprune.recipe import Recipe
 from tpvprune.recovering import Recovery, refitted
 from tpvprune.runfolder import PARTIAL, PRODUCTS, RECIPE, STAGES, STATE, holds, one_line, stage_keys, stored_recipe
@@ -64,6 +66,9 @@ class Run:
     ) -> None:
         self.recipe, self.folder, self.inputs = recipe, Path(folder), Inputs(recipe)
         self.progress, self.log = progress, log or (lambda line: None)
+        self._crew = Crew({"score": self._scored, "plan": self._planned, "distil": self._distilled})
+        if not self._crew.leads:
+            self.progress, self.log = None, lambda line: None
         self._tracing = 0.0  # seconds spent on tracing before the stage's own turn
         if self.folder.exists() and not self.folder.is_dir():
             raise RecipeError(f"{self.folder} is a file; choose another --out")
@@ -80,11 +85,20 @@ class Run:
     def until(self, last: str) -> dict[str, Any]:
         """Do all stages up to `last` that are not done yet; what that stage says of itself.
 
+        Of several processes the first does so, and the others their shares of its work; they tell nothing.
+
         Raises:
             TpvpruneError: whatever a stage raises; stages done before it stay done.
             RecipeError: another process is at work in the folder, or it holds a finished model of other settings.
             OSError: the folder cannot be written to.
         """
+        if not self._crew.leads:
+            self._crew.follow()
+            return {}
+        with self._crew.led():
+            return self._until(last)
+
+    def _until(self, last: str) -> dict[str, Any]:
         keys = stage_keys(self.recipe, last)
         if self._todo(keys):
             with ExitStack() as stack:
@@ -224,31 +238,37 @@ class Run:
             "stays_whole": dict(graph.skipped),
         }
 
-    def _score(self) -> dict[str, Any]:
-        pool = self.inputs.scored()
-        criterion, graph = self.inputs.criterion(), self.graph
+    def _scored(self) -> Scores:
+        pool, criterion = self.inputs.scored(), self.inputs.criterion()
         save = self._partial("score", ".safetensors") if isinstance(criterion, Streaming) else None
-        scores = score(self.inputs.dense, self.inputs.loader(pool), graph, criterion, progress=self.progress, save=save)
+        batches = self.inputs.dealt(pool)
+        scores = score(self.inputs.dense, batches, self.graph, criterion, progress=self.progress, save=save)
+        for skipped in of_all(dict(pool.skipped)):
+            pool.skipped.update(skipped)
+        return scores
+
+    def _score(self) -> dict[str, Any]:
+        scores: Scores = self._crew.together("score")
         scores.save(self._path("score"))
         sure = {k: v for k, v in scores.summary().items() if v is not None and k not in ("samples", "units")}
         return {
             "criterion": scores.criterion,
             "images": scores.samples,
-            "skipped_images": len(pool.skipped),
+            "skipped_images": len(self.inputs.scored().skipped),
             **{name: round(v, 4) if isinstance(v, float) else v for name, v in sure.items()},
         }
 
-    def _plan(self) -> dict[str, Any]:
-        graph, recipe = self.graph, self.recipe
+    def _planned(self) -> Plan:
+        recipe = self.recipe
         plan = plan_for(
             self.inputs.dense,
-            self.inputs.loader(self.inputs.scored()),
-            graph,
+            self.inputs.dealt(self.inputs.scored()),
+            self.graph,
             recipe.limits(),
             criterion=self.inputs.criterion(),
             planning=recipe.planning(),
             scores=Scores.load(self._path("score")),
-            latency=self._latency,
+            latency=from_first(self._latency if self._crew.leads else None),
             progress=self.progress,
             save=self._partial("plan", ".json"),
             refit_with=recipe.closed_form(),
@@ -256,8 +276,10 @@ class Run:
             if recipe.plan.refit
             else None,
         )
-        if recipe.sparsify is not None:
-            plan = self._sparse(plan, recipe.sparsify)
+        return plan if recipe.sparsify is None else from_first(self._sparse(plan, recipe.sparsify))
+
+    def _plan(self) -> dict[str, Any]:
+        graph, plan = self.graph, self._crew.together("plan")
         plan.save(self._path("plan"))
         by = plan.made_by.get("composed", [plan.made_by])[-1]
         zeros = {"zeros": plan.zeros, "sparsity": round(plan.sparsity, 4), "scored_by": by.get("criterion")}
@@ -275,10 +297,10 @@ class Run:
         """A plan, and single weights of what it leaves held at zero."""
         pool, asked = self.inputs.scored(), section.model_dump(exclude={"criterion"})
         hold = partial(
-            hold_zeros, self.inputs.dense, plan, self.inputs.loader(pool), asked=asked, progress=self.progress
+            hold_zeros, self.inputs.dense, plan, self.inputs.dealt(pool), asked=asked, progress=self.progress
         )
         try:
-            return hold(self.recipe.criterion_of_weights(len(pool)))
+            return hold(self.recipe.criterion_of_weights(in_all(pool)))
         except ModelError as error:
             if section.criterion is not None:
                 raise
@@ -290,17 +312,17 @@ class Run:
         save(small, self.folder / "pruned")
         return {"params": sum(p.numel() for p in small.parameters()), "folder": str(self.folder / "pruned")}
 
+    @property
+    def _recovery(self) -> Recovery:
+        return Recovery(self.recipe, self.inputs, self._partial("recover"), self.progress, self.log)
+
+    def _distilled(self) -> tuple[dict[str, Any], nn.Module]:
+        return self._recovery.distilled()
+
     def _recover(self) -> dict[str, Any]:
-        job = Recovery(
-            recipe=self.recipe,
-            dense=self.inputs.dense,
-            scored=self.inputs.images.scored,
-            partial=self._partial("recover"),
-            loader=self.inputs.loader,
-            progress=self.progress,
-            log=self.log,
-        )
-        told, small = job.run(self.folder / "pruned")
+        told, small = self._recovery.refitted(self.folder / "pruned")
+        if self.recipe.distillation() is not None:
+            told, small = self._crew.together("distil")
         save(small, self.folder)
         return told
 

@@ -158,3 +158,37 @@ def test_digits_are_there_without_a_download(model: nn.Module) -> None:
     image, label = pool[7]
     assert image.shape == (3, 16, 16)
     assert label == 7
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_every_batch_in_the_order_of_one(
+    folder: Path, model: nn.Module, world: int, shuffle: bool
+) -> None:
+    pool = open_pool(folder, model)
+    how = {"shuffle": shuffle, "seed": 3}
+    whole = pool.loader(4, **how)
+    shares = [pool.loader(4, share=(rank, world), **how) for rank in range(world)]
+    assert [loader.shared for loader in (whole, *shares)] == [False] + [True] * world
+    for _ in range(2):  # and in the next pass, which has another order
+        parts = [list(share) for share in shares]
+        for number, (images, labels) in enumerate(whole):
+            for rank in range(min(world, len(images))):
+                assert torch.equal(parts[rank][number][0], images[rank::world])
+                assert torch.equal(parts[rank][number][1], labels[rank::world])
+            for rank in range(len(images), world):  # none was left for it, and it has to take part
+                assert torch.equal(parts[rank][number][0], images[rank % len(images)][None])
+        assert {len(part) for part in parts} == {len(shares[0])} == {3}
+
+
+def test_shares_of_broken_images_are_as_many_as_others(tmp_path: Path, model: nn.Module) -> None:
+    for i in range(20):
+        picture(tmp_path / f"{i:02d}.png", 10 * i)
+    pool = open_pool(tmp_path, model).part(lambda place: place < 6)
+    for broken in ("00", "04"):  # all of a share, at the start and later
+        (tmp_path / f"{broken}.png").write_text("no image")
+    first, other = (list(pool.loader(2, share=(rank, 2))) for rank in (0, 1))
+    assert len(first) == len(other) == 3
+    assert torch.equal(first[0][0], pool[1][0][None])  # the first that can be read
+    assert torch.equal(first[2][0], first[1][0])  # the one before
+    assert set(pool.skipped) == {"00.png", "04.png"}

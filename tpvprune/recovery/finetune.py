@@ -36,6 +36,7 @@ from tpvprune.batches import (
 )
 from tpvprune.errors import CheckpointError, DataError, InputError, NonFiniteError
 from tpvprune.plan import plan_of
+from tpvprune.processes import of_all, process
 from tpvprune.recovery.distance import Features, distillation_loss
 from tpvprune.recovery.judge import Judge
 from tpvprune.recovery.masks import Masks
@@ -44,7 +45,7 @@ from tpvprune.recovery.settings import Finetune
 from tpvprune.recovery.state import load_state, random_state, save_state, set_random_state
 
 Log = Callable[[dict[str, float]], None]
-STATE_FORMAT = 2
+STATE_FORMAT = 3
 LAST, BEST = "last.safetensors", "best.safetensors"
 
 
@@ -152,7 +153,7 @@ class _Training:
                 for batch in self._rest_of_epoch():
                     last = self.batch + 1 == self.per_epoch
                     self._learn(batch, watched, last)
-                    seen += len(inputs_of(batch))
+                    seen += len(inputs_of(batch)) * (self.accelerator.num_processes if self._shared else 1)
                     self.batch += 1
                     done = self.epoch * self.per_epoch + self.batch
                     if progress:
@@ -210,7 +211,7 @@ class _Training:
         window = min(settings.accumulate, self.per_epoch - self.batch // settings.accumulate * settings.accumulate)
         closing = last or (self.batch + 1) % settings.accumulate == 0
         inputs, labels, share = self._share(batch)
-        world = 1 if getattr(self.batches, "shared", False) else self.accelerator.num_processes
+        world = 1 if self._shared else self.accelerator.num_processes
         alone = len(inputs_of(batch)) < 2 * world  # statistics of one sample: none of a vector, and poor ones of a map
         if alone:
             _train_mode(self.student, "freeze")
@@ -237,6 +238,11 @@ class _Training:
                 self.ema.update(self.student, step=self.update)
         self.total += float(loss.detach())
 
+    @property
+    def _shared(self) -> bool:
+        """Whether the batches are this process's share already."""
+        return bool(getattr(self.batches, "shared", False))
+
     def _share(self, batch: Batch) -> tuple[Tensor, Tensor | None, float]:
         """This process's inputs and labels of a batch, and what its mean loss counts in the mean over processes."""
         inputs, labels = inputs_of(batch).to(self.device), None
@@ -250,8 +256,11 @@ class _Training:
                 self.mixture = Mixture(self.settings, self._classes(inputs))
             inputs, labels = self.mixture(inputs, labels)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        if world == 1 or getattr(self.batches, "shared", False):
+        if world == 1:
             return inputs, labels, 1.0
+        if self._shared:
+            counts = self.accelerator.gather(torch.tensor([len(inputs)], device=self.device))
+            return inputs, labels, len(inputs) * world / int(counts.sum())
         mine = inputs[rank::world]
         if not len(mine):  # every process has to take part in every step
             return inputs[:1], None if labels is None else labels[:1], 0.0
@@ -291,8 +300,8 @@ class _Training:
             "scaler": None if scaler is None else scaler.state_dict(),
             "place": [self.epoch, self.batch, self.update, self.total],
             "judge": None if self.judge is None else self.judge.to_state(),
-            "began": self.began,
-            "random": random_state(),
+            "streams": of_all({"began": self.began["random"], "now": random_state()}),
+            "began": {name: value for name, value in self.began.items() if name != "random"},
             "generator": g.get_state() if (g := getattr(self.batches, "generator", None)) is not None else None,
         }
         if self.accelerator.is_main_process:
@@ -313,8 +322,9 @@ class _Training:
         self.epoch, self.batch, self.update, self.total = state["place"]
         if self.judge is not None:
             self.judge.restore(state["judge"])
-        self.began = state["began"]
-        set_random_state(state["random"])
+        streams = state["streams"][process()[0] % len(state["streams"])]
+        self.began = state["began"] | {"random": streams["began"]}
+        set_random_state(streams["now"])
         if state["generator"] is not None:
             self.batches.generator.set_state(state["generator"])  # type: ignore[attr-defined]  # it had one
         if self.schedule is not None:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from tpvprune.batches import Batch, Progress
 from tpvprune.errors import InputError, PlanError
+from tpvprune.processes import process
 from tpvprune.scores import Scores, Sensitivities, Settled
-from tpvprune.scoring.engine import Watched, digest_of_all, gathered_rows, process, reduced, weights_digest
+from tpvprune.scoring.engine import Watched, digest_of_all, gathered_rows, reduced, weights_digest
 from tpvprune.tally import Tally
 from tpvprune.types import Graph
 from tpvprune.version import __version__

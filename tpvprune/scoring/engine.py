@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tpvprune.batches import Batch, inputs_of, labels_of, length_of
 from tpvprune.errors import DataError
+from tpvprune.processes import of_all, process
 from tpvprune.scores import Sensitivities
 from tpvprune.tally import Tally
 
@@ -31,13 +32,6 @@ def stream(seed: int, batch: int, probe: int) -> torch.Generator:
     """The random numbers of one probe of one batch."""
     digest = hashlib.sha256(f"{seed}/{batch}/{probe}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def process() -> tuple[int, int]:
-    """(rank of this process, number of processes)."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
 
 
 def global_number(batch: int) -> int:
@@ -212,23 +206,16 @@ def gathered_rows(rows: Sensitivities | None, counted: int, cap: int) -> Sensiti
         counted: samples that their linear part is the mean of.
         cap: most samples to keep.
     """
-    parts = [part for part in of_all((rows, counted)) if part[0] is not None]
+    parts = [(held, count) for held, count in of_all((rows, counted)) if held is not None]
     if not parts:
         return None
     effects = torch.cat([part.rows.cpu() for part, _ in parts])
     samples = sum(part.samples for part, _ in parts)
     kept = min(samples, cap)
-    linear = sum(part.linear * count for part, count in parts) / sum(count for _, count in parts)
+    linear = torch.stack([part.linear * count for part, count in parts]).sum(0) / sum(count for _, count in parts)
     return Sensitivities(parts[0][0].groups, effects[: len(effects) // samples * kept], linear, kept)
 
 
 def digest_of_all(digest: str) -> str:
     """One digest of those of all processes."""
     return hashlib.sha256("".join(of_all(digest)).encode()).hexdigest()
-
-
-def of_all(mine: Any) -> list[Any]:
-    """What each process gives, by rank."""
-    found: list[Any] = [None] * process()[1]
-    torch.distributed.all_gather_object(found, mine)
-    return found

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.batches import Batch, device_of, evaluation_mode, inputs_of
+from tpvprune.processes import of_all, process
 from tpvprune.reads import ThroughLayers
-from tpvprune.scoring.engine import global_number, of_all, process
+from tpvprune.scoring.engine import global_number
 
 SAMPLES = 2560  # covariances of a few thousand channels are known well enough from these, at many positions each
 

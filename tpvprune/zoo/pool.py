@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 
 from tpvprune.errors import DataError
 
@@ -105,22 +105,61 @@ class Pool(Dataset[Any]):
         return self._with([self.positions[i] for i in sorted(chosen.tolist())])
 
     def loader(
-        self, batch_size: int, *, shuffle: bool = False, augment: bool = False, workers: int = 0, seed: int = 0
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        augment: bool = False,
+        workers: int = 0,
+        seed: int = 0,
+        share: tuple[int, int] = (0, 1),
     ) -> Loader:
-        """Batches `(images (batch, channels, h, w), labels (batch,))`; broken images are left out."""
+        """Batches `(images (batch, channels, h, w), labels (batch,))`; broken images are left out.
+
+        Args:
+            batch_size: images at once, of all processes together.
+            shuffle: whether every pass has an order of its own.
+            augment: whether images are read otherwise each time.
+            workers: processes that read.
+            seed: of the order.
+            share: `(rank, processes)`: of each batch the images at `rank`, `rank + processes` and so on are read.
+        """
         pool = self._with(self.positions)
         pool.augment = augment
-        return Loader(pool, batch_size, shuffle, workers, seed)
+        return Loader(pool, batch_size, shuffle, workers, seed, share)
+
+
+class _Shares(Sampler[list[int]]):
+    """This process's images of each batch; of a batch that has fewer than there are processes, one of them."""
+
+    def __init__(self, whole: BatchSampler, share: tuple[int, int]) -> None:
+        self._whole, self._share = whole, share
+
+    def __len__(self) -> int:
+        return len(self._whole)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rank, world = self._share
+        for batch in self._whole:
+            yield batch[rank::world] or [batch[rank % len(batch)]]
 
 
 class Loader:
-    """A DataLoader that leaves broken images out and counts them; can be read again and again."""
+    """A DataLoader that leaves broken images out and counts them; can be read again and again.
 
-    def __init__(self, pool: Pool, batch_size: int, shuffle: bool, workers: int, seed: int) -> None:
-        self.pool = pool
+    Attributes:
+        shared: whether it gives this process's share of each batch; all of them give equally many batches then.
+    """
+
+    def __init__(
+        self, pool: Pool, batch_size: int, shuffle: bool, workers: int, seed: int, share: tuple[int, int] = (0, 1)
+    ) -> None:
+        self.pool, self.shared = pool, share[1] > 1
         generator = torch.Generator().manual_seed(seed)
+        order = RandomSampler(pool, generator=generator) if shuffle else SequentialSampler(pool)
+        batches = _Shares(BatchSampler(order, batch_size, drop_last=False), share)
         self._inner = DataLoader(
-            pool, batch_size, shuffle, num_workers=workers, collate_fn=_collate, generator=generator
+            pool, batch_sampler=batches, num_workers=workers, collate_fn=_collate, generator=generator
         )
 
     @property
@@ -132,12 +171,25 @@ class Loader:
         return len(self._inner)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        before: tuple[Tensor, Tensor] | None = None
         for images, labels, broken in self._inner:
             for one in broken:
                 if one.name not in self.pool.skipped:
                     self.pool.skip(one)
+            if images is None and self.shared:  # the other processes have a batch here
+                images, labels = before if before is not None else self._one()
             if images is not None:
                 yield images, labels
+                before = images, labels
+
+    def _one(self) -> tuple[Tensor, Tensor]:
+        """A batch of one image, the first that can be read."""
+        for place in range(len(self.pool)):
+            images, labels, broken = _collate([self.pool[place]])
+            if not broken:
+                assert images is not None
+                return images, labels
+        raise DataError(f"{self.pool.name}: no image can be read; give other images")
 
 
 def _collate(items: list[Any]) -> tuple[Tensor | None, Tensor, list[_Broken]]:

@@ -18,6 +18,7 @@ from timm.data import create_dataset
 from torch import Tensor
 
 from tpvprune.errors import DataError
+from tpvprune.processes import everyone, process
 
 INDEXED, STREAMED = ("hfds", "torch"), ("wds", "hfids", "tfds")
 TARS = (".tar", ".tgz", ".tar.gz")
@@ -98,6 +99,12 @@ class Stream:
         self.skipped: dict[str, str] = {}
         self._dataset, self._transform = dataset, transform
         self._count = len(dataset)
+        shards = getattr(getattr(getattr(dataset, "reader", None), "split_info", None), "filenames", None)
+        if shards is not None and len(shards) < everyone():  # one without a shard would wait for one forever
+            raise DataError(
+                f"{name} has {len(shards)} shards for {everyone()} processes; give at least as many, or start fewer "
+                "processes"
+            )
         self._cuts: tuple[Callable[[int], bool] | int, ...] = ()  # parts, and numbers of first images, in turn
 
     def __len__(self) -> int:
@@ -143,9 +150,19 @@ class Stream:
         augment: bool | str = False,
         workers: int = 0,
         seed: int = 0,
+        share: tuple[int, int] = (0, 1),
     ) -> StreamLoader:
-        """Batches `(images (batch, channels, h, w), labels (batch,))`; shuffled within `BUFFER` images."""
-        return StreamLoader(self, self._transform, batch_size, shuffle, bool(augment), seed)
+        """Batches `(images (batch, channels, h, w), labels (batch,))`; shuffled within `BUFFER` images.
+
+        Args:
+            batch_size: images at once, of all processes together if they share them.
+            shuffle: whether every pass has an order of its own.
+            augment: whether images are read otherwise each time.
+            workers: of no effect: a stream is read by the process itself.
+            seed: of the order.
+            share: `(rank, processes)` of those that share a batch; the images are this process's anyway.
+        """
+        return StreamLoader(self, self._transform, -(-batch_size // share[1]), shuffle, bool(augment), seed)
 
 
 class StreamLoader:
@@ -161,7 +178,7 @@ class StreamLoader:
     @property
     def shared(self) -> bool:
         """Whether each of several processes gets images of its own."""
-        return torch.distributed.is_available() and torch.distributed.is_initialized()
+        return process()[1] > 1
 
     def __len__(self) -> int:
         return -(-len(self.pool) // self._size)

@@ -1,0 +1,177 @@
+"""`torchrun -m tpvprune` makes of a recipe what one process makes of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import tpvprune as tp
+from tests.forks import digests
+from tests.test_cli import call
+
+ROOT = Path(__file__).parents[1]
+SUMS = 1e-4
+"""Absolute, for float32 weights after a few steps whose gradients are sums in another order."""
+
+FEW = ("score.samples=45", "recover.finetune.samples=45", "eval.samples=20", "data.batch_size=10")
+TUNED = ("recover.finetune.epochs=2", "recover.finetune.batch_size=16", "recover.finetune.lr=0.0003")
+RAW = ("recover.reconstruct=null", "recover.finetune=null")
+# Alone and together: batches are dealt out as three and two; one is a process's and the other has none; images are
+# shared out unevenly (16, 16 and 13 a step).
+SAME: dict[str, list[str]] = {
+    "zeros": ["eval", "quickstart_cnn", *FEW, *TUNED, RAW[0], "recover.finetune.augment=false",
+              "plan.steps=2", "sparsify.sparsity=0.3", "sparsify.criterion=tpv"],
+    "refitted": ["recover", "quickstart_cnn", *FEW, *RAW[1:], "data.batch_size=64", "plan.steps=2", "plan.refit=true"],
+    "drift": ["plan", "quickstart_cnn", *FEW, *RAW, "budget.macs=0.8", "budget.drift=1.0", "plan.steps=3"],
+}  # fmt: skip
+AUGMENTED = ["recover", "quickstart_cnn", *FEW, *TUNED, RAW[0]]
+STREAM = ["recover", "quickstart_cnn", *FEW, *TUNED, RAW[0]]
+RUNS: dict[str, list[str]] = {
+    **SAME,
+    "zeros, again": SAME["zeros"],
+    "floor": ["plan", "quickstart_cnn", *FEW, "budget.macs=0.00001"],
+    "unmet": ["plan", "quickstart_cnn", *FEW, *RAW, "budget.macs=0.5", "budget.drift=0.00001"],
+    "whole": AUGMENTED,
+    "parted, stopped": AUGMENTED,
+    "parted, gone on with": AUGMENTED,
+    "stream": [*STREAM, "data.images=wds/{folder}@part-{0..3}.tar|40"],
+    "one shard": [*STREAM, "data.images=wds/{folder}@part-0.tar|10"],
+}
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("webdataset")
+    folder = tmp_path_factory.mktemp("together")
+    for number in range(4):
+        write_shard(folder / f"part-{number}.tar", range(number, 40, 4))
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+            str(Path(__file__).with_name("launched.py")), str(folder),
+        ],
+        capture_output=True, text=True, timeout=500, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def write_shard(path: Path, numbers: range) -> None:
+    """Pictures of noise and their labels, as webdataset reads them."""
+    with tarfile.open(path, "w") as tar:
+        for number in numbers:
+            pixels = torch.randint(256, (32, 32), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
+            image = io.BytesIO()
+            Image.fromarray(pixels.numpy()).save(image, "png")
+            for end, content in (("png", image.getvalue()), ("cls", b"0")):
+                member = tarfile.TarInfo(f"{number:03d}.{end}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def told(folder: Path, name: str) -> list[tuple[int, str, str]]:
+    """Exit code and output of a run in each process."""
+    return [tuple(json.loads((folder / f"told-{rank}.json").read_text())[name]) for rank in (0, 1)]
+
+
+def state(folder: Path) -> dict[str, Any]:
+    return {stage: about["told"] for stage, about in json.loads((folder / "stages.json").read_text()).items()}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_several_processes_make_what_one_makes(
+    name: str, together: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (first, out, _), other = told(together, name)
+    assert first == 0
+    assert other == (0, "", "")
+    assert out
+    code, _, said = call(capsys, monkeypatch, *SAME[name], "--out", str(tmp_path / name))
+    assert code == 0, said
+    alone, both = tmp_path / name, together / name
+    plans = [tp.Plan.load(folder / "plan.json") for folder in (alone, both)]
+    assert plans[0].diff(plans[1]) == {}
+    assert plans[0].zeros == plans[1].zeros
+    scores = [tp.Scores.load(folder / "scores.safetensors") for folder in (alone, both)]
+    assert scores[0].samples == scores[1].samples == 45
+    assert [found.manifest["processes"] for found in scores] == [1, 2]
+    for group, values in scores[0].values.items():
+        torch.testing.assert_close(scores[1].values[group], values, rtol=1e-4, atol=1e-4 * float(values.max()))
+    if name == "drift":
+        measured = [[step.get("measured_kl", 0.0) for step in plan.made_by["steps"]] for plan in plans]
+        assert measured[1] == pytest.approx(measured[0], rel=1e-4)
+        assert measured[0][-1] > 0
+        return
+    models = [tp.load(folder).state_dict() for folder in (alone, both)]
+    for key, value in models[0].items():
+        torch.testing.assert_close(models[1][key].double(), value.double(), rtol=0, atol=SUMS)
+    if name == "zeros":
+        one, two = state(alone), state(both)
+        assert one["recover"]["steps"] == two["recover"]["steps"] == ["finetune"]
+        assert one["recover"]["finetune_images"] == two["recover"]["finetune_images"]
+        for mine, theirs in zip(one["recover"]["epochs"], two["recover"]["epochs"], strict=True):
+            for key in ("loss", "held_out", "held_out_before"):
+                assert theirs[key] == pytest.approx(mine[key], rel=1e-3), key
+        reports = [json.loads((folder / "report.json").read_text()) for folder in (alone, both)]
+        for key, value in reports[0]["recovered"]["metrics"].items():
+            assert reports[1]["recovered"]["metrics"][key] == pytest.approx(value, rel=1e-3)
+        assert reports[0]["drift"]["pruned_kl"] == pytest.approx(reports[1]["drift"]["pruned_kl"], rel=1e-6)
+
+
+def test_a_run_that_is_done_lets_the_others_go(together: Path) -> None:
+    assert [code for code, *_ in told(together, "zeros, again")] == [0, 0]
+    assert told(together, "zeros, again")[0][2] == ""  # no stage was done again
+
+
+def test_the_first_process_tells_what_is_wrong(together: Path) -> None:
+    (code, out, said), other = told(together, "floor")
+    assert (code, out) == (2, "")
+    assert "cannot be reached" in said
+    assert other == (0, "", "")
+    assert not (together / "floor" / "plan.json").exists()
+
+
+def test_an_error_that_all_meet_ends_all(together: Path) -> None:
+    (code, _, said), (code_there, out_there, said_there) = told(together, "unmet")
+    assert code == code_there == 2
+    assert "the budget cannot be met with a drift" in said
+    assert out_there == ""
+    assert said_there.startswith("tpvprune: process 1: ")
+
+
+def test_what_several_processes_were_stopped_in_goes_on_to_the_same_bytes(together: Path) -> None:
+    (code, _, said), (code_there, *_) = told(together, "parted, stopped")
+    assert code == code_there == 130
+    assert "what was done so far is kept" in said
+    assert told(together, "parted, gone on with")[0][0] == 0
+    assert "finetune" in state(together / "parted")["recover"]["steps"]
+    assert digests(together / "parted") == digests(together / "whole")
+
+
+def test_each_process_reads_shards_of_its_own_of_a_stream(together: Path) -> None:
+    (code, _, said), other = told(together, "stream")
+    assert code == 0, said
+    assert other == (0, "", "")
+    scores, about = tp.Scores.load(together / "stream" / "scores.safetensors"), state(together / "stream")
+    assert (scores.samples, scores.manifest["processes"]) == (20, 2)
+    assert about["score"]["images"] == 20
+    assert len(about["recover"]["epochs"]) == 2
+    assert all(0 < epoch["loss"] < 1 for epoch in about["recover"]["epochs"])
+
+
+def test_fewer_shards_than_processes_are_refused(together: Path) -> None:
+    (code, out, said), _ = told(together, "one shard")
+    assert (code, out) == (2, "")
+    assert "has 1 shards for 2 processes; give at least as many" in said

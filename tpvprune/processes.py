@@ -1,0 +1,121 @@
+"""Several processes of one launcher: which of them this is, what they tell each other, what they do together.
+
+The first process leads: it alone writes, and calls the others to the jobs that all share. They wait for it otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=7)  # others wait for as long as the first one is busy on its own
+
+
+_apart = False  # whether this process is about something of its own, while others wait
+
+
+def process() -> tuple[int, int]:
+    """(rank of this process, number of processes) where work is shared; (0, 1) where it is not."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and not _apart:
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+@contextmanager
+def _being(apart: bool) -> Iterator[None]:
+    global _apart
+    before, _apart = _apart, apart
+    try:
+        yield
+    finally:
+        _apart = before
+
+
+def everyone() -> int:
+    """How many processes there are, whether they share work at the moment or not."""
+    with _being(apart=False):
+        return process()[1]
+
+
+def launched() -> tuple[int, int]:
+    """(rank, number of processes) that a launcher has told this one, before any of them have met."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    return (int(os.environ.get("RANK", "0")), count) if count > 1 else (0, 1)
+
+
+def of_all(mine: T) -> list[T]:
+    """What each process gives, by rank."""
+    world = process()[1]
+    if world == 1:
+        return [mine]
+    found: list[Any] = [None] * world
+    torch.distributed.all_gather_object(found, mine)
+    return found
+
+
+def from_first(mine: T) -> T:
+    """What the first process gives."""
+    if process()[1] == 1:
+        return mine
+    held = [mine]
+    torch.distributed.broadcast_object_list(held, src=0)
+    return held[0]
+
+
+@contextmanager
+def met() -> Iterator[None]:
+    """Meet the other processes that `torchrun` or `accelerate launch` started; alone, or having met, do nothing."""
+    if launched()[1] == 1 or not torch.distributed.is_available() or torch.distributed.is_initialized():
+        yield
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
+    torch.distributed.init_process_group(backend, timeout=PATIENCE)
+    yield
+    torch.distributed.destroy_process_group()  # not after an error: others may wait for this process still
+
+
+class Crew:
+    """The processes that do one piece of work; a single one does it all.
+
+    Args:
+        jobs: what all of them can be called to, by name.
+    """
+
+    def __init__(self, jobs: Mapping[str, Callable[[], Any]]) -> None:
+        self._jobs = jobs
+        self._failed = False
+        self.leads = process()[0] == 0
+
+    @contextmanager
+    def led(self) -> Iterator[None]:
+        """What the first process does; at its end the others are let go."""
+        with _being(apart=True):
+            try:
+                yield
+            finally:
+                if not self._failed:  # an error within a job is the others' too, or else the launcher ends them
+                    with suppress(RuntimeError), _being(apart=False):  # they may have been stopped
+                        from_first("")
+
+    def together(self, job: str) -> Any:
+        """Do a job in all processes; what it gives in the first one, which calls."""
+        with _being(apart=False):
+            from_first(job)
+            self._failed = True
+            found = self._jobs[job]()
+            self._failed = False
+        return found
+
+    def follow(self) -> None:
+        """What the others do: a share of each job, until they are let go."""
+        while job := from_first(""):
+            self._jobs[job]()
