@@ -99,6 +99,8 @@ def plan_for(
     that is already there counts. A bound on drift is held against the drift measured on the batches so far plus
     what the next step is predicted to add.
 
+    Under several processes each gives its own share of the batches, and all get the same plan.
+
     Args:
         model: the dense model.
         batches: unlabeled; read once a step.
