@@ -158,6 +158,9 @@ def test_what_several_processes_were_stopped_in_goes_on_to_the_same_bytes(togeth
     assert told(together, "parted, gone on with")[0][0] == 0
     assert "finetune" in state(together / "parted")["recover"]["steps"]
     assert digests(together / "parted") == digests(together / "whole")
+    parted, whole = (state(together / name)["recover"]["epochs"] for name in ("parted", "whole"))
+    for name in ("loss", "held_out"):
+        assert [epoch[name] for epoch in parted] == pytest.approx([epoch[name] for epoch in whole], rel=1e-12)
 
 
 def test_each_process_reads_shards_of_its_own_of_a_stream(together: Path) -> None:

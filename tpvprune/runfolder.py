@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from tpvprune.checkpoint import ABOUT
-from tpvprune.errors import RecipeError
-from tpvprune.files import PART, read_text, write_bytes
+from tpvprune.errors import RecipeError, TpvpruneError
+from tpvprune.files import PART, read_text, write_bytes, write_text
 from tpvprune.lock import LOCK
 from tpvprune.recipe import Recipe, Suite, parse_recipe
 from tpvprune.scoring.registry import LABELLED
+from tpvprune.types import read_json
 from tpvprune.zoo.data import source_state
 from tpvprune.zoo.models import checkpoint_path
 
@@ -105,6 +106,40 @@ def holds(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
     return sorted(p.name for p in folder.iterdir() if p.name != LOCK and not p.name.endswith(PART))
+
+
+def check_folder(folder: Path, recipe: Recipe) -> None:
+    """Refuse a folder that a recipe cannot be run in: it must be empty, missing, or hold a run of the same recipe.
+
+    Raises:
+        RecipeError: says what is there.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"{folder} is a file; choose another --out")
+    if not holds(folder):
+        return
+    before = stored_recipe(folder)
+    if before is None:
+        raise RecipeError(f"{folder} holds files that are no run of tpvprune; choose another --out")
+    if (before.name, before.model.name) != (recipe.name, recipe.model.name):
+        raise RecipeError(
+            f"{folder} holds a run of {before.name!r} ({before.model.name}); "
+            f"choose another --out for {recipe.name!r} ({recipe.model.name})"
+        )
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What is told of the stages that are done; nothing where that was damaged."""
+    try:
+        state = read_json(folder / STATE, "state")
+    except TpvpruneError:
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Keep it."""
+    write_text(folder / STATE, json.dumps(state, indent=1))
 
 
 def branch(source: Path, folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from tpvprune.budget import BOUNDS
 from tpvprune.checkpoint import ABOUT
 from tpvprune.errors import RecipeError
+from tpvprune.processes import launched
 from tpvprune.recipe import Recipe, Suite, builtin_recipes, load_recipe, validate_recipe
 from tpvprune.runfolder import RECIPE, branch, stored_recipe
 from tpvprune.zoo.models import is_model, near_models
@@ -35,7 +36,7 @@ def resolve(target: str, overrides: Sequence[str], folder: Path | None) -> list[
     stored = stored_recipe(path) if path.is_dir() else None
     if stored is not None:
         again = _as_recipe(stored.model_dump(mode="json"), f"{path / RECIPE}", overrides)
-        if folder is not None:
+        if folder is not None and launched()[0] == 0:
             branch(path, folder)
         return [(again, folder or path)]
     if path.suffix not in (".yaml", ".yml") and target not in builtin_recipes():

@@ -24,7 +24,7 @@ from tpvprune.card import write_card
 from tpvprune.checkpoint import ABOUT, load, save
 from tpvprune.deploy.page import write_page
 from tpvprune.deploy.story import EXAMPLES
-from tpvprune.errors import DataError, ModelError, RecipeError, TpvpruneError
+from tpvprune.errors import DataError, ModelError, RecipeError
 from tpvprune.files import sweep, write_text
 from tpvprune.inputs import Inputs, in_all
 from tpvprune.lock import only_run
@@ -35,7 +35,17 @@ from tpvprune.planning.widths import check_reachable
 from tpvprune.processes import Crew, from_first, of_all
 from tpvprune.recipe import Recipe
 from tpvprune.recovering import Recovery, refitted
-from tpvprune.runfolder import PARTIAL, PRODUCTS, RECIPE, STAGES, STATE, holds, one_line, stage_keys, stored_recipe
+from tpvprune.runfolder import (
+    PARTIAL,
+    PRODUCTS,
+    RECIPE,
+    STAGES,
+    check_folder,
+    one_line,
+    read_state,
+    stage_keys,
+    write_state,
+)
 from tpvprune.schedule import hold_zeros, plan_for
 from tpvprune.scores import Scores
 from tpvprune.scoring.collect import Streaming
@@ -70,17 +80,8 @@ class Run:
         if not self._crew.leads:
             self.progress, self.log = None, lambda line: None
         self._tracing = 0.0  # seconds spent on tracing before the stage's own turn
-        if self.folder.exists() and not self.folder.is_dir():
-            raise RecipeError(f"{self.folder} is a file; choose another --out")
-        if holds(self.folder):
-            before = stored_recipe(self.folder)
-            if before is None:
-                raise RecipeError(f"{self.folder} holds files that are no run of tpvprune; choose another --out")
-            if (before.name, before.model.name) != (recipe.name, recipe.model.name):
-                raise RecipeError(
-                    f"{self.folder} holds a run of {before.name!r} ({before.model.name}); "
-                    f"choose another --out for {recipe.name!r} ({recipe.model.name})"
-                )
+        if self._crew.leads:
+            check_folder(self.folder, recipe)
 
     def until(self, last: str) -> dict[str, Any]:
         """Do all stages up to `last` that are not done yet; what that stage says of itself.
@@ -109,11 +110,11 @@ class Run:
                 if not existed:
                     stack.enter_context(only_run(self.folder))
                 self._do(keys)
-        return dict(self._state()[last]["told"])
+        return dict(read_state(self.folder)[last]["told"])
 
     def _todo(self, keys: dict[str, str]) -> list[str]:
         """The stages from the first that is not done as the recipe says."""
-        state = self._state()
+        state = read_state(self.folder)
         stages = list(keys)
         undone = [s for s in stages if state.get(s, {}).get("key") != keys[s] or not self._has(s)]
         if undone and "recover" in state and self._has("recover") and undone[0] in STAGES[: STAGES.index("eval")]:
@@ -125,7 +126,7 @@ class Run:
 
     def _do(self, keys: dict[str, str]) -> None:
         sweep(self.folder)
-        todo, state = self._todo(keys), self._state()
+        todo, state = self._todo(keys), read_state(self.folder)
         for stage in set(keys) - set(todo):  # a run may have been killed before it did
             self._forget(stage)
         if todo:
@@ -135,13 +136,13 @@ class Run:
                 state.pop(later, None)
                 if later in PRODUCTS:
                     self._path(later).unlink(missing_ok=True)
-            self._write_state(state)
+            write_state(self.folder, state)
             start = time.perf_counter()
             told = getattr(self, f"_{stage}")()
             spent = max(time.perf_counter() - start, self._tracing if stage == "trace" else 0.0)
             seconds = round(spent, 2)
             state[stage] = {"key": keys[stage], "seconds": seconds, "told": told}
-            self._write_state(state)
+            write_state(self.folder, state)
             self._forget(stage)  # not before it counts as done
             if stage != "report":
                 self.log(f"{stage}: {one_line(told)} ({seconds:.1f} s)")
@@ -170,9 +171,8 @@ class Run:
 
     @cached_property
     def _traced(self) -> Graph:
-        if self._state().get("trace", {}).get("key") == stage_keys(self.recipe, "trace")["trace"] and self._has(
-            "trace"
-        ):
+        done = read_state(self.folder).get("trace", {}).get("key") == stage_keys(self.recipe, "trace")["trace"]
+        if done and self._has("trace"):
             return self.graph
         start = time.perf_counter()
         graph = trace(
@@ -206,16 +206,6 @@ class Run:
 
     def _has(self, stage: str) -> bool:
         return stage not in PRODUCTS or self._path(stage).is_file()
-
-    def _state(self) -> dict[str, Any]:
-        try:
-            state = read_json(self.folder / STATE, "state")
-        except TpvpruneError:
-            return {}
-        return state if isinstance(state, dict) else {}
-
-    def _write_state(self, state: dict[str, Any]) -> None:
-        write_text(self.folder / STATE, json.dumps(state, indent=1))
 
     @property
     def graph(self) -> Graph:
@@ -327,7 +317,7 @@ class Run:
         return told
 
     def _eval(self) -> dict[str, Any]:
-        plan, state = self.plan, self._state()
+        plan, state = self.plan, read_state(self.folder)
         measured = self.inputs.images.measured
         batches = self.inputs.loader(measured)
         predicted = None  # of single weights there is no prediction

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
 from os import PathLike
 from pathlib import Path
@@ -36,13 +36,14 @@ from tpvprune.batches import (
 )
 from tpvprune.errors import CheckpointError, DataError, InputError, NonFiniteError
 from tpvprune.plan import plan_of
-from tpvprune.processes import of_all, process
+from tpvprune.processes import of_all
 from tpvprune.recovery.distance import Features, distillation_loss
 from tpvprune.recovery.judge import Judge
 from tpvprune.recovery.masks import Masks
 from tpvprune.recovery.optimisation import Mixture, optimizer_for, schedule_for
+from tpvprune.recovery.replay import Replay
 from tpvprune.recovery.settings import Finetune
-from tpvprune.recovery.state import load_state, random_state, save_state, set_random_state
+from tpvprune.recovery.state import load_state, save_state
 
 Log = Callable[[dict[str, float]], None]
 STATE_FORMAT = 3
@@ -137,7 +138,7 @@ class _Training:
         self.judge = None if held_out is None else Judge(held_out, teacher, settings, output, self.accelerator)
         self.epoch = self.batch = self.update = 0
         self.total = 0.0
-        self.began: dict[str, Any] = {}
+        self.replay = Replay(batches)
 
     def run(self, folder: Path | None, save_every: int, progress: Progress | None, log: Log | None) -> nn.Module:
         settings, whole = self.settings, self.settings.epochs * self.per_epoch
@@ -150,7 +151,7 @@ class _Training:
             watched = None if self.features is None else stack.enter_context(self.features.watched())
             while self.epoch < settings.epochs and not self._enough():
                 _train_mode(self.student, settings.norms)
-                for batch in self._rest_of_epoch():
+                for batch in self.replay.rest(self.batch):
                     last = self.batch + 1 == self.per_epoch
                     self._learn(batch, watched, last)
                     seen += len(inputs_of(batch)) * (self.accelerator.num_processes if self._shared else 1)
@@ -185,26 +186,6 @@ class _Training:
         if closest and folder is not None and self.accelerator.is_main_process:
             save_state(folder / BEST, {"model": judge.closest, "epoch": self.epoch, "held_out": found})
         return {"held_out": found, "held_out_before": judge.before}
-
-    def _rest_of_epoch(self) -> Iterator[Batch]:
-        """The batches of the epoch that were not learnt from yet, drawn as they would have been without a stop."""
-        generator = getattr(self.batches, "generator", None)
-        here = None
-        if self.batch:
-            here = random_state()
-            set_random_state(self.began["random"])
-            if generator is not None:
-                generator.set_state(self.began["generator"])
-        else:
-            self.began = {"random": random_state()}
-            if generator is not None:
-                self.began["generator"] = generator.get_state()
-        skip = self.batch
-        for number, batch in enumerate(self.batches):
-            if number + 1 == skip and here is not None:
-                set_random_state(here)
-            if number >= skip:
-                yield batch
 
     def _learn(self, batch: Batch, watched: Any, last: bool) -> None:
         settings, accelerator = self.settings, self.accelerator
@@ -291,18 +272,16 @@ class _Training:
         }
 
     def _save(self, folder: Path) -> None:
-        scaler = self.accelerator.scaler
+        scaler, totals = self.accelerator.scaler, of_all(self.total)
         state = {
             "about": self._about(),
             "model": self.student.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
-            "place": [self.epoch, self.batch, self.update, self.total],
+            "place": [self.epoch, self.batch, self.update, sum(totals) / len(totals)],
             "judge": None if self.judge is None else self.judge.to_state(),
-            "streams": of_all({"began": self.began["random"], "now": random_state()}),
-            "began": {name: value for name, value in self.began.items() if name != "random"},
-            "generator": g.get_state() if (g := getattr(self.batches, "generator", None)) is not None else None,
+            "replay": self.replay.to_state(),
         }
         if self.accelerator.is_main_process:
             save_state(folder / LAST, state)
@@ -322,11 +301,7 @@ class _Training:
         self.epoch, self.batch, self.update, self.total = state["place"]
         if self.judge is not None:
             self.judge.restore(state["judge"])
-        streams = state["streams"][process()[0] % len(state["streams"])]
-        self.began = state["began"] | {"random": streams["began"]}
-        set_random_state(streams["now"])
-        if state["generator"] is not None:
-            self.batches.generator.set_state(state["generator"])  # type: ignore[attr-defined]  # it had one
+        self.replay.restore(state["replay"])
         if self.schedule is not None:
             self.schedule.step_update(self.update)
 
