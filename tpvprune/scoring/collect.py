@@ -77,6 +77,15 @@ class Streaming(Protocol):
         ...
 
 
+@runtime_checkable
+class Joining(Protocol):
+    """A criterion that processes talk about beyond the sums of their batches."""
+
+    def join(self, model: nn.Module, graph: Graph) -> Later | None:
+        """What a process without a batch adds to that talk: nothing, at the same moments."""
+        ...
+
+
 @dataclass
 class _Rows:
     """The sensitivities so far."""
@@ -162,7 +171,7 @@ def collect(
     saved, took = time.monotonic(), 0.0
     try:
         # A process without a batch of its own has others to wait for it; one alone is told that there is none.
-        if world > 1 and not watched.pending() and hasattr(criterion, "join"):
+        if world > 1 and not watched.pending() and isinstance(criterion, Joining):
             later = criterion.join(model, graph)
         elif (start is None and world == 1) or (watched.pending() and not settled(skip)):
             for seen in criterion.observe(model, watched, graph, tally.batches, progress):
