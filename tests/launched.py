@@ -60,7 +60,7 @@ def main() -> None:
         for name, words in RUNS.items():
             words = [word.replace("{folder}", str(folder)) for word in words]
             here = [*words, "--out", str(folder / name.partition(",")[0])]
-            with stopped_after(3) if name.endswith("stopped") else nullcontext():
+            with stopped_after(2) if name.endswith("stopped") else nullcontext():
                 found[name] = told(here)
     (folder / f"told-{os.environ['RANK']}.json").write_text(json.dumps(found))
 

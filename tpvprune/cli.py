@@ -146,7 +146,8 @@ def _stage(name: str, text: str) -> None:
         if name == "eval" and is_saved_model(target):
             if overrides or checkpoint or any(bounds.values()) or out_dir:
                 raise InputError("a saved model is measured with --data and --labels alone")
-            _evaluate(Path(target), data, labels, as_json)
+            if launched()[0] == 0:
+                _evaluate(Path(target), data, labels, as_json)
         else:
             finish(resolve(target, [*given, *(overrides or [])], out_dir), name, as_json)
 

@@ -30,6 +30,7 @@ from tpvprune.options import (
     Params,
     Target,
 )
+from tpvprune.processes import launched
 from tpvprune.report import stored_report
 from tpvprune.runfolder import PRODUCTS, stored_recipe
 from tpvprune.showing import finish, print_report
@@ -70,6 +71,8 @@ def report(
     given = flags(checkpoint=checkpoint, data=data, labels=labels, **bounds)
     stored = Path(target) / PRODUCTS["eval"]
     if stored.is_file() and not (given or overrides or out_dir):
+        if launched()[0]:
+            return
         told = stored_report(stored)  # looking at a result needs neither its images nor its weights
         if as_markdown:
             out.print(markdown(Story.of(target)), highlight=False, markup=False)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tpvprune.deploy.examples import Changed
 from tpvprune.errors import DataError, ModelError
-from tpvprune.processes import process
+from tpvprune.processes import launched, process
 from tpvprune.recipe import Recipe
 from tpvprune.scoring.criteria import Criterion
 from tpvprune.zoo.data import input_size, open_pool, overlap
@@ -28,21 +28,6 @@ class Images:
     measured: Pool | Stream
 
 
-def own_images(pool: Pool | Stream) -> bool:
-    """Whether each of the processes that share work reads images of its own there."""
-    return isinstance(pool, Stream) and process()[1] > 1
-
-
-def drawn(pool: Pool | Stream, count: int | None, seed: int) -> Pool | Stream:
-    """So many images, or all processes' parts of so many where each reads its own."""
-    return pool.sample(-(-count // process()[1]) if count is not None and own_images(pool) else count, seed)
-
-
-def in_all(pool: Pool | Stream) -> int:
-    """How many images all processes have there together."""
-    return len(pool) * (process()[1] if own_images(pool) else 1)
-
-
 class Inputs:
     """What one recipe names, opened when it is first asked for.
 
@@ -57,6 +42,10 @@ class Inputs:
     def device(self) -> torch.device:
         """Where the run happens."""
         wanted = self.recipe.device
+        if launched()[1] > 1 and ":" in wanted:
+            raise ModelError(
+                f"device {wanted!r} is one for all of {launched()[1]} processes; give device=cuda, or auto"
+            )
         try:
             device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
             torch.empty(0, device=device)
@@ -110,10 +99,10 @@ class Inputs:
         )
 
     def dealt(self, pool: Pool | Stream) -> Loader | StreamLoader:
-        """Of the batches of a pool those that are this process's: each so manieth of a pool, all of its own stream."""
+        """Of the batches of a pool those that fall to this process; they do in turns."""
         assert self.recipe.data is not None
         (rank, world), size = process(), self.recipe.data.batch_size
-        return self.loader(pool if own_images(pool) else pool.part(lambda place: place // size % world == rank))
+        return self.loader(pool if world == 1 else pool.part(lambda place: place // size % world == rank))
 
     def example(self) -> Tensor:
         """Zeros of one image, `(1, channels, height, width)`."""
@@ -121,12 +110,12 @@ class Inputs:
         return torch.zeros(1, *input_size(self.dense, size), device=self.device)
 
     def scored(self) -> Pool | Stream:
-        """The images that scores are made of; those that are dealt to this process, if it has a stream of its own."""
-        return drawn(self.images.scored, self.recipe.score.samples, self.recipe.seed)
+        """The images that scores are made of."""
+        return self.images.scored.sample(self.recipe.score.samples, self.recipe.seed)
 
     def criterion(self) -> Criterion:
         """How those images are scored."""
-        return self.recipe.criterion(in_all(self.scored()))
+        return self.recipe.criterion(len(self.scored()))
 
     def changed(self, model: str) -> Changed:
         """Collects images whose answer changed; those of a folder were normalised, and are shown as they were."""

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from tpvprune.errors import InputError
+
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # others wait for as long as the first one is busy on its own
-
-
 _apart = False  # whether this process is about something of its own, while others wait
 
 
@@ -35,12 +35,6 @@ def _being(apart: bool) -> Iterator[None]:
         yield
     finally:
         _apart = before
-
-
-def everyone() -> int:
-    """How many processes there are, whether they share work at the moment or not."""
-    with _being(apart=False):
-        return process()[1]
 
 
 def launched() -> tuple[int, int]:
@@ -70,13 +64,23 @@ def from_first(mine: T) -> T:
 
 @contextmanager
 def met() -> Iterator[None]:
-    """Meet the other processes that `torchrun` or `accelerate launch` started; alone, or having met, do nothing."""
+    """Meet the other processes that `torchrun` or `accelerate launch` started; alone, or having met, do nothing.
+
+    Raises:
+        InputError: there are more of them than GPUs.
+    """
     if launched()[1] == 1 or not torch.distributed.is_available() or torch.distributed.is_initialized():
         yield
         return
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        here, devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if here > devices:
+            raise InputError(
+                f"{here} processes were started on a machine with {devices} GPUs; start as many as there are, or hide "
+                "the GPUs (CUDA_VISIBLE_DEVICES=)"
+            )
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
     torch.distributed.init_process_group(backend, timeout=PATIENCE)
     yield

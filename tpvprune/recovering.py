@@ -20,7 +20,7 @@ from torch import nn
 from tpvprune.batches import Progress, device_of
 from tpvprune.checkpoint import load, save
 from tpvprune.files import write_text
-from tpvprune.inputs import Inputs, drawn, in_all
+from tpvprune.inputs import Inputs
 from tpvprune.processes import process
 from tpvprune.recipe import Recipe
 from tpvprune.recovery.recover import recover
@@ -142,7 +142,7 @@ class Recovery:
     def _distil(self, small: nn.Module, settings: Finetune, told: dict[str, Any]) -> nn.Module:
         tuning: Any = self.recipe.recover.finetune
         rest, held = kept_back(self.recipe, self.inputs.images.scored)
-        learnt = drawn(rest, tuning.samples, self.recipe.seed)
+        learnt = rest.sample(tuning.samples, self.recipe.seed)
         self._seed()
         told.setdefault("epochs", [])
         small = recover(
@@ -160,7 +160,7 @@ class Recovery:
         before = told["epochs"][-1].get("held_out_before", 0.0) if told["epochs"] else 0.0
         if best < before:
             told["steps"].append("finetune")
-            told["finetune_images"] = in_all(learnt)
+            told["finetune_images"] = len(learnt)
         else:
             told["left_out"] = (
                 f"finetune, because on {len(held or ())} images kept back no epoch came closer to the dense model "

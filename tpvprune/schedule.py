@@ -113,7 +113,7 @@ def plan_for(
         progress: called as `progress("plan", steps_done, steps)`, and by scoring.
         save: where the plan so far is kept; a plan found there is gone on with.
         refit_with: settings of the refits between steps, where `planning` asks for them.
-        refit_batches: unlabeled batches for those; `batches` by default.
+        refit_batches: unlabeled batches for those, the same in all of several processes; `batches` by default.
 
     Raises:
         InputError: see `score` and `allocate`; what is kept in `save` stays valid.
@@ -132,6 +132,8 @@ def plan_for(
         name: planning.bounds(costs_of(name, graph, latency=latency).total, bound) for name, bound in finals.items()
     }
     plan = from_first(Plan.load(save) if save is not None and Path(save).is_file() else Plan({}, graph, {"steps": []}))
+    if planning.refit and refit_batches is None and process()[1] > 1:
+        raise BudgetError("refit=True under several processes: give refit_batches, the same in all of them")
     source = batches if refit_batches is None else refit_batches
     small = _left(model, plan, planning, source, refit_with, progress) if plan.removed else model
     for step in range(len(plan.made_by["steps"]), planning.steps):
@@ -190,6 +192,8 @@ def _measured(small: nn.Module, model: nn.Module, batches: Iterable[Batch], crit
     metrics, samples = {"now": {"kl": 0.0}}, 0
     if process()[1] == 1 or next(iter(batches), None) is not None:
         metrics, samples = compare({"now": small}, model, batches, output=getattr(criterion, "output", None))
+    if process()[1] == 1:
+        return metrics["now"]["kl"]
     found = of_all((metrics["now"]["kl"], samples))
     return sum(kl * count for kl, count in found) / sum(count for _, count in found)
 

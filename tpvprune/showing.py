@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ def stoppable(folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        err.print(
-            f"tpvprune: stopped; what was done so far is kept in {folder}, and the same command goes on there",
-            highlight=False,
-            markup=False,
-        )
+        if launched()[0] == 0:
+            err.print(
+                f"tpvprune: stopped; what was done so far is kept in {folder}, and the same command goes on there",
+                highlight=False,
+                markup=False,
+            )
         raise SystemExit(STOPPED) from None
 
 
@@ -38,7 +39,7 @@ def finish(runs: list[tuple[Recipe, Path]], stage: str, as_json: bool) -> None:
         for recipe, folder in runs:
             if len(runs) > 1 and first:
                 err.print(f"{recipe.name} -> {folder}", highlight=False)
-            with stoppable(folder), bars() as progress:
+            with stoppable(folder), bars() if first else nullcontext() as progress:
                 job = Run(recipe, folder, progress=progress, log=log_line)
                 told = job.until(stage)
             found.append({"recipe": recipe.name, "out": str(folder), "stage": stage, **told})

@@ -26,13 +26,13 @@ from tpvprune.deploy.page import write_page
 from tpvprune.deploy.story import EXAMPLES
 from tpvprune.errors import DataError, ModelError, RecipeError
 from tpvprune.files import sweep, write_text
-from tpvprune.inputs import Inputs, in_all
+from tpvprune.inputs import Inputs
 from tpvprune.lock import only_run
 from tpvprune.plan import Plan
 from tpvprune.planning.graph import trace
 from tpvprune.planning.latency import LatencyTable, default_cache, latency_table
 from tpvprune.planning.widths import check_reachable
-from tpvprune.processes import Crew, from_first, of_all
+from tpvprune.processes import Crew, from_first, of_all, process
 from tpvprune.recipe import Recipe
 from tpvprune.recovering import Recovery, refitted
 from tpvprune.runfolder import (
@@ -54,6 +54,7 @@ from tpvprune.scoring.registry import criterion_named
 from tpvprune.sections import SparsifySection
 from tpvprune.surgery.removal import apply
 from tpvprune.types import Graph, read_json
+from tpvprune.zoo.pool import Pool
 
 Log = Callable[[str], None]
 
@@ -230,11 +231,13 @@ class Run:
 
     def _scored(self) -> Scores:
         pool, criterion = self.inputs.scored(), self.inputs.criterion()
-        save = self._partial("score", ".safetensors") if isinstance(criterion, Streaming) else None
+        keeps = self._crew.leads and isinstance(criterion, Streaming)
+        save = self._partial("score", ".safetensors") if keeps else None
         batches = self.inputs.dealt(pool)
         scores = score(self.inputs.dense, batches, self.graph, criterion, progress=self.progress, save=save)
-        for skipped in of_all(dict(pool.skipped)):
-            pool.skipped.update(skipped)
+        pool.skipped.update({name: why for skipped in of_all(dict(pool.skipped)) for name, why in skipped.items()})
+        if isinstance(pool, Pool):
+            pool.check_skipped()
         return scores
 
     def _score(self) -> dict[str, Any]:
@@ -260,7 +263,7 @@ class Run:
             scores=Scores.load(self._path("score")),
             latency=from_first(self._latency if self._crew.leads else None),
             progress=self.progress,
-            save=self._partial("plan", ".json"),
+            save=self._partial("plan", ".json") if self._crew.leads else None,
             refit_with=recipe.closed_form(),
             refit_batches=self.inputs.loader(refitted(recipe, self.inputs.images.scored))
             if recipe.plan.refit
@@ -290,10 +293,12 @@ class Run:
             hold_zeros, self.inputs.dense, plan, self.inputs.dealt(pool), asked=asked, progress=self.progress
         )
         try:
-            return hold(self.recipe.criterion_of_weights(in_all(pool)))
+            return hold(self.recipe.criterion_of_weights(len(pool)))
         except ModelError as error:
             if section.criterion is not None:
                 raise
+            if process()[1] > 1:  # those without a batch have not met it, and wait
+                raise ModelError(f"{error}; or score single weights by magnitude, sparsify.criterion=l1") from error
             self.log(f"single weights are scored by magnitude: {error}")
             return hold(criterion_named("l1"))
 
@@ -302,15 +307,16 @@ class Run:
         save(small, self.folder / "pruned")
         return {"params": sum(p.numel() for p in small.parameters()), "folder": str(self.folder / "pruned")}
 
-    @property
-    def _recovery(self) -> Recovery:
-        return Recovery(self.recipe, self.inputs, self._partial("recover"), self.progress, self.log)
+    def _recovery(self, partial: Path) -> Recovery:
+        return Recovery(self.recipe, self.inputs, partial, self.progress, self.log)
 
     def _distilled(self) -> tuple[dict[str, Any], nn.Module]:
-        return self._recovery.distilled()
+        # Where the first one's is: its name tells of times of files, which copies do not share.
+        partial = from_first(self._partial("recover") if self._crew.leads else self.folder)
+        return self._recovery(partial).distilled()
 
     def _recover(self) -> dict[str, Any]:
-        told, small = self._recovery.refitted(self.folder / "pruned")
+        told, small = self._recovery(self._partial("recover")).refitted(self.folder / "pruned")
         if self.recipe.distillation() is not None:
             told, small = self._crew.together("distil")
         save(small, self.folder)

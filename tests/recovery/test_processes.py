@@ -68,3 +68,7 @@ def test_two_processes_learn_what_one_does(name: str, together: Path) -> None:
         wanted: Tensor = torch.tensor(of_each[0][1][key]).reshape(value.shape)
         torch.testing.assert_close(value.double(), wanted.double(), rtol=0, atol=SUMS)
     assert (together / name / "last.safetensors").is_file()
+
+
+def test_the_first_process_alone_may_save(together: Path) -> None:
+    assert (together / "first alone" / "last.safetensors").is_file()

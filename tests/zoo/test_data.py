@@ -177,7 +177,7 @@ def test_processes_share_every_batch_in_the_order_of_one(
                 assert torch.equal(parts[rank][number][0], images[rank::world])
                 assert torch.equal(parts[rank][number][1], labels[rank::world])
             for rank in range(len(images), world):  # none was left for it, and it has to take part
-                assert torch.equal(parts[rank][number][0], images[rank % len(images)][None])
+                assert torch.equal(parts[rank][number][0], parts[rank][number - 1][0])
         assert {len(part) for part in parts} == {len(shares[0])} == {3}
 
 
@@ -189,6 +189,17 @@ def test_shares_of_broken_images_are_as_many_as_others(tmp_path: Path, model: nn
         (tmp_path / f"{broken}.png").write_text("no image")
     first, other = (list(pool.loader(2, share=(rank, 2))) for rank in (0, 1))
     assert len(first) == len(other) == 3
+    stood_in = [loader.stands_in for loader in (pool.loader(2, share=(0, 2)),) for _ in loader]
+    assert stood_in == [True, False, True]
     assert torch.equal(first[0][0], pool[1][0][None])  # the first that can be read
     assert torch.equal(first[2][0], first[1][0])  # the one before
     assert set(pool.skipped) == {"00.png", "04.png"}
+
+
+def test_workers_of_other_processes_vary_images_in_another_way(folder: Path, model: nn.Module) -> None:
+    pool = open_pool(folder, model)
+    drawn = []
+    for rank in (0, 1, 2):
+        pool._read = lambda place, augment: torch.rand(2)  # what augmentation would draw
+        drawn.append(torch.cat([images for images, _ in pool.loader(4, workers=1, share=(rank, 3))]))
+    assert len({tuple(numbers.flatten()[:2].tolist()) for numbers in drawn}) == 3

@@ -36,7 +36,7 @@ from tpvprune.batches import (
 )
 from tpvprune.errors import CheckpointError, DataError, InputError, NonFiniteError
 from tpvprune.plan import plan_of
-from tpvprune.processes import of_all
+from tpvprune.processes import of_all, process
 from tpvprune.recovery.distance import Features, distillation_loss
 from tpvprune.recovery.judge import Judge
 from tpvprune.recovery.masks import Masks
@@ -124,6 +124,11 @@ class _Training:
             parameter.requires_grad_(True)
         self.device = device_of(self.student)
         self.accelerator = _accelerator(settings.precision, self.device)
+        if self.accelerator.num_processes != process()[1]:
+            raise InputError(
+                f"finetune: accelerate sees {self.accelerator.num_processes} processes where there are {process()[1]}; "
+                "start them by torchrun or accelerate launch"
+            )
         self.optimizer = optimizer_for(self.student, settings)
         self.per_epoch = length_of(batches) or sum(1 for _ in batches)
         if self.per_epoch == 0:
@@ -139,9 +144,11 @@ class _Training:
         self.epoch = self.batch = self.update = 0
         self.total = 0.0
         self.replay = Replay(batches)
+        self.saved_by_all = False  # or by the first process alone
 
     def run(self, folder: Path | None, save_every: int, progress: Progress | None, log: Log | None) -> nn.Module:
         settings, whole = self.settings, self.settings.epochs * self.per_epoch
+        self.saved_by_all = all(of_all(folder is not None))
         if folder is not None and (folder / LAST).is_file():
             self._restore(load_state(folder / LAST))
         elif self.judge is not None:
@@ -240,8 +247,9 @@ class _Training:
         if world == 1:
             return inputs, labels, 1.0
         if self._shared:
-            counts = self.accelerator.gather(torch.tensor([len(inputs)], device=self.device))
-            return inputs, labels, len(inputs) * world / int(counts.sum())
+            count = 0 if getattr(self.batches, "stands_in", False) else len(inputs)
+            total = int(self.accelerator.gather(torch.tensor([count], device=self.device)).sum())
+            return inputs, labels, count * world / max(1, total)
         mine = inputs[rank::world]
         if not len(mine):  # every process has to take part in every step
             return inputs[:1], None if labels is None else labels[:1], 0.0
@@ -272,7 +280,7 @@ class _Training:
         }
 
     def _save(self, folder: Path) -> None:
-        scaler, totals = self.accelerator.scaler, of_all(self.total)
+        scaler, totals = self.accelerator.scaler, of_all(self.total) if self.saved_by_all else [self.total]
         state = {
             "about": self._about(),
             "model": self.student.state_dict(),
@@ -281,7 +289,7 @@ class _Training:
             "scaler": None if scaler is None else scaler.state_dict(),
             "place": [self.epoch, self.batch, self.update, sum(totals) / len(totals)],
             "judge": None if self.judge is None else self.judge.to_state(),
-            "replay": self.replay.to_state(),
+            "replay": self.replay.to_state(self.saved_by_all),
         }
         if self.accelerator.is_main_process:
             save_state(folder / LAST, state)

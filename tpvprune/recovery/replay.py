@@ -40,10 +40,11 @@ class Replay:
             if number >= done:
                 yield batch
 
-    def to_state(self) -> dict[str, Any]:
-        """What `restore` goes on from; several processes give it together."""
+    def to_state(self, together: bool = True) -> dict[str, Any]:
+        """What `restore` goes on from; of all processes if they give it together."""
+        mine = {"began": self._began["random"], "now": random_state()}
         return {
-            "random": of_all({"began": self._began["random"], "now": random_state()}),
+            "random": of_all(mine) if together else [mine],
             "began": self._began.get("generator"),
             "now": None if self._generator is None else self._generator.get_state(),
         }

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,13 +78,22 @@ class Pool(Dataset[Any]):
             DataError: more than 10 % of the source cannot be read.
         """
         self.skipped[broken.name] = broken.why
+        self.check_skipped()
+        logger.warning("%s: skipped %s: %s", self.name, broken.name, broken.why)
+
+    def check_skipped(self) -> None:
+        """See whether too many images could not be read.
+
+        Raises:
+            DataError: more than 10 % of the source cannot be read.
+        """
         total = len(self._names) + sum(name not in self._names for name in self.skipped)
         if len(self.skipped) > BAD_SHARE * total:
+            name, why = list(self.skipped.items())[-1]
             raise DataError(
-                f"{self.name}: {len(self.skipped)} of {total} images cannot be read, the last is {broken.name} "
-                f"({broken.why}); at most {BAD_SHARE:.0%} are skipped, so take them out or give other images"
+                f"{self.name}: {len(self.skipped)} of {total} images cannot be read, the last is {name} "
+                f"({why}); at most {BAD_SHARE:.0%} are skipped, so take them out or give other images"
             )
-        logger.warning("%s: skipped %s: %s", self.name, broken.name, broken.why)
 
     def _with(self, positions: Sequence[int]) -> Pool:
         twin = copy.copy(self)
@@ -130,7 +141,7 @@ class Pool(Dataset[Any]):
 
 
 class _Shares(Sampler[list[int]]):
-    """This process's images of each batch; of a batch that has fewer than there are processes, one of them."""
+    """This process's images of each batch; none of a batch that has fewer than there are processes."""
 
     def __init__(self, whole: BatchSampler, share: tuple[int, int]) -> None:
         self._whole, self._share = whole, share
@@ -141,7 +152,7 @@ class _Shares(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         rank, world = self._share
         for batch in self._whole:
-            yield batch[rank::world] or [batch[rank % len(batch)]]
+            yield batch[rank::world]
 
 
 class Loader:
@@ -149,17 +160,23 @@ class Loader:
 
     Attributes:
         shared: whether it gives this process's share of each batch; all of them give equally many batches then.
+        stands_in: whether the last batch given is no share, because nothing of it was this process's, or can be read.
     """
 
     def __init__(
         self, pool: Pool, batch_size: int, shuffle: bool, workers: int, seed: int, share: tuple[int, int] = (0, 1)
     ) -> None:
-        self.pool, self.shared = pool, share[1] > 1
+        self.pool, self.shared, self.stands_in = pool, share[1] > 1, False
         generator = torch.Generator().manual_seed(seed)
         order = RandomSampler(pool, generator=generator) if shuffle else SequentialSampler(pool)
         batches = _Shares(BatchSampler(order, batch_size, drop_last=False), share)
         self._inner = DataLoader(
-            pool, batch_sampler=batches, num_workers=workers, collate_fn=_collate, generator=generator
+            pool,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=_collate,
+            generator=generator,
+            worker_init_fn=partial(_apart, share[0]) if share[0] else None,
         )
 
     @property
@@ -176,6 +193,7 @@ class Loader:
             for one in broken:
                 if one.name not in self.pool.skipped:
                     self.pool.skip(one)
+            self.stands_in = images is None
             if images is None and self.shared:  # the other processes have a batch here
                 images, labels = before if before is not None else self._one()
             if images is not None:
@@ -190,6 +208,13 @@ class Loader:
                 assert images is not None
                 return images, labels
         raise DataError(f"{self.pool.name}: no image can be read; give other images")
+
+
+def _apart(rank: int, worker: int) -> None:
+    """Random numbers of a process's workers that are not those of another process's."""
+    seed = torch.initial_seed() + 1_000_003 * rank
+    torch.manual_seed(seed)
+    random.seed(seed)
 
 
 def _collate(items: list[Any]) -> tuple[Tensor | None, Tensor, list[_Broken]]:

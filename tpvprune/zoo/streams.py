@@ -18,7 +18,6 @@ from timm.data import create_dataset
 from torch import Tensor
 
 from tpvprune.errors import DataError
-from tpvprune.processes import everyone, process
 
 INDEXED, STREAMED = ("hfds", "torch"), ("wds", "hfids", "tfds")
 TARS = (".tar", ".tgz", ".tar.gz")
@@ -62,12 +61,25 @@ def dataset_of(source: str | Path, mode: str) -> Any:
     elif kind.lower() not in (*INDEXED, *STREAMED):
         name, given = "", {"root": str(Path(text).expanduser()), "search_split": False, "input_img_mode": mode}
     try:
-        return create_dataset(name, **given)
+        return _whole(create_dataset(name, **given))
     except (ImportError, NameError, AssertionError, OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise DataError(
             f"{text} cannot be opened ({type(error).__name__}: {error}); give an existing source, and install the "
             "package it is read with (webdataset, datasets, tfds-nightly)"
         ) from error
+
+
+def _whole(dataset: Any) -> Any:
+    """The dataset, none of it left to other processes.
+
+    What is scored and what is measured on follows from an image's place among all, and a reader that deals shards out
+    repeats some where they are unequal.
+    """
+    reader = getattr(dataset, "reader", None)
+    for name, value in (("dist_rank", 0), ("dist_num_replicas", 1)):
+        if hasattr(reader, name):
+            setattr(reader, name, value)
+    return dataset
 
 
 class Targets(Sequence[int]):
@@ -87,8 +99,6 @@ class Targets(Sequence[int]):
 class Stream:
     """Images that come in their own order; offers what a `Pool` does, without knowing one from another beforehand.
 
-    Under several processes timm's reader gives each of them shards of its own, so that a loader is `shared` already.
-
     Attributes:
         name: where the images come from.
         skipped: nothing: a stream leaves out what it cannot read by itself.
@@ -99,12 +109,6 @@ class Stream:
         self.skipped: dict[str, str] = {}
         self._dataset, self._transform = dataset, transform
         self._count = len(dataset)
-        shards = getattr(getattr(getattr(dataset, "reader", None), "split_info", None), "filenames", None)
-        if shards is not None and len(shards) < everyone():  # one without a shard would wait for one forever
-            raise DataError(
-                f"{name} has {len(shards)} shards for {everyone()} processes; give at least as many, or start fewer "
-                "processes"
-            )
         self._cuts: tuple[Callable[[int], bool] | int, ...] = ()  # parts, and numbers of first images, in turn
 
     def __len__(self) -> int:
@@ -155,45 +159,60 @@ class Stream:
         """Batches `(images (batch, channels, h, w), labels (batch,))`; shuffled within `BUFFER` images.
 
         Args:
-            batch_size: images at once, of all processes together if they share them.
+            batch_size: images at once, of all processes together.
             shuffle: whether every pass has an order of its own.
             augment: whether images are read otherwise each time.
             workers: of no effect: a stream is read by the process itself.
             seed: of the order.
-            share: `(rank, processes)` of those that share a batch; the images are this process's anyway.
+            share: `(rank, processes)`: of each batch the images at `rank`, `rank + processes` and so on are given; the
+                others are read too.
         """
-        return StreamLoader(self, self._transform, -(-batch_size // share[1]), shuffle, bool(augment), seed)
+        return StreamLoader(self, self._transform, batch_size, shuffle, bool(augment), seed, share)
 
 
 class StreamLoader:
-    """Batches of a stream; can be read again and again."""
+    """Batches of a stream; can be read again and again.
+
+    Attributes:
+        shared: whether it gives this process's share of each batch; all of them give equally many batches then.
+        stands_in: whether the last batch given is no share, as there was none for this process.
+    """
 
     def __init__(
-        self, stream: Stream, transform: Transform, batch_size: int, shuffle: bool, augment: bool, seed: int
+        self,
+        stream: Stream,
+        transform: Transform,
+        batch_size: int,
+        shuffle: bool,
+        augment: bool,
+        seed: int,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self.pool = stream
         self.generator = torch.Generator().manual_seed(seed)
+        self.shared, self.stands_in = share[1] > 1, False
+        self._share = share
         self._transform, self._size, self._shuffle, self._augment = transform, batch_size, shuffle, augment
-
-    @property
-    def shared(self) -> bool:
-        """Whether each of several processes gets images of its own."""
-        return process()[1] > 1
 
     def __len__(self) -> int:
         return -(-len(self.pool) // self._size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        images: list[Tensor] = []
-        labels: list[int] = []
-        for image, label in self._ordered():
-            images.append(self._transform(image, self._augment))
-            labels.append(label)
-            if len(images) == self._size:
-                yield torch.stack(images), torch.tensor(labels)
-                images, labels = [], []
-        if images:
-            yield torch.stack(images), torch.tensor(labels)
+        held: list[tuple[Any, int]] = []
+        for item in self._ordered():
+            held.append(item)
+            if len(held) == self._size:
+                yield self._batch(held)
+                held = []
+        if held:
+            yield self._batch(held)
+
+    def _batch(self, items: list[tuple[Any, int]]) -> tuple[Tensor, Tensor]:
+        rank, world = self._share
+        mine = items[rank::world]
+        self.stands_in = not mine
+        images, labels = zip(*(mine or items[:1]), strict=True)
+        return torch.stack([self._transform(image, self._augment) for image in images]), torch.tensor(labels)
 
     def _ordered(self) -> Iterator[tuple[Any, int]]:
         if not self._shuffle:
