@@ -88,14 +88,9 @@ def met() -> Iterator[None]:
 
 
 class Crew:
-    """The processes that do one piece of work; a single one does it all.
+    """The processes that do one piece of work; a single one does it all."""
 
-    Args:
-        jobs: what all of them can be called to, by name.
-    """
-
-    def __init__(self, jobs: Mapping[str, Callable[[], Any]]) -> None:
-        self._jobs = jobs
+    def __init__(self) -> None:
         self._failed = False
         self.leads = process()[0] == 0
 
@@ -110,16 +105,16 @@ class Crew:
                     with suppress(RuntimeError), _being(apart=False):  # they may have been stopped
                         from_first("")
 
-    def together(self, job: str) -> Any:
+    def together(self, name: str, job: Callable[[], T]) -> T:
         """Do a job in all processes; what it gives in the first one, which calls."""
         with _being(apart=False):
-            from_first(job)
+            from_first(name)
             self._failed = True
-            found = self._jobs[job]()
+            found = job()
             self._failed = False
         return found
 
-    def follow(self) -> None:
-        """What the others do: a share of each job, until they are let go."""
-        while job := from_first(""):
-            self._jobs[job]()
+    def follow(self, jobs: Mapping[str, Callable[[], Any]]) -> None:
+        """What the others do: a share of each job that the first one calls, until they are let go."""
+        while name := from_first(""):
+            jobs[name]()

@@ -77,7 +77,7 @@ class Run:
     ) -> None:
         self.recipe, self.folder, self.inputs = recipe, Path(folder), Inputs(recipe)
         self.progress, self.log = progress, log or (lambda line: None)
-        self._crew = Crew({"score": self._scored, "plan": self._planned, "distil": self._distilled})
+        self._crew = Crew()
         if not self._crew.leads:
             self.progress, self.log = None, lambda line: None
         self._tracing = 0.0  # seconds spent on tracing before the stage's own turn
@@ -95,7 +95,7 @@ class Run:
             OSError: the folder cannot be written to.
         """
         if not self._crew.leads:
-            self._crew.follow()
+            self._crew.follow({"score": self._scored, "plan": self._planned, "distil": self._distilled})
             return {}
         with self._crew.led():
             return self._until(last)
@@ -241,7 +241,7 @@ class Run:
         return scores
 
     def _score(self) -> dict[str, Any]:
-        scores: Scores = self._crew.together("score")
+        scores = self._crew.together("score", self._scored)
         scores.save(self._path("score"))
         sure = {k: v for k, v in scores.summary().items() if v is not None and k not in ("samples", "units")}
         return {
@@ -272,7 +272,7 @@ class Run:
         return plan if recipe.sparsify is None else from_first(self._sparse(plan, recipe.sparsify))
 
     def _plan(self) -> dict[str, Any]:
-        graph, plan = self.graph, self._crew.together("plan")
+        graph, plan = self.graph, self._crew.together("plan", self._planned)
         plan.save(self._path("plan"))
         by = plan.made_by.get("composed", [plan.made_by])[-1]
         zeros = {"zeros": plan.zeros, "sparsity": round(plan.sparsity, 4), "scored_by": by.get("criterion")}
@@ -318,7 +318,7 @@ class Run:
     def _recover(self) -> dict[str, Any]:
         told, small = self._recovery(self._partial("recover")).refitted(self.folder / "pruned")
         if self.recipe.distillation() is not None:
-            told, small = self._crew.together("distil")
+            told, small = self._crew.together("distil", self._distilled)
         save(small, self.folder)
         return told
 
