@@ -158,7 +158,7 @@ def test_a_budget_of_milliseconds_is_planned_by_a_table_of_this_machine(
     asked = ("budget.latency_ms=0.7", "budget.round_to=1", "latency.batch_size=2", "recover.reconstruct=null")
     run = Run(recipe(place, *asked), place / "out")
     with FakeClock().running() as clock:
-        monkeypatch.setattr("tpvprune.workflow.latency_table", partial(tp.latency_table, clock=clock))
+        monkeypatch.setattr("tpvprune.inputs.latency_table", partial(tp.latency_table, clock=clock))
         run.until("plan")
     run.until("eval")
     (kept,) = (cache / "tpvprune" / "latency").glob("*.json")
@@ -172,7 +172,7 @@ def test_a_budget_of_milliseconds_is_planned_by_a_table_of_this_machine(
     assert got["value"] <= asked_for["at_most"]
     assert got["measured"] == report["pruned"]["latency_ms"] > 0
     assert "batch 2" in report["environment"]["latency"]
-    monkeypatch.setattr("tpvprune.workflow.latency_table", lambda *args, **kwargs: table)
+    monkeypatch.setattr("tpvprune.inputs.latency_table", lambda *args, **kwargs: table)
     with pytest.raises(tp.BudgetError, match=r"latency_ms <= 0\.001 cannot be reached"):
         Run(recipe(place, "budget.latency_ms='0.001 ms'"), place / "other").until("plan")
     assert not (place / "other" / "scores.safetensors").exists()

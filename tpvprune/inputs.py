@@ -9,11 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tpvprune.batches import Progress
 from tpvprune.deploy.examples import Changed
 from tpvprune.errors import DataError, ModelError
+from tpvprune.planning.latency import LatencyTable, default_cache, latency_table
 from tpvprune.processes import launched, process
 from tpvprune.recipe import Recipe
 from tpvprune.scoring.criteria import Criterion
+from tpvprune.types import Graph
 from tpvprune.zoo.data import input_size, open_pool, overlap
 from tpvprune.zoo.models import create_model
 from tpvprune.zoo.pool import Loader, Pool
@@ -108,6 +111,15 @@ class Inputs:
         """Zeros of one image, `(1, channels, height, width)`."""
         size = self.recipe.data.size if self.recipe.data else None
         return torch.zeros(1, *input_size(self.dense, size), device=self.device)
+
+    def latency(self, graph: Graph, progress: Progress | None) -> LatencyTable | None:
+        """A table of this machine, where milliseconds are planned by; measured once and kept between runs."""
+        recipe = self.recipe
+        if recipe.budget.latency_ms is None and recipe.plan.per != "latency_ms":
+            return None
+        example = self.example().expand(recipe.latency.batch_size, -1, -1, -1).contiguous()
+        compiled, cache = recipe.latency.compiled, default_cache()
+        return latency_table(self.dense, graph, example, compiled=compiled, cache=cache, progress=progress)
 
     def scored(self) -> Pool | Stream:
         """The images that scores are made of."""

@@ -30,7 +30,7 @@ from tpvprune.inputs import Inputs
 from tpvprune.lock import only_run
 from tpvprune.plan import Plan
 from tpvprune.planning.graph import trace
-from tpvprune.planning.latency import LatencyTable, default_cache, latency_table
+from tpvprune.planning.latency import LatencyTable
 from tpvprune.planning.widths import check_reachable
 from tpvprune.processes import Crew, from_first, of_all, process
 from tpvprune.recipe import Recipe
@@ -188,19 +188,7 @@ class Run:
 
     @cached_property
     def _latency(self) -> LatencyTable | None:
-        """A table of this machine, where milliseconds are planned by; measured once and kept between runs."""
-        recipe = self.recipe
-        if recipe.budget.latency_ms is None and recipe.plan.per != "latency_ms":
-            return None
-        example = self.inputs.example().expand(recipe.latency.batch_size, -1, -1, -1).contiguous()
-        return latency_table(
-            self.inputs.dense,
-            self._traced,
-            example,
-            compiled=recipe.latency.compiled,
-            cache=default_cache(),
-            progress=self.progress,
-        )
+        return self.inputs.latency(self._traced, self.progress)
 
     def _path(self, stage: str) -> Path:
         return self.folder / PRODUCTS[stage]
