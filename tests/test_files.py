@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from tpvprune import files
+from tpvprune.recipe import builtin_recipes
 from tpvprune.recovery.spill import Spilled
+from tpvprune.zoo.models import checkpoint_path
 
 
 def test_files_are_written_and_read(tmp_path: Path) -> None:
@@ -76,3 +78,19 @@ def test_a_full_temporary_folder_is_named() -> None:
     with pytest.raises(OSError, match="No space left") as caught:
         spilled._write(b"x")
     assert caught.value.filename == tempfile.gettempdir()
+
+
+def test_what_comes_with_the_package_is_found_in_a_source_tree_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not (Path(files.__file__).parents[1] / "recipes").is_dir():
+        pytest.skip("the package is installed, and runs from no source tree")
+    wanted = builtin_recipes()
+    assert "quickstart" in wanted
+
+    def gone(name: str) -> None:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(files.resources, "files", gone)
+    assert builtin_recipes() == wanted
+    assert checkpoint_path("builtin:digits_cnn.safetensors").is_file()
+    with pytest.raises(ModuleNotFoundError):
+        files.packaged("nothing")

@@ -1,11 +1,16 @@
-"""Reading and writing files: a file is there whole or not at all."""
+"""Reading and writing files, which are there whole or not at all; files that come with the package."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from importlib import resources
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from importlib.abc import Traversable  # moved in Python 3.11, gone from here in 3.14
 
 PART = ".part"  # ends the name of what is still being written
 
@@ -51,3 +56,18 @@ def sweep(folder: str | PathLike[str]) -> None:
     """Remove what writes that were killed have left in a folder and those in it."""
     for left in Path(folder).rglob(f".*{PART}"):
         left.unlink(missing_ok=True)
+
+
+def packaged(name: str) -> Traversable:
+    """A folder of data that comes with the package: within it once installed, beside it in a source tree.
+
+    Raises:
+        ModuleNotFoundError: it is in neither place.
+    """
+    try:
+        return resources.files(f"tpvprune.{name}")
+    except ModuleNotFoundError:  # `python -m` in a source tree takes that for the package
+        beside = Path(__file__).parents[1].joinpath(*name.split("."))
+        if beside.is_dir():
+            return beside
+        raise

@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from tpvprune.budget import BOUNDS, Budget
 from tpvprune.errors import InputError, RecipeError
-from tpvprune.files import read_text
+from tpvprune.files import packaged, read_text
 from tpvprune.recovery.reconstruct import Reconstruct
 from tpvprune.recovery.settings import Finetune, GaussNewton
 from tpvprune.schedule import Planning
@@ -150,7 +149,7 @@ def _settings(kind: type, section: Any, where: str) -> Any:
 
 def builtin_recipes() -> dict[str, str]:
     """Name and YAML text of every recipe that ships with the package."""
-    folder = resources.files("tpvprune.recipes")
+    folder = packaged("recipes")
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
     return {file.name[: -len(".yaml")]: file.read_text(encoding="utf-8") for file in files}
 

@@ -9,7 +9,6 @@ import pickletools
 import warnings
 import zipfile
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from tpvprune.errors import CheckpointError, ModelError
+from tpvprune.files import packaged
 from tpvprune.zoo.cifar import CIFAR_RESNETS, CifarResNet
 
 BUILTIN = "builtin:"
@@ -146,7 +146,7 @@ def checkpoint_path(checkpoint: str | Path) -> Path:
     """
     text = str(checkpoint)
     if text.startswith(BUILTIN):
-        found = Path(str(resources.files("tpvprune.recipes.checkpoints"))) / text[len(BUILTIN) :]
+        found = Path(str(packaged("recipes.checkpoints"))) / text[len(BUILTIN) :]
     else:
         found = Path(text).expanduser()
     if not found.is_file():
