@@ -229,3 +229,13 @@ def test_a_stopped_schedule_with_refits_goes_on_to_the_same_plan(stop: int, tmp_
 def test_a_refit_without_steps_is_refused() -> None:
     with pytest.raises(tp.BudgetError, match="refit=True is for plans in steps"):
         tp.Planning(refit=True)
+
+
+def test_several_processes_that_refit_between_steps_are_asked_for_the_same_batches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    b = built("mlp")
+    monkeypatch.setattr(schedule, "process", lambda: (0, 2))
+    monkeypatch.setattr(schedule, "of_all", lambda mine: [mine])
+    with pytest.raises(tp.BudgetError, match="give refit_batches, the same in all of them"):
+        tp.plan_for(b.model, batches("mlp"), b.graph, tp.Budget(macs=0.6), planning=tp.Planning(steps=2, refit=True))

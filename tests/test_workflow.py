@@ -254,3 +254,14 @@ def test_a_run_says_that_its_weights_are_random(place: Path):
     lines.clear()
     Run(recipe(place), place / "other", log=lines.append).until("score")
     assert not any("no checkpoint" in line for line in lines)
+
+
+def test_several_processes_are_told_to_choose_by_magnitude_themselves(place: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise tp.ModelError("'up' is a ConvTranspose2d")
+
+    monkeypatch.setattr("tpvprune.scoring.tpv.parts_of_inputs", refuse)
+    monkeypatch.setattr("tpvprune.workflow.process", lambda: (0, 2))
+    asked = ("budget.macs=1.0", "score.criterion=l1", "sparsify.sparsity=0.5")
+    with pytest.raises(tp.ModelError, match=r"'up' is a ConvTranspose2d; or .* sparsify.criterion=l1"):
+        Run(recipe(place, *asked), place / "out").until("plan")

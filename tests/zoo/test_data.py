@@ -203,3 +203,12 @@ def test_workers_of_other_processes_vary_images_in_another_way(folder: Path, mod
         pool._read = lambda place, augment: torch.rand(2)  # what augmentation would draw
         drawn.append(torch.cat([images for images, _ in pool.loader(4, workers=1, share=(rank, 3))]))
     assert len({tuple(numbers.flatten()[:2].tolist()) for numbers in drawn}) == 3
+
+
+def test_what_other_processes_could_not_read_counts_toward_the_limit(folder: Path, model: nn.Module) -> None:
+    pool = open_pool(folder, model)
+    pool.skipped["cat/01.png"] = "broken here"
+    pool.check_skipped()  # one of ten
+    pool.skipped["cat/02.png"] = "broken there"
+    with pytest.raises(tp.DataError, match=r"2 of 10 images cannot be read, the last is cat/02.png \(broken there\)"):
+        pool.check_skipped()
