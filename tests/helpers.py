@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -81,3 +85,18 @@ def assert_same_state(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
     assert list(a) == list(b)
     for name, tensor in a.items():
         assert torch.equal(tensor, b[name]), name
+
+
+def launch(script: Path, folder: Path) -> None:
+    """Run a script in two processes of a launcher; it leaves what it finds in the folder."""
+    root = Path(__file__).parents[1]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*words, str(script), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

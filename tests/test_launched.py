@@ -5,9 +5,6 @@ from __future__ import annotations
 import gc
 import io
 import json
-import os
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -18,9 +15,9 @@ from PIL import Image
 
 import tpvprune as tp
 from tests.forks import digests
+from tests.helpers import launch
 from tests.test_cli import call
 
-ROOT = Path(__file__).parents[1]
 SUMS = 1e-4
 """Absolute, for float32 weights after a few steps whose gradients are sums in another order."""
 
@@ -55,15 +52,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("together")
     for number, first in enumerate((0, 7, 20)):  # of unequal sizes, and no multiple of the processes
         write_shard(folder / f"part-{number}.tar", range(first, (7, 20, 40)[number]))
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-            str(Path(__file__).with_name("launched.py")), str(folder),
-        ],
-        capture_output=True, text=True, timeout=500, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(Path(__file__).with_name("launched.py"), folder)
     return folder
 
 

@@ -13,7 +13,7 @@ from tpvprune.batches import Progress
 from tpvprune.deploy.examples import Changed
 from tpvprune.errors import DataError, ModelError
 from tpvprune.planning.latency import LatencyTable, default_cache, latency_table
-from tpvprune.processes import launched, process
+from tpvprune.processes import launched, of_all, process
 from tpvprune.recipe import Recipe
 from tpvprune.scoring.criteria import Criterion
 from tpvprune.types import Graph
@@ -106,6 +106,16 @@ class Inputs:
         assert self.recipe.data is not None
         (rank, world), size = process(), self.recipe.data.batch_size
         return self.loader(pool if world == 1 else pool.part(lambda place: place // size % world == rank))
+
+    def tell_skipped(self, pool: Pool | Stream) -> None:
+        """Count what any process could not read in all of them.
+
+        Raises:
+            DataError: it is too much.
+        """
+        pool.skipped.update({name: why for skipped in of_all(dict(pool.skipped)) for name, why in skipped.items()})
+        if isinstance(pool, Pool):
+            pool.check_skipped()
 
     def example(self) -> Tensor:
         """Zeros of one image, `(1, channels, height, width)`."""

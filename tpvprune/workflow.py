@@ -32,7 +32,7 @@ from tpvprune.plan import Plan
 from tpvprune.planning.graph import trace
 from tpvprune.planning.latency import LatencyTable
 from tpvprune.planning.widths import check_reachable
-from tpvprune.processes import Crew, from_first, of_all, process
+from tpvprune.processes import Crew, from_first, process
 from tpvprune.recipe import Recipe
 from tpvprune.recovering import Recovery, refitted
 from tpvprune.runfolder import (
@@ -54,7 +54,6 @@ from tpvprune.scoring.registry import criterion_named
 from tpvprune.sections import SparsifySection
 from tpvprune.surgery.removal import apply
 from tpvprune.types import Graph, read_json
-from tpvprune.zoo.pool import Pool
 
 Log = Callable[[str], None]
 
@@ -223,9 +222,7 @@ class Run:
         save = self._partial("score", ".safetensors") if keeps else None
         batches = self.inputs.dealt(pool)
         scores = score(self.inputs.dense, batches, self.graph, criterion, progress=self.progress, save=save)
-        pool.skipped.update({name: why for skipped in of_all(dict(pool.skipped)) for name, why in skipped.items()})
-        if isinstance(pool, Pool):
-            pool.check_skipped()
+        self.inputs.tell_skipped(pool)
         return scores
 
     def _score(self) -> dict[str, Any]:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tpvprune as tp
+from tests.helpers import launch
 from tests.recovery.test_finetune import cut
 
 SUMS = 1e-4
@@ -44,16 +42,7 @@ def losses_and_model(name: str, folder: Path | None) -> tuple[list[float], nn.Mo
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("together")
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-            str(Path(__file__).with_name("distilled.py")), str(folder),
-        ],
-        capture_output=True, text=True, timeout=300, cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(Path(__file__).with_name("distilled.py"), folder)
     return folder
 
 

@@ -143,6 +143,7 @@ class _Training:
         self.judge = None if held_out is None else Judge(held_out, teacher, settings, output, self.accelerator)
         self.epoch = self.batch = self.update = 0
         self.total = 0.0
+        self.shared = bool(getattr(batches, "shared", False))  # they are this process's share already
         self.replay = Replay(batches)
         self.saved_by_all = False  # or by the first process alone
 
@@ -161,7 +162,7 @@ class _Training:
                 for batch in self.replay.rest(self.batch):
                     last = self.batch + 1 == self.per_epoch
                     self._learn(batch, watched, last)
-                    seen += len(inputs_of(batch)) * (self.accelerator.num_processes if self._shared else 1)
+                    seen += len(inputs_of(batch)) * (self.accelerator.num_processes if self.shared else 1)
                     self.batch += 1
                     done = self.epoch * self.per_epoch + self.batch
                     if progress:
@@ -199,7 +200,7 @@ class _Training:
         window = min(settings.accumulate, self.per_epoch - self.batch // settings.accumulate * settings.accumulate)
         closing = last or (self.batch + 1) % settings.accumulate == 0
         inputs, labels, share = self._share(batch)
-        world = 1 if self._shared else self.accelerator.num_processes
+        world = 1 if self.shared else self.accelerator.num_processes
         alone = len(inputs_of(batch)) < 2 * world  # statistics of one sample: none of a vector, and poor ones of a map
         if alone:
             _train_mode(self.student, "freeze")
@@ -226,11 +227,6 @@ class _Training:
                 self.ema.update(self.student, step=self.update)
         self.total += float(loss.detach())
 
-    @property
-    def _shared(self) -> bool:
-        """Whether the batches are this process's share already."""
-        return bool(getattr(self.batches, "shared", False))
-
     def _share(self, batch: Batch) -> tuple[Tensor, Tensor | None, float]:
         """This process's inputs and labels of a batch, and what its mean loss counts in the mean over processes."""
         inputs, labels = inputs_of(batch).to(self.device), None
@@ -246,7 +242,7 @@ class _Training:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if world == 1:
             return inputs, labels, 1.0
-        if self._shared:
+        if self.shared:
             count = 0 if getattr(self.batches, "stands_in", False) else len(inputs)
             total = int(self.accelerator.gather(torch.tensor([count], device=self.device)).sum())
             return inputs, labels, count * world / max(1, total)

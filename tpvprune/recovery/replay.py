@@ -40,7 +40,7 @@ class Replay:
             if number >= done:
                 yield batch
 
-    def to_state(self, together: bool = True) -> dict[str, Any]:
+    def to_state(self, together: bool) -> dict[str, Any]:
         """What `restore` goes on from; of all processes if they give it together."""
         mine = {"began": self._began["random"], "now": random_state()}
         return {

@@ -176,7 +176,7 @@ class Loader:
             num_workers=workers,
             collate_fn=_collate,
             generator=generator,
-            worker_init_fn=partial(_apart, share[0]) if share[0] else None,
+            worker_init_fn=partial(_reseed, share[0]) if share[0] else None,
         )
 
     @property
@@ -210,7 +210,7 @@ class Loader:
         raise DataError(f"{self.pool.name}: no image can be read; give other images")
 
 
-def _apart(rank: int, worker: int) -> None:
+def _reseed(rank: int, worker: int) -> None:
     """Random numbers of a process's workers that are not those of another process's."""
     seed = torch.initial_seed() + 1_000_003 * rank
     torch.manual_seed(seed)
