@@ -91,7 +91,7 @@ class Crew:
     """The processes that do one piece of work; a single one does it all."""
 
     def __init__(self) -> None:
-        self._failed = False
+        self._busy = False
         self.leads = process()[0] == 0
 
     @contextmanager
@@ -101,7 +101,7 @@ class Crew:
             try:
                 yield
             finally:
-                if not self._failed:  # an error within a job is the others' too, or else the launcher ends them
+                if not self._busy:  # what ends a job is the others' too, or else the launcher ends them
                     with suppress(RuntimeError), _being(apart=False):  # they may have been stopped
                         from_first("")
 
@@ -109,9 +109,9 @@ class Crew:
         """Do a job in all processes; what it gives in the first one, which calls."""
         with _being(apart=False):
             from_first(name)
-            self._failed = True
+            self._busy = True
             found = job()
-            self._failed = False
+            self._busy = False
         return found
 
     def follow(self, jobs: Mapping[str, Callable[[], Any]]) -> None:
