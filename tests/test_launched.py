@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tests.helpers import launch
 from tests.test_cli import call
 
 SUMS = 1e-4
-"""Absolute, for float32 weights after a few steps whose gradients are sums in another order."""
+"""Of a tensor's largest entry: float32 weights after a refit or a few steps, from sums in another order."""
 
 FEW = ("score.samples=45", "recover.finetune.samples=45", "eval.samples=20", "data.batch_size=10")
 TUNED = ("recover.finetune.epochs=2", "recover.finetune.batch_size=22", "recover.finetune.lr=0.0003")
@@ -43,6 +44,15 @@ RUNS: dict[str, list[str]] = {
     "parted, stopped": AUGMENTED,
     "parted, gone on with": AUGMENTED,
 }
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As in the processes: several threads sum in another order, which a refit of badly conditioned inputs enlarges."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +90,7 @@ def state(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm's readers close nothing
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", SAME)
 def test_several_processes_make_what_one_makes(
     name: str, together: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -107,7 +118,8 @@ def test_several_processes_make_what_one_makes(
         return
     models = [tp.load(folder).state_dict() for folder in (alone, both)]
     for key, value in models[0].items():
-        torch.testing.assert_close(models[1][key].double(), value.double(), rtol=0, atol=SUMS)
+        expected, found = value.double(), models[1][key].double()
+        torch.testing.assert_close(found, expected, rtol=0, atol=SUMS * float(expected.abs().max()))
     if name in ("zeros", "stream"):
         one, two = state(alone), state(both)
         assert one["recover"]["steps"] == two["recover"]["steps"] == (["finetune"] if name == "zeros" else [])
