@@ -48,6 +48,7 @@ DISTILL = tp.Finetune(
 )
 # As benchmarks/distilling.py found it on training images that were held back.
 MATCHED = replace(DISTILL, optimizer="sgd", weight_decay=1e-4, temperature=8.0)
+MIRRORED = replace(DISTILL, mirrored=True)
 GENTLE = tp.Finetune()  # for few images
 
 
@@ -95,6 +96,10 @@ WAYS = {
     "compensated, Gauss-Newton": Way(after="compensated, closed form", then=tp.GaussNewton(), varied=True),
     "compensated, Gauss-Newton, distilled": Way(after="compensated, Gauss-Newton", then=DISTILL),
     "compensated, Gauss-Newton, distilled at 8": Way(after="compensated, Gauss-Newton", then=MATCHED),
+    "compensated, Gauss-Newton, distilled from both views": Way(after="compensated, Gauss-Newton", then=MIRRORED),
+    "compensated, Gauss-Newton, distilled from both views with labels": Way(
+        after="compensated, Gauss-Newton", then=replace(MIRRORED, label_weight=0.3)
+    ),
     "compensated, Gauss-Newton, distilled with labels": Way(
         after="compensated, Gauss-Newton", then=replace(DISTILL, label_weight=0.3)
     ),
@@ -108,6 +113,7 @@ WAYS = {
         after="compensated, Gauss-Newton", then=replace(DISTILL, lr=0.01, norms="freeze")
     ),
     "compensated, distilled": Way(after="compensated, closed form", then=DISTILL),
+    "compensated, distilled from both views": Way(after="compensated, closed form", then=MIRRORED),
     "compensated, distilled at 8": Way(after="compensated, closed form", then=MATCHED),
     "compensated, distilled gently": Way(after="compensated, closed form", then=GENTLE),
 }

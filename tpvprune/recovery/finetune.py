@@ -44,6 +44,7 @@ from tpvprune.recovery.optimisation import Mixture, optimizer_for, schedule_for
 from tpvprune.recovery.replay import Replay
 from tpvprune.recovery.settings import Finetune
 from tpvprune.recovery.state import load_state, save_state
+from tpvprune.recovery.teacher import Teacher
 
 Log = Callable[[dict[str, float]], None]
 STATE_FORMAT = 3
@@ -118,7 +119,8 @@ class _Training:
         output: Selector,
         held_out: Iterable[Batch] | None,
     ) -> None:
-        self.model, self.batches, self.teacher, self.settings, self.output = model, batches, teacher, settings, output
+        self.model, self.batches, self.settings, self.output = model, batches, settings, output
+        self.teacher = Teacher(teacher, output, settings.mirrored)
         self.student = copy.deepcopy(model)
         for parameter in self.student.parameters():
             parameter.requires_grad_(True)
@@ -140,7 +142,7 @@ class _Training:
         self.features = Features(self.student, teacher, settings.features) if settings.feature_weight else None
         self.wrapped, self.stepper = self.accelerator.prepare(self.student, self.optimizer)
         self.masks = Masks(self.student)
-        self.judge = None if held_out is None else Judge(held_out, teacher, settings, output, self.accelerator)
+        self.judge = None if held_out is None else Judge(held_out, self.teacher, settings, output, self.accelerator)
         self.epoch = self.batch = self.update = 0
         self.total = 0.0
         self.shared = bool(getattr(batches, "shared", False))  # they are this process's share already
@@ -204,8 +206,8 @@ class _Training:
         alone = len(inputs_of(batch)) < 2 * world  # statistics of one sample: none of a vector, and poor ones of a map
         if alone:
             _train_mode(self.student, "freeze")
-        with torch.no_grad(), accelerator.autocast():
-            wanted = single_tensor(self.teacher(inputs), self.teacher, self.output)
+        with accelerator.autocast():
+            wanted = self.teacher(inputs)
         with nullcontext() if closing else accelerator.no_sync(self.wrapped):
             output = single_tensor(self.wrapped(inputs), self.student, self.output)
             loss = distillation_loss(output, wanted, settings.temperature, labels, settings.label_weight) * share
@@ -237,7 +239,7 @@ class _Training:
             labels = labels.to(self.device)
         if self.settings.mixup or self.settings.cutmix:
             if self.mixture is None:
-                self.mixture = Mixture(self.settings, self._classes(inputs))
+                self.mixture = Mixture(self.settings, self.teacher(inputs[:1]).shape[1])
             inputs, labels = self.mixture(inputs, labels)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if world == 1:
@@ -250,10 +252,6 @@ class _Training:
         if not len(mine):  # every process has to take part in every step
             return inputs[:1], None if labels is None else labels[:1], 0.0
         return mine, None if labels is None else labels[rank::world], len(mine) * world / len(inputs)
-
-    @torch.no_grad()
-    def _classes(self, inputs: Tensor) -> int:
-        return single_tensor(self.teacher(inputs[:1]), self.teacher, self.output).shape[1]
 
     def _mean_loss(self) -> float:
         total = torch.tensor(self.total / self.per_epoch, device=self.device)

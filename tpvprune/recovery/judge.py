@@ -14,6 +14,7 @@ from tpvprune.batches import Batch, Selector, device_of, evaluation_mode, inputs
 from tpvprune.errors import DataError
 from tpvprune.recovery.distance import distillation_loss
 from tpvprune.recovery.settings import Finetune
+from tpvprune.recovery.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ class Judge:
 
     Args:
         batches: the held-out batches; labels in them count as they do in training.
-        teacher: the dense model.
+        teacher: gives the dense model's answers.
         settings: of the distillation.
         output: which part of what the models return is compared.
         accelerator: Accelerate's, of the run; all its processes judge alike.
@@ -36,7 +37,7 @@ class Judge:
     """
 
     def __init__(
-        self, batches: Iterable[Batch], teacher: nn.Module, settings: Finetune, output: Selector, accelerator: Any
+        self, batches: Iterable[Batch], teacher: Teacher, settings: Finetune, output: Selector, accelerator: Any
     ) -> None:
         self._batches, self._teacher, self._settings, self._output = batches, teacher, settings, output
         self._accelerator = accelerator
@@ -88,7 +89,7 @@ class Judge:
         with evaluation_mode(model), self._accelerator.autocast():
             for batch in self._batches:
                 inputs, labels = inputs_of(batch).to(device), labels_of(batch) if weight else None
-                mine, wanted = (single_tensor(m(inputs), m, self._output) for m in (model, self._teacher))
+                mine, wanted = single_tensor(model(inputs), model, self._output), self._teacher(inputs)
                 known = None if labels is None or bool((labels < 0).any()) else labels.to(device)
                 total += float(distillation_loss(mine, wanted, 1.0, known, weight)) * len(inputs)
                 samples += len(inputs)

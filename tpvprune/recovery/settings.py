@@ -55,6 +55,8 @@ class Finetune:
         ema: decay of a moving average of the weights, which is then what comes out; None keeps none.
         mixup: strength of mixing pairs of images, 0 for none; the teacher answers for the mixture.
         cutmix: strength of pasting images into each other, likewise.
+        mirrored: the teacher's logits are the mean of those for an image and for its mirror image: nearer to the truth
+            than those for the image alone, for tasks where left and right do not matter. A third more time.
         norms: "freeze" keeps batch-norm statistics, which a closed form has fitted the weights to; "train" takes those
             of each batch and updates them, which is for models that were not refitted. A single sample keeps them.
         precision: Accelerate's mixed precision, for both models.
@@ -76,6 +78,7 @@ class Finetune:
     ema: float | None = None
     mixup: float = 0.0
     cutmix: float = 0.0
+    mirrored: bool = False
     norms: Literal["train", "freeze"] = "freeze"
     precision: Literal["no", "fp16", "bf16"] = "no"
     accumulate: int = 1
