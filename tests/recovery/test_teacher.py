@@ -1,0 +1,102 @@
+"""A teacher that answers for an image and its mirror image."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tpvprune as tp
+from tests.helpers import assert_same_state, gap, outputs, plan_without
+from tests.recovery.test_finetune import cut, kl
+
+BOTH = tp.Finetune(epochs=3, lr=1e-2, mirrored=True)
+
+
+class Mean(nn.Module):
+    """The mean answer to an image and to its columns in the opposite order."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = torch.arange(x.shape[3] - 1, -1, -1)
+        return torch.stack([self.model(x), self.model(x[:, :, :, columns])]).mean(0)
+
+
+def test_the_mean_answer_is_learnt_and_judged_by() -> None:
+    model, small, batches = (part if isinstance(part, list) else part.eval() for part in cut("conv_bn"))
+    held = [batches.pop()]
+    told: dict[str, list[dict[str, float]]] = {"both": [], "mean": []}
+    found = tp.finetune(small, batches, model, BOTH, held_out=held, log=told["both"].append)
+    plain = tp.Finetune(epochs=3, lr=1e-2)
+    expected = tp.finetune(small, batches, Mean(model), plain, held_out=held, log=told["mean"].append)
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], value, rtol=0, atol=1e-5)
+    for got, wanted in zip(told["both"], told["mean"], strict=True):
+        for key in ("loss", "held_out", "held_out_before"):
+            assert got[key] == pytest.approx(wanted[key], rel=1e-4)
+    assert told["both"][-1]["held_out"] == pytest.approx(kl(found, Mean(model), held), rel=1e-4)
+    assert kl(small, Mean(model), held) != pytest.approx(kl(small, model, held), rel=1e-3)
+    alone = tp.finetune(small, batches, model, plain, held_out=held)
+    assert gap(outputs(alone, held[0]), outputs(found, held[0])) > 1e-3
+
+
+def test_mixed_images_are_mirrored_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, small, batches = cut("conv_bn")
+    seen: list[Tensor] = []
+    model.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone()))
+    monkeypatch.setattr("numpy.random.beta", lambda a, b: 0.25)
+    tp.finetune(small, batches, model, tp.Finetune(epochs=1, mixup=1.0, mirrored=True))
+    mixed = [s for s in seen if len(s) > 1]
+    for number, plain in enumerate(batches):
+        wanted = 0.25 * plain + 0.75 * plain.flip(0)
+        torch.testing.assert_close(mixed[2 * number], wanted.flip(-1))
+        torch.testing.assert_close(mixed[2 * number + 1], wanted)
+
+
+def test_features_are_those_of_the_image_itself() -> None:
+    model, _, batches = cut("conv_bn")
+    same = tp.apply(model, plan_without(tp.trace(model, batches[0]), {}))
+    losses: list[float] = []
+    for weight in (0.0, 1.0):
+        settings = tp.Finetune(
+            epochs=1, lr=1e-9, mirrored=True, features=("conv2",) if weight else (), feature_weight=weight
+        )
+        tp.finetune(same, batches, model, settings, log=lambda told: losses.append(told["loss"]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[0] > 1e-4  # an unsymmetrical network is no copy of its mean
+
+
+class Places(nn.Module):
+    """Scores of every place of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x)))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "said"),
+    [
+        (nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), (5, 6), r"wants images .* inputs are \(5, 6\)"),
+        (Places(), (5, 3, 8, 8), r"wants logits .* outputs are \(5, 4, 8, 8\)"),
+    ],
+    ids=["inputs", "outputs"],
+)
+def test_what_has_no_mirror_image_is_refused(model: nn.Module, shape: Any, said: str) -> None:
+    model = model.eval()
+    batches = [torch.randn(*shape)]
+    layer = next(name for name, _ in model.named_children())
+    small = tp.apply(model, plan_without(tp.trace(model, batches[0]), {layer: [0]}))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(tp.InputError, match=f"mirrored=True {said}; set mirrored=False"):
+        tp.finetune(small, batches, model, BOTH)
+    assert_same_state(model.state_dict(), before)
