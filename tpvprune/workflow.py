@@ -218,10 +218,16 @@ class Run:
 
     def _scored(self) -> Scores:
         pool, criterion = self.inputs.scored(), self.inputs.criterion()
-        keeps = self._crew.leads and isinstance(criterion, Streaming)
-        save = self._partial("score", ".safetensors") if keeps else None
+        save = from_first(self._partial("score", ".safetensors") if self._crew.leads else None)
         batches = self.inputs.dealt(pool)
-        scores = score(self.inputs.dense, batches, self.graph, criterion, progress=self.progress, save=save)
+        scores = score(
+            self.inputs.dense,
+            batches,
+            self.graph,
+            criterion,
+            progress=self.progress,
+            save=save if isinstance(criterion, Streaming) else None,
+        )
         self.inputs.tell_skipped(pool)
         return scores
 

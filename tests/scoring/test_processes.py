@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import tpvprune as tp
-from tests.helpers import built, gap
+from tests.helpers import assert_same_state, built, gap
+from tpvprune.scoring import collect as collecting
 
 WORLD = 2
 SUMS = 1e-12
@@ -59,6 +60,9 @@ CASES: dict[str, tuple[Callable[[], Any], int]] = {
 }
 
 
+RESUMED = ["probes", "capped", "compensated", "weights, compensated", "variance"]
+
+
 def graph_of(name: str) -> tp.Graph:
     return tp.weight_graph(built("mlp").model) if name.startswith("weights") else built("mlp").graph
 
@@ -66,6 +70,29 @@ def graph_of(name: str) -> tp.Graph:
 def scored(name: str, rank: int = 0, world: int = 1, **kwargs: Any) -> tp.Scores:
     make, count = CASES[name]
     return tp.score(built("mlp").model, data(count)[rank::world], graph_of(name), make(), **kwargs)
+
+
+def resumed(name: str, rank: int, folder: str) -> tuple[list[str], int, tp.Scores]:
+    """The first process is stopped after two of its batches, the second while it waits: files, batches left, scores."""
+    save = Path(folder, f"{name}.safetensors")
+
+    def interrupt(*told: Any) -> None:
+        raise KeyboardInterrupt
+
+    def second(stage: str, done: int, total: int | None) -> None:
+        if done == 2:
+            interrupt()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collecting, "reduced", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            scored(name, rank, WORLD, save=save, progress=second if rank == 0 else None)
+    torch.distributed.barrier()
+    files = sorted(path.name for path in save.parent.glob(f"{name}.*"))
+    torch.distributed.barrier()
+    counted: list[int] = []
+    scores = scored(name, rank, WORLD, save=save, progress=lambda stage, done, total: counted.append(done))
+    return files, len(counted), scores
 
 
 def work(rank: int, folder: str) -> None:
@@ -90,9 +117,10 @@ def work(rank: int, folder: str) -> None:
         tp.score(built("mlp").model, [], built("mlp").graph)
     except tp.InputError as error:
         found["nothing"] = str(error)
+    found["resumed"] = {name: resumed(name, rank, folder) for name in RESUMED}
     saves: list[str] = []
     plain = tp.Scores.save
-    tp.Scores.save = lambda self, path: (saves.append(str(path)), plain(self, path))[1]  # type: ignore[method-assign]
+    tp.Scores.save = lambda self, path, **how: (saves.append(Path(path).name), plain(self, path, **how))[1]  # type: ignore[method-assign]
     scored("probes", rank, WORLD, save=f"{folder}/scores")
     found["saves"] = saves
     Path(folder, f"found{rank}").write_bytes(pickle.dumps(found))
@@ -170,12 +198,31 @@ def test_what_several_processes_cannot_do_is_refused(found: Any) -> None:
         assert "leave compensated out" in one["refused"]
 
 
-def test_one_process_saves_once(found: Any) -> None:
+def test_one_process_saves_what_all_have_found(found: Any) -> None:
     folder, (first, second) = found
-    assert (len(first["saves"]), len(second["saves"])) == (1, 0)
+    assert first["saves"] == ["scores.0-of-2", "scores"]
+    assert second["saves"] == ["scores.1-of-2"]
     saved = tp.Scores.load(folder / "scores")
     for key, value in scored("probes").values.items():
         assert gap(saved.values[key], value) <= SUMS * float(value.max())
     # Which batches it is of, only as many processes could say: alone, it is not gone on with by mistake.
     with pytest.raises(tp.DataError, match="save to another file"):
         scored("probes", save=folder / "scores")
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_processes_that_were_stopped_go_on_with_what_each_had_done(name: str, found: Any) -> None:
+    folder, both = found
+    for rank, one in enumerate(both):
+        files, counted, scores = one["resumed"][name]
+        assert files == [f"{name}.{r}-of-{WORLD}.safetensors" for r in range(WORLD)]
+        whole = one[name]
+        assert counted < len(data(5)[rank::WORLD])
+        assert_same_state(scores.values, whole.values)
+        assert (scores.samples, scores.manifest["data"]) == (whole.samples, whole.manifest["data"])
+        assert (scores.sensitivities is None) == (whole.sensitivities is None)
+        if scores.sensitivities is not None:
+            assert torch.equal(scores.sensitivities.rows, whole.sensitivities.rows)
+            assert torch.equal(scores.sensitivities.linear, whole.sensitivities.linear)
+    assert [path.name for path in folder.glob(f"{name}.*")] == [f"{name}.safetensors"]
+    assert_same_state(tp.Scores.load(folder / f"{name}.safetensors").values, both[0][name].values)

@@ -81,8 +81,8 @@ class Streaming(Protocol):
 class Joining(Protocol):
     """A criterion that processes talk about beyond the sums of their batches."""
 
-    def join(self, model: nn.Module, graph: Graph) -> Later | None:
-        """What a process without a batch adds to that talk: nothing, at the same moments."""
+    def join(self, model: nn.Module, batches: Iterable[Batch], graph: Graph) -> Later | None:
+        """What a process whose batches have all been scored, or that has none, adds to that talk."""
         ...
 
 
@@ -139,16 +139,16 @@ def collect(
         DataError: `save` holds scores of other batches.
         InputError: `until` or `start` under several processes.
     """
-    world = process()[1]
+    rank, world = process()
     if world > 1 and until is not None:
         raise InputError("until= looks at the scores after every batch, which several processes cannot; leave it out")
     if world > 1 and start is not None:
         raise InputError("start= is for one process: several would each add to it; score anew, or in one process")
     if save is not None and start is not None:
         raise InputError("give start= or save=, not both: a file that exists is gone on with")
-    skip = 0
-    if save is not None and world == 1 and Path(save).is_file():
-        start = Scores.load(save)
+    skip, own = 0, None if save is None else _own(Path(save), rank, world)
+    if own is not None and own.is_file():
+        start = Scores.load(own)
         skip = start.tally.batches if start.tally is not None else 0
     made_of = {"weights": weights_digest(model), "settings": _settings(criterion)}
     tally = Tally() if start is None else _check_start(start, criterion, graph, made_of)
@@ -158,21 +158,25 @@ def collect(
 
     later: Later | None = None
 
-    def state(done: int) -> Scores:
+    def state(done: int, whole: bool = True) -> Scores:
         held = rows.result(graph, -(-cap // world))
         about = _manifest(watched.digests[done], tally, world) | made_of
         if start is not None and not fresh and world == 1:  # nothing new was seen, nor what `later` is made of
             return replace(start, sensitivities=held, manifest=about)
-        return _scores(criterion, model, graph, tally, held, about, later)
+        return _scores(criterion, model, graph, tally, held, about, later if whole else None)
+
+    def keep() -> None:
+        if own is not None and fresh and tally.total:  # what `later` makes of sums, several do at the end, of all
+            state(skip + fresh, world == 1).save(own, exact=True)
 
     def settled(done: int) -> bool:
         return until is not None and tally.total >= until.least and until.reached(state(done))
 
     saved, took = time.monotonic(), 0.0
     try:
-        # A process without a batch of its own has others to wait for it; one alone is told that there is none.
+        # A process without a batch to score has others to wait for it; one alone is told that there is none.
         if world > 1 and not watched.pending() and isinstance(criterion, Joining):
-            later = criterion.join(model, graph)
+            later = criterion.join(model, watched, graph)
         elif (start is None and world == 1) or (watched.pending() and not settled(skip)):
             for seen in criterion.observe(model, watched, graph, tally.batches, progress):
                 tally, later = tally + seen.tally, seen.later
@@ -180,15 +184,16 @@ def collect(
                 fresh += 1
                 if settled(skip + fresh):
                     break
-                if save is not None and world == 1 and time.monotonic() - saved > max(SAVE_EVERY, 10 * took):
+                if save is not None and time.monotonic() - saved > max(SAVE_EVERY, 10 * took):
                     began = time.monotonic()
-                    state(skip + fresh).save(save, exact=True)
+                    keep()
                     saved = time.monotonic()
                     took = 0.0 if later is None else saved - began  # scores that depend on each other take long to make
     except BaseException:
-        if save is not None and world == 1 and fresh and tally.total:
-            state(skip + fresh).save(save, exact=True)
+        keep()
         raise
+    if world > 1:
+        keep()  # others may be stopped before they are done
     tally = reduced(tally)
     if not tally.total:
         raise InputError(
@@ -197,12 +202,19 @@ def collect(
         )
     result = state(skip + fresh)
     if world > 1:
-        about = {**result.manifest, "data": digest_of_all(watched.digests[fresh])}
+        about = {**result.manifest, "data": digest_of_all(watched.digests[skip + fresh])}
         held = gathered_rows(result.sensitivities, rows.counted, cap)
         result = replace(result, sensitivities=held, manifest=about)
-    if save is not None and process()[0] == 0:
+    if save is not None and rank == 0:
         result.save(save)
+    if own is not None and world > 1:
+        own.unlink(missing_ok=True)
     return result
+
+
+def _own(save: Path, rank: int, world: int) -> Path:
+    """Where a process keeps the scores of its share until all are done."""
+    return save if world == 1 else save.with_name(f"{save.stem}.{rank}-of-{world}{save.suffix}")
 
 
 def _check_start(start: Scores, criterion: Streaming, graph: Graph, made_of: Mapping[str, Any]) -> Tally:

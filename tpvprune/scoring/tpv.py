@@ -243,10 +243,10 @@ class TPV:
         error = float(values.std() / values.numel() ** 0.5) if values.numel() > 1 else float("nan")
         return float(values.mean()), error
 
-    def join(self, model: nn.Module, graph: Graph) -> Later | None:
-        """Take part, as a process without a batch, in what several make together before they score."""
+    def join(self, model: nn.Module, batches: Iterable[Batch], graph: Graph) -> Later | None:
+        """Take part, with nothing left to score, in what several processes make together before they score."""
         self._check(graph)
-        return self._ahead(model, (), graph, 0)[1]
+        return self._ahead(model, batches, graph, 0)[1]
 
     def _ahead(
         self, model: nn.Module, batches: Iterable[Batch], graph: Graph, first: int
