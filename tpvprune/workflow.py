@@ -218,16 +218,10 @@ class Run:
 
     def _scored(self) -> Scores:
         pool, criterion = self.inputs.scored(), self.inputs.criterion()
-        save = from_first(self._partial("score", ".safetensors") if self._crew.leads else None)
+        keeps = self._crew.leads and isinstance(criterion, Streaming)
+        save = from_first(self._partial("score", ".safetensors") if keeps else None)
         batches = self.inputs.dealt(pool)
-        scores = score(
-            self.inputs.dense,
-            batches,
-            self.graph,
-            criterion,
-            progress=self.progress,
-            save=save if isinstance(criterion, Streaming) else None,
-        )
+        scores = score(self.inputs.dense, batches, self.graph, criterion, progress=self.progress, save=save)
         self.inputs.tell_skipped(pool)
         return scores
 
