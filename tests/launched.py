@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests.test_launched import RUNS
 from tpvprune import cli
 from tpvprune.processes import met
 from tpvprune.recovery import finetune
+from tpvprune.scoring import collect
 
 
 @contextmanager
@@ -36,6 +38,25 @@ def stopped_after(states: int) -> Iterator[None]:
         yield
     finally:
         training.run, training._save = run, save  # type: ignore[method-assign]
+
+
+@contextmanager
+def stopped_scoring() -> Iterator[None]:
+    """Ends all processes when each has scored its share."""
+    plain = collect.reduced
+
+    def stop(tally: object) -> None:
+        torch.distributed.barrier()
+        raise KeyboardInterrupt
+
+    collect.reduced, collect.SAVE_EVERY = stop, -1.0  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        collect.reduced, collect.SAVE_EVERY = plain, 30.0
+
+
+STOPS = {"parted, stopped": partial(stopped_after, 2), "scored, stopped": stopped_scoring}
 
 
 def told(words: list[str]) -> tuple[int, str, str]:
@@ -60,8 +81,10 @@ def main() -> None:
         for name, words in RUNS.items():
             words = [word.replace("{folder}", str(folder)) for word in words]
             here = [*words, "--out", str(folder / name.partition(",")[0])]
-            with stopped_after(2) if name.endswith("stopped") else nullcontext():
+            with STOPS.get(name, nullcontext)():
                 found[name] = told(here)
+            if name in STOPS and os.environ["RANK"] == "0":
+                folder.joinpath(f"{name}.json").write_text(json.dumps(sorted(os.listdir(here[-1]))))
     (folder / f"told-{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 

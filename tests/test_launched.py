@@ -35,6 +35,7 @@ SAME: dict[str, list[str]] = {
 }  # fmt: skip
 SAME["stream"] = [*SAME["zeros"], "data.images=wds/{folder}@part-{0..2}.tar|40"]
 AUGMENTED = ["recover", "quickstart_cnn", *FEW, *TUNED, RAW[0], "recover.finetune.batch_size=16"]
+SCORED = ["score", "quickstart_cnn", *FEW, *RAW]
 RUNS: dict[str, list[str]] = {
     **SAME,
     "zeros, again": SAME["zeros"],
@@ -43,6 +44,9 @@ RUNS: dict[str, list[str]] = {
     "whole": AUGMENTED,
     "parted, stopped": AUGMENTED,
     "parted, gone on with": AUGMENTED,
+    "scored, stopped": SCORED,
+    "scored, gone on with": SCORED,
+    "scored at once": SCORED,
 }
 
 
@@ -165,3 +169,14 @@ def test_what_several_processes_were_stopped_in_goes_on_to_the_same_bytes(togeth
     parted, whole = (state(together / name)["recover"]["epochs"] for name in ("parted", "whole"))
     for name in ("loss", "held_out"):
         assert [epoch[name] for epoch in parted] == pytest.approx([epoch[name] for epoch in whole], rel=1e-12)
+
+
+def test_what_several_processes_were_stopped_scoring_goes_on_to_the_same_bytes(together: Path) -> None:
+    (code, _, said), (code_there, *_) = told(together, "scored, stopped")
+    assert code == code_there == 130
+    assert "what was done so far is kept" in said
+    kept = [name.partition(".")[2] for name in json.loads((together / "scored, stopped.json").read_text())]
+    assert {"partial.2.0-of-2.safetensors", "partial.2.1-of-2.safetensors"} < set(kept)
+    assert told(together, "scored, gone on with")[0][0] == 0
+    assert digests(together / "scored") == digests(together / "scored at once")
+    assert tp.Scores.load(together / "scored" / "scores.safetensors").samples == 45

@@ -1,6 +1,7 @@
 """Several processes of one launcher: which of them this is, what they tell each other, what they do together.
 
-The first process leads: it alone writes, and calls the others to the jobs that all share. They wait for it otherwise.
+The first process leads: it alone writes results, and calls the others to the jobs that all share. They wait for it
+otherwise.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ class Run:
 
     def _forget(self, stage: str) -> None:
         for left in self.folder.glob(f"{stage}-*{PARTIAL}*"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
     def _partial(self, stage: str, suffix: str = "") -> Path:
         """Where a stage keeps what it has done so far; under the key of its settings, until its end."""
@@ -219,7 +219,9 @@ class Run:
     def _scored(self) -> Scores:
         pool, criterion = self.inputs.scored(), self.inputs.criterion()
         keeps = self._crew.leads and isinstance(criterion, Streaming)
-        save = from_first(self._partial("score", ".safetensors") if keeps else None)
+        world = process()[1]  # scores of several processes are nothing that one alone could go on with
+        name = ".safetensors" if world == 1 else f".{world}.safetensors"
+        save = from_first(self._partial("score", name) if keeps else None)
         batches = self.inputs.dealt(pool)
         scores = score(self.inputs.dense, batches, self.graph, criterion, progress=self.progress, save=save)
         self.inputs.tell_skipped(pool)

@@ -60,7 +60,7 @@ CASES: dict[str, tuple[Callable[[], Any], int]] = {
 }
 
 
-RESUMED = ["probes", "capped", "compensated", "weights, compensated", "variance"]
+RESUMED = ["probes", "capped", "compensated", "weights, compensated", "variance", "jbr"]
 
 
 def graph_of(name: str) -> tp.Graph:
@@ -72,27 +72,72 @@ def scored(name: str, rank: int = 0, world: int = 1, **kwargs: Any) -> tp.Scores
     return tp.score(built("mlp").model, data(count)[rank::world], graph_of(name), make(), **kwargs)
 
 
-def resumed(name: str, rank: int, folder: str) -> tuple[list[str], int, tp.Scores]:
-    """The first process is stopped after two of its batches, the second while it waits: files, batches left, scores."""
-    save = Path(folder, f"{name}.safetensors")
+def interrupt(*told: Any) -> None:
+    raise KeyboardInterrupt
 
-    def interrupt(*told: Any) -> None:
-        raise KeyboardInterrupt
 
-    def second(stage: str, done: int, total: int | None) -> None:
-        if done == 2:
-            interrupt()
+def at_second(stage: str, done: int, total: int | None) -> None:
+    if done == 2:
+        interrupt()
 
+
+def stopped(name: str, rank: int, save: Path) -> None:
+    """The first process ends after two of its batches, the second while it waits for the first."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collecting, "reduced", interrupt)
+        patch.setattr(collecting, "SAVE_EVERY", -1.0)
         with pytest.raises(KeyboardInterrupt):
-            scored(name, rank, WORLD, save=save, progress=second if rank == 0 else None)
+            scored(name, rank, WORLD, save=save, progress=at_second if rank == 0 else None)
     torch.distributed.barrier()
-    files = sorted(path.name for path in save.parent.glob(f"{name}.*"))
+
+
+def resumed(name: str, rank: int, folder: str, lost: int | None = None) -> tuple[list[str], int, tp.Scores]:
+    """What is kept of a scoring that was stopped, how many batches are scored then, and the scores."""
+    save = Path(folder, f"{name}{'' if lost is None else lost}.safetensors")
+    stopped(name, rank, save)
+    files = sorted(path.name for path in save.parent.glob(f"{save.stem}.*"))
+    torch.distributed.barrier()
+    if lost == rank:
+        save.with_name(f"{save.stem}.{rank}-of-{WORLD}.safetensors").unlink()
+    if rank == 0:
+        save.with_name(f"{save.stem}.3-of-4.safetensors").write_text("of an earlier run of four")
     torch.distributed.barrier()
     counted: list[int] = []
     scores = scored(name, rank, WORLD, save=save, progress=lambda stage, done, total: counted.append(done))
     return files, len(counted), scores
+
+
+def saves(rank: int, folder: str, every: float) -> list[tuple[str, list[str]]]:
+    """Files that are saved, and the shares that are there before each."""
+    told: list[tuple[str, list[str]]] = []
+    plain = tp.Scores.save
+
+    def save(self: tp.Scores, path: Any, **how: Any) -> None:
+        told.append((Path(path).name, sorted(left.name for left in Path(folder).glob("scores.*"))))
+        plain(self, path, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collecting, "SAVE_EVERY", every)
+        patch.setattr(tp.Scores, "save", save)
+        scored("probes", rank, WORLD, save=f"{folder}/scores")
+    return told
+
+
+def refused(rank: int, folder: str) -> dict[str, str]:
+    """What the processes say where the first one's share is of something else, and what they leave."""
+    save, told = Path(folder, "refused.safetensors"), {}
+    stopped("probes", rank, save)
+    if rank == 1:
+        save.with_name("refused.1-of-2.safetensors").unlink()
+    torch.distributed.barrier()
+    given = {"seed": (tp.TPV(probes=2, seed=4), data(5)), "batches": (tp.TPV(probes=2, seed=3), data(5)[1:])}
+    for name, (criterion, batches) in given.items():
+        try:
+            tp.score(built("mlp").model, batches[rank::WORLD], built("mlp").graph, criterion, save=save)
+        except (tp.PlanError, tp.DataError) as error:
+            told[name] = f"{type(error).__name__}: {error}"
+    torch.distributed.barrier()
+    return told | {"left": " ".join(sorted(path.name for path in save.parent.glob("refused.*")))}
 
 
 def work(rank: int, folder: str) -> None:
@@ -118,11 +163,10 @@ def work(rank: int, folder: str) -> None:
     except tp.InputError as error:
         found["nothing"] = str(error)
     found["resumed"] = {name: resumed(name, rank, folder) for name in RESUMED}
-    saves: list[str] = []
-    plain = tp.Scores.save
-    tp.Scores.save = lambda self, path, **how: (saves.append(Path(path).name), plain(self, path, **how))[1]  # type: ignore[method-assign]
-    scored("probes", rank, WORLD, save=f"{folder}/scores")
-    found["saves"] = saves
+    found["one lost"] = [resumed("compensated", rank, folder, lost) for lost in range(WORLD)]
+    found["shares refused"] = refused(rank, folder)
+    found["saves"] = saves(rank, folder, collecting.SAVE_EVERY)
+    found["saves, kept"] = saves(rank, folder, -1.0)
     Path(folder, f"found{rank}").write_bytes(pickle.dumps(found))
     torch.distributed.destroy_process_group()
 
@@ -200,8 +244,11 @@ def test_what_several_processes_cannot_do_is_refused(found: Any) -> None:
 
 def test_one_process_saves_what_all_have_found(found: Any) -> None:
     folder, (first, second) = found
-    assert first["saves"] == ["scores.0-of-2", "scores"]
-    assert second["saves"] == ["scores.1-of-2"]
+    assert (first["saves"], second["saves"]) == ([("scores", [])], [])  # what takes no time is not kept on the way
+    assert {name for name, _ in first["saves, kept"][:-1]} == {"scores.0-of-2"}
+    assert {name for name, _ in second["saves, kept"]} == {"scores.1-of-2"}
+    assert first["saves, kept"][-1] == ("scores", ["scores.0-of-2", "scores.1-of-2"])
+    assert list(folder.glob("scores.*")) == []
     saved = tp.Scores.load(folder / "scores")
     for key, value in scored("probes").values.items():
         assert gap(saved.values[key], value) <= SUMS * float(value.max())
@@ -226,3 +273,21 @@ def test_processes_that_were_stopped_go_on_with_what_each_had_done(name: str, fo
             assert torch.equal(scores.sensitivities.linear, whole.sensitivities.linear)
     assert [path.name for path in folder.glob(f"{name}.*")] == [f"{name}.safetensors"]
     assert_same_state(tp.Scores.load(folder / f"{name}.safetensors").values, both[0][name].values)
+
+
+@pytest.mark.parametrize("lost", range(WORLD))
+def test_a_share_that_is_lost_is_scored_anew(lost: int, found: Any) -> None:
+    for rank, one in enumerate(found[1]):
+        _, counted, scores = one["one lost"][lost]
+        assert counted == (len(data(5)[rank::WORLD]) if rank == lost else 1 - rank)
+        assert_same_state(scores.values, one["compensated"].values)
+
+
+def test_shares_of_something_else_are_refused_by_all(found: Any) -> None:
+    folder, both = found
+    for one in both:
+        told = one["shares refused"]
+        name = folder / "refused.0-of-2.safetensors"
+        assert told["seed"].startswith(f"PlanError: {name}: batches cannot be added")
+        assert told["batches"].startswith(f"DataError: {name}: the saved scores are of 2 batches other than")
+        assert told["left"] == name.name

@@ -63,8 +63,8 @@ class Judge:
         """State of the closest model, with a warning where no epoch was closer than what was given."""
         if self.best >= self.before:
             logger.warning(
-                "finetune: no epoch came closer to the dense model on held-out images (%.4g at best) than the model "
-                "was before (%.4g), which is given back; lower lr=%g, or give more images",
+                "finetune: no epoch came closer to the dense model's answers to held-out images (%.4g at best) than "
+                "the model was before (%.4g), which is given back; lower lr=%g, or give more images",
                 self.best,
                 self.before,
                 self._settings.lr,

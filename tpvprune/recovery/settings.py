@@ -55,8 +55,9 @@ class Finetune:
         ema: decay of a moving average of the weights, which is then what comes out; None keeps none.
         mixup: strength of mixing pairs of images, 0 for none; the teacher answers for the mixture.
         cutmix: strength of pasting images into each other, likewise.
-        mirrored: the teacher's logits are the mean of those for an image and for its mirror image: nearer to the truth
-            than those for the image alone, for tasks where left and right do not matter. A third more time.
+        mirrored: the teacher's logits are the mean of those for an image and for its mirror image (Radosavovic 2018,
+            arXiv 1712.04440), for tasks where left and right do not matter. Held-out batches and `patience` go by
+            that mean too.
         norms: "freeze" keeps batch-norm statistics, which a closed form has fitted the weights to; "train" takes those
             of each batch and updates them, which is for models that were not refitted. A single sample keeps them.
         precision: Accelerate's mixed precision, for both models.

@@ -26,11 +26,11 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor) -> Tensor:
-        """`(batch, ...)`, as the model gives them; logits are averaged as they are.
+        """`(batch, ...)`, as the model gives them; of a mirror image as well, the mean of both logits.
 
         Raises:
-            InputError: the mean over mirror images is asked for, and inputs are no images `(batch, channels, height,
-                width)` or outputs no logits `(batch, classes)`, whose places do not move with the image.
+            InputError: the mean over mirror images is asked for, and inputs do not look like images `(batch, channels,
+                height, width)`, or outputs not like logits `(batch, classes)`: places would move with the image.
         """
         if not self._mirrored:
             return self._answer(inputs)
@@ -46,7 +46,8 @@ class Teacher:
                 f"finetune: mirrored=True wants logits (batch, classes), and outputs are {tuple(answer.shape)}; set "
                 "mirrored=False"
             )
-        return (answer + mirror) / 2
+        wide = torch.promote_types(answer.dtype, torch.float32)  # a mean in half precision would be rounded once more
+        return (answer.to(wide) + mirror.to(wide)) / 2
 
     def _answer(self, inputs: Tensor) -> Tensor:
         return single_tensor(self._model(inputs), self._model, self._output)

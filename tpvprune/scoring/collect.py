@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from tpvprune.batches import Batch, Progress
 from tpvprune.errors import InputError, PlanError
-from tpvprune.processes import process
+from tpvprune.processes import of_all, process
 from tpvprune.scores import Scores, Sensitivities, Settled
 from tpvprune.scoring.engine import Watched, digest_of_all, gathered_rows, reduced, weights_digest
 from tpvprune.tally import Tally
@@ -146,17 +147,13 @@ def collect(
         raise InputError("start= is for one process: several would each add to it; score anew, or in one process")
     if save is not None and start is not None:
         raise InputError("give start= or save=, not both: a file that exists is gone on with")
-    skip, own = 0, None if save is None else _own(Path(save), rank, world)
-    if own is not None and own.is_file():
-        start = Scores.load(own)
-        skip = start.tally.batches if start.tally is not None else 0
     made_of = {"weights": weights_digest(model), "settings": _settings(criterion)}
-    tally = Tally() if start is None else _check_start(start, criterion, graph, made_of)
-    watched = Watched(batches, skip, "" if start is None else str(start.manifest.get("data", "")))
-    rows, fresh = _Rows.of(start), 0
+    own = None if save is None else _own(Path(save), rank, world)
+    start, tally, watched = _begun(own, start, criterion, batches, graph, made_of)
+    skip, rows, fresh = watched.skip, _Rows.of(start), 0
     cap = getattr(criterion, "cap", 0)
-
     later: Later | None = None
+    saved, took = time.monotonic(), 0.0
 
     def state(done: int, whole: bool = True) -> Scores:
         held = rows.result(graph, -(-cap // world))
@@ -165,14 +162,17 @@ def collect(
             return replace(start, sensitivities=held, manifest=about)
         return _scores(criterion, model, graph, tally, held, about, later if whole else None)
 
-    def keep() -> None:
-        if own is not None and fresh and tally.total:  # what `later` makes of sums, several do at the end, of all
-            state(skip + fresh, world == 1).save(own, exact=True)
+    def keep(after: float) -> None:
+        nonlocal saved, took
+        began = time.monotonic()
+        if own is not None and fresh and tally.total and began - saved > after:
+            state(skip + fresh, world == 1).save(own, exact=True)  # what `later` says, several find at the end
+            saved = time.monotonic()
+            took = saved - began
 
     def settled(done: int) -> bool:
         return until is not None and tally.total >= until.least and until.reached(state(done))
 
-    saved, took = time.monotonic(), 0.0
     try:
         # A process without a batch to score has others to wait for it; one alone is told that there is none.
         if world > 1 and not watched.pending() and isinstance(criterion, Joining):
@@ -184,16 +184,12 @@ def collect(
                 fresh += 1
                 if settled(skip + fresh):
                     break
-                if save is not None and time.monotonic() - saved > max(SAVE_EVERY, 10 * took):
-                    began = time.monotonic()
-                    keep()
-                    saved = time.monotonic()
-                    took = 0.0 if later is None else saved - began  # scores that depend on each other take long to make
+                keep(max(SAVE_EVERY, 10 * took))
     except BaseException:
-        keep()
+        keep(-1)
         raise
     if world > 1:
-        keep()  # others may be stopped before they are done
+        keep(SAVE_EVERY)  # others may be stopped before they are done
     tally = reduced(tally)
     if not tally.total:
         raise InputError(
@@ -207,14 +203,52 @@ def collect(
         result = replace(result, sensitivities=held, manifest=about)
     if save is not None and rank == 0:
         result.save(save)
+    of_all(None)  # no share goes before the result is there
     if own is not None and world > 1:
         own.unlink(missing_ok=True)
+    if save is not None and rank == 0:
+        for left in _parts(Path(save)):
+            left.unlink(missing_ok=True)
     return result
 
 
 def _own(save: Path, rank: int, world: int) -> Path:
     """Where a process keeps the scores of its share until all are done."""
     return save if world == 1 else save.with_name(f"{save.stem}.{rank}-of-{world}{save.suffix}")
+
+
+def _parts(save: Path) -> set[Path]:
+    """Shares that processes have kept, however many these were."""
+    named = re.compile(rf"{re.escape(save.stem)}\.\d+-of-\d+{re.escape(save.suffix)}")
+    return {path for path in save.parent.iterdir() if named.fullmatch(path.name)}
+
+
+def _begun(
+    own: Path | None,
+    start: Scores | None,
+    criterion: Streaming,
+    batches: Iterable[Batch],
+    graph: Graph,
+    made_of: Mapping[str, Any],
+) -> tuple[Scores | None, Tally, Watched]:
+    """What a scoring goes on from: all processes do, or all raise, before there is anything to wait for."""
+    tally, watched, refused = Tally(), Watched(batches), None
+    world = process()[1]
+    try:
+        if own is not None and own.is_file():
+            start = Scores.load(own)
+        if start is not None:
+            tally = _check_start(start, criterion, graph, made_of)
+            skip = 0 if own is None else tally.batches
+            watched = Watched(batches, skip, str(start.manifest.get("data", "")))
+            if world > 1:
+                watched.pending()
+    except InputError as error:
+        refused = error if world == 1 else type(error)(f"{own}: {error}")
+    for found in of_all(refused):
+        if found is not None:
+            raise found
+    return start, tally, watched
 
 
 def _check_start(start: Scores, criterion: Streaming, graph: Graph, made_of: Mapping[str, Any]) -> Tally:

@@ -76,8 +76,8 @@ def score(
         start: earlier scores that these batches are added to.
         until: stop as soon as the ranking is settled.
         save: a file that the scores are saved to, on the way too. One that exists and holds scores of the same kind
-            is gone on with: batches it has seen are read and left out. Several processes keep what each has done
-            beside it, until all are done.
+            is gone on with: batches it has seen are read and left out. Several processes each keep their share beside
+            it (`NAME.0-of-2.safetensors`) until the scores of all are there, and go on with that.
 
     Raises:
         PlanError: the graph was traced from another model, or `start` is of another criterion.
