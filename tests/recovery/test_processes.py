@@ -21,6 +21,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"optimizer": "momentum", "lr": 0.05},
     "accumulated": {"optimizer": "momentum", "lr": 0.05, "accumulate": 2},
     "labels": {"optimizer": "momentum", "lr": 0.05, "label_weight": 0.5, "ema": 0.8},
+    "mirrored": {"optimizer": "momentum", "lr": 0.05, "mirrored": True},
 }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import tpvprune as tp
 from tests.helpers import assert_same_state, gap, outputs, plan_without
 from tests.recovery.test_finetune import cut, kl
+from tpvprune.recovery.teacher import Teacher
 
 BOTH = tp.Finetune(epochs=3, lr=1e-2, mirrored=True)
 
@@ -70,6 +71,17 @@ def test_features_are_those_of_the_image_itself() -> None:
         tp.finetune(same, batches, model, settings, log=lambda told: losses.append(told["loss"]))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[0] > 1e-4  # an unsymmetrical network is no copy of its mean
+
+
+def test_answers_in_half_precision_are_not_rounded_once_more() -> None:
+    model, _, batches = cut("conv_bn")
+    model.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        answers = [model(x) for x in (batches[0], batches[0].flip(-1))]
+    assert answers[0].dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        found = Teacher(model, None, mirrored=True)(batches[0])
+    assert torch.equal(found.double(), (answers[0].double() + answers[1].double()) / 2)
 
 
 class Places(nn.Module):
