@@ -12,8 +12,8 @@ from tpvprune.errors import InputError
 class Teacher:
     """Answers of the dense model.
 
-    The mean of the answers to several views of an image is nearer to the truth than each of them (Radosavovic 2018,
-    arXiv 1712.04440), so that a student of it can get beyond what the model says of the image alone.
+    The mean of the answers to several views of an image is often nearer to the truth than each of them (Radosavovic
+    2018, arXiv 1712.04440), so that a student of it can get beyond what the model says of the image alone.
 
     Args:
         model: the dense model.
