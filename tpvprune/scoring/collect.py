@@ -168,7 +168,7 @@ def collect(
         if own is not None and fresh and tally.total and began - saved > after:
             state(skip + fresh, world == 1).save(own, exact=True)  # what `later` says, several find at the end
             saved = time.monotonic()
-            took = saved - began
+            took = 0.0 if later is None else saved - began  # scores that depend on each other take long to make
 
     def settled(done: int) -> bool:
         return until is not None and tally.total >= until.least and until.reached(state(done))
