@@ -34,6 +34,7 @@ from varied import Varied, tensors
 
 import tpvprune as tp
 from tpvprune.plan import plan_of
+from tpvprune.recovery.teacher import Teacher
 from tpvprune.zoo.data import open_pool
 from tpvprune.zoo.models import create_model
 
@@ -312,6 +313,10 @@ def run(args: argparse.Namespace) -> None:
         ImageNet(args.images, args.labels, dense, args.device) if args.images else Cifar(args.data, dense, args.device)
     )
     test, labels = images.test(args.test)
+    for views, mirrored in (("image", False), ("image and mirror image", True)):
+        teacher = Teacher(dense, None, mirrored)
+        right = torch.cat([teacher(batch).argmax(1) for batch in test]) == labels
+        print(f"dense, answers to the {views}: top-1 {right.float().mean():.4f}", flush=True)
     drawn = cache(images.drawn)
     for seed in args.seeds:
         for way in args.ways:
