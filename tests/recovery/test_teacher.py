@@ -29,22 +29,30 @@ class Mean(nn.Module):
         return torch.stack([self.model(x), self.model(x[:, :, :, columns])]).mean(0)
 
 
-def test_the_mean_answer_is_learnt_and_judged_by() -> None:
+def test_the_mean_answer_is_learnt_and_the_answer_itself_judged_by() -> None:
     model, small, batches = (part if isinstance(part, list) else part.eval() for part in cut("conv_bn"))
     held = [batches.pop()]
-    told: dict[str, list[dict[str, float]]] = {"both": [], "mean": []}
-    found = tp.finetune(small, batches, model, BOTH, held_out=held, log=told["both"].append)
+    told: dict[str, list[dict[str, float]]] = {"both": [], "mean": [], "held": []}
+    found = tp.finetune(small, batches, model, BOTH, log=told["both"].append)
     plain = tp.Finetune(epochs=3, lr=1e-2)
-    expected = tp.finetune(small, batches, Mean(model), plain, held_out=held, log=told["mean"].append)
+    expected = tp.finetune(small, batches, Mean(model), plain, log=told["mean"].append)
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(found.state_dict()[name], value, rtol=0, atol=1e-5)
-    for got, wanted in zip(told["both"], told["mean"], strict=True):
-        for key in ("loss", "held_out", "held_out_before"):
-            assert got[key] == pytest.approx(wanted[key], rel=1e-4)
-    assert told["both"][-1]["held_out"] == pytest.approx(kl(found, Mean(model), held), rel=1e-4)
-    assert kl(small, Mean(model), held) != pytest.approx(kl(small, model, held), rel=1e-3)
-    alone = tp.finetune(small, batches, model, plain, held_out=held)
+    alone = tp.finetune(small, batches, model, plain)
     assert gap(outputs(alone, held[0]), outputs(found, held[0])) > 1e-3
+    judged = tp.finetune(small, batches, model, BOTH, held_out=held, log=told["held"].append)
+    for got, mean, same in zip(told["both"], told["mean"], told["held"], strict=True):
+        assert got["loss"] == pytest.approx(mean["loss"], rel=1e-4)
+        assert got["loss"] == pytest.approx(same["loss"], rel=1e-4)
+    before = told["held"][0]["held_out_before"]
+    assert before == pytest.approx(kl(small, model, held), rel=1e-4)
+    assert before != pytest.approx(kl(small, Mean(model), held), rel=1e-3)
+    assert told["held"][-1]["held_out"] == pytest.approx(kl(found, model, held), rel=1e-4)
+    best = min(before, *(epoch["held_out"] for epoch in told["held"]))
+    assert kl(judged, model, held) == pytest.approx(best, rel=1e-4)
+    copied = tp.apply(model, plan_without(tp.trace(model, batches[0]), {}))
+    back = tp.finetune(copied, batches, model, BOTH, held_out=held)  # nothing is closer to a model than itself
+    assert_same_state(back.state_dict(), copied.state_dict())
 
 
 def test_mixed_images_are_mirrored_mixed(monkeypatch: pytest.MonkeyPatch) -> None:

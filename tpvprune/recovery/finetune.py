@@ -142,7 +142,8 @@ class _Training:
         self.features = Features(self.student, teacher, settings.features) if settings.feature_weight else None
         self.wrapped, self.stepper = self.accelerator.prepare(self.student, self.optimizer)
         self.masks = Masks(self.student)
-        self.judge = None if held_out is None else Judge(held_out, self.teacher, settings, output, self.accelerator)
+        plain = Teacher(teacher, output, mirrored=False)  # judged by what a report compares with
+        self.judge = None if held_out is None else Judge(held_out, plain, settings, output, self.accelerator)
         self.epoch = self.batch = self.update = 0
         self.total = 0.0
         self.shared = bool(getattr(batches, "shared", False))  # they are this process's share already

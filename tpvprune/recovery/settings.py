@@ -57,7 +57,7 @@ class Finetune:
         cutmix: strength of pasting images into each other, likewise.
         mirrored: the teacher's logits are the mean of those for an image and for its mirror image (Radosavovic 2018,
             arXiv 1712.04440), for tasks where left and right do not matter. Held-out batches and `patience` go by
-            that mean too.
+            the answers to the image alone.
         norms: "freeze" keeps batch-norm statistics, which a closed form has fitted the weights to; "train" takes those
             of each batch and updates them, which is for models that were not refitted. A single sample keeps them.
         precision: Accelerate's mixed precision, for both models.
