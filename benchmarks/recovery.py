@@ -115,6 +115,9 @@ WAYS = {
     ),
     "compensated, distilled": Way(after="compensated, closed form", then=DISTILL),
     "compensated, distilled from both views": Way(after="compensated, closed form", then=MIRRORED),
+    "compensated, distilled from both views with labels": Way(
+        after="compensated, closed form", then=replace(MIRRORED, label_weight=0.3)
+    ),
     "compensated, distilled at 8": Way(after="compensated, closed form", then=MATCHED),
     "compensated, distilled gently": Way(after="compensated, closed form", then=GENTLE),
 }
