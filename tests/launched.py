@@ -56,7 +56,11 @@ def stopped_scoring() -> Iterator[None]:
         collect.reduced, collect.SAVE_EVERY = plain, 30.0
 
 
-STOPS = {"parted, stopped": partial(stopped_after, 2), "scored, stopped": stopped_scoring}
+STOPS = {
+    "parted, stopped": partial(stopped_after, 2),
+    "scored, stopped": stopped_scoring,
+    "stepped, stopped": stopped_scoring,
+}
 
 
 def told(words: list[str]) -> tuple[int, str, str]:

@@ -34,8 +34,10 @@ SAME: dict[str, list[str]] = {
     "drift": ["plan", "quickstart_cnn", *FEW, *RAW, "budget.macs=0.8", "budget.drift=1.0", "plan.steps=3"],
 }  # fmt: skip
 SAME["stream"] = [*SAME["zeros"], "data.images=wds/{folder}@part-{0..2}.tar|40"]
+ENDS = ["0-of-2.safetensors", "1-of-2.safetensors"]
 AUGMENTED = ["recover", "quickstart_cnn", *FEW, *TUNED, RAW[0], "recover.finetune.batch_size=16"]
 SCORED = ["score", "quickstart_cnn", *FEW, *RAW]
+STEPPED = ["plan", *SCORED[1:], "plan.steps=2"]
 RUNS: dict[str, list[str]] = {
     **SAME,
     "zeros, again": SAME["zeros"],
@@ -47,6 +49,10 @@ RUNS: dict[str, list[str]] = {
     "scored, stopped": SCORED,
     "scored, gone on with": SCORED,
     "scored at once": SCORED,
+    "stepped": ["score", *STEPPED[1:]],
+    "stepped, stopped": STEPPED,
+    "stepped, gone on with": STEPPED,
+    "stepped at once": STEPPED,
 }
 
 
@@ -176,7 +182,19 @@ def test_what_several_processes_were_stopped_scoring_goes_on_to_the_same_bytes(t
     assert code == code_there == 130
     assert "what was done so far is kept" in said
     kept = [name.partition(".")[2] for name in json.loads((together / "scored, stopped.json").read_text())]
-    assert {"partial.2.0-of-2.safetensors", "partial.2.1-of-2.safetensors"} < set(kept)
+    shares = [name for name in kept if name.startswith("partial.dense-2-")]
+    assert sorted(name.partition(".")[2].partition(".")[2] for name in shares) == ENDS
     assert told(together, "scored, gone on with")[0][0] == 0
     assert digests(together / "scored") == digests(together / "scored at once")
     assert tp.Scores.load(together / "scored" / "scores.safetensors").samples == 45
+
+
+def test_what_several_processes_were_stopped_scoring_a_step_on_goes_on_to_the_same_bytes(together: Path) -> None:
+    assert told(together, "stepped, stopped")[0][0] == 130
+    kept = json.loads((together / "stepped, stopped.json").read_text())
+    shares = [name for name in kept if ".partial.json.step2-2-" in name]
+    assert [name.partition("step2")[2].partition(".")[2] for name in shares] == ENDS
+    assert told(together, "stepped, gone on with")[0][0] == 0
+    assert digests(together / "stepped") == digests(together / "stepped at once")
+    assert len(tp.Plan.load(together / "stepped" / "plan.json").made_by["steps"]) == 2
+    assert not list((together / "stepped").glob("*.partial*"))

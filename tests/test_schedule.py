@@ -123,6 +123,65 @@ def test_a_stopped_schedule_goes_on_where_it_was(stop: int, tmp_path: Path, monk
     assert len(scored) == 3 - stop
 
 
+class Stopping:
+    """Progress that interrupts a scoring after `after` batches, the nth one of a run; counts the batches scored."""
+
+    def __init__(self, scoring: int = 0, after: int = 0) -> None:
+        self.stop, self.scorings, self.batches = (scoring, after), 0, 0
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        if stage != "score":
+            return
+        self.scorings += done == 1
+        self.batches += 1
+        if (self.scorings, done) == self.stop:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("planning", [tp.Planning(), tp.Planning(steps=3), tp.Planning(steps=3, refit=True)], ids=str)
+@pytest.mark.parametrize("criterion", [tp.TPV(seed=4), tp.TPV(compensated=True), tp.Wanda()], ids=lambda c: c.label)
+def test_a_schedule_stopped_within_a_step_goes_on_with_the_batches_of_it(
+    planning: tp.Planning, criterion: Any, tmp_path: Path
+) -> None:
+    b, data, save = built("residual"), batches("residual", 4), tmp_path / "plan.json"
+    budget, last = tp.Budget(macs=0.6, round_to=1), planning.steps
+    given: dict[str, Any] = {"criterion": criterion, "planning": planning}
+    whole = tp.plan_for(b.model, data, b.graph, budget, **given)
+    with pytest.raises(KeyboardInterrupt):
+        tp.plan_for(b.model, data, b.graph, budget, **given, save=save, progress=Stopping(last, 3))
+    (kept,) = set(tmp_path.iterdir()) - {save}
+    assert kept.name.startswith(f"plan.json.step{last}-1-")
+    done = tp.Scores.load(kept).manifest["batches"]
+    assert 0 < done < 4
+    counted = Stopping()
+    again = tp.plan_for(b.model, data, b.graph, budget, **given, save=save, progress=counted)
+    assert again.to_json() == whole.to_json()
+    assert counted.batches == 4 - done
+    assert set(tmp_path.iterdir()) == ({save} if last > 1 else set())
+
+
+def test_a_schedule_stopped_after_a_scoring_does_not_score_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b, data, save = built("residual"), batches("residual"), tmp_path / "plan.json"
+    budget, planning, real = tp.Budget(macs=0.6, round_to=1), tp.Planning(steps=2), schedule.allocate
+    whole = tp.plan_for(b.model, data, b.graph, budget, planning=planning)
+
+    def second(*args: Any, **kwargs: Any) -> tp.Plan:
+        if kwargs["after"] is not None:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(schedule, "allocate", second)
+    with pytest.raises(KeyboardInterrupt):
+        tp.plan_for(b.model, data, b.graph, budget, planning=planning, save=save)
+    monkeypatch.setattr(schedule, "allocate", real)
+    counted = Stopping()
+    again = tp.plan_for(b.model, data, b.graph, budget, planning=planning, save=save, progress=counted)
+    assert again.to_json() == whole.to_json()
+    assert counted.batches == 0
+
+
 def test_several_bounds_hold_after_several_steps(residual) -> None:
     budget = tp.Budget(macs=0.8, params=0.7, round_to=1)
     plan = tp.plan_for(residual.model, batches("residual"), residual.graph, budget, planning=tp.Planning(steps=3))

@@ -57,7 +57,7 @@ def test_a_stopped_scoring_goes_on_where_it_was(
 
     with pytest.raises(KeyboardInterrupt):
         Run(recipe(place, *overrides), place / "broken", progress=stop).until("score")
-    (partial,) = (place / "broken").glob("*.partial.safetensors")
+    (partial,) = (place / "broken").glob("score-*.partial.dense-1-*.safetensors")
     before = tp.Scores.load(partial)
     assert 0 < before.samples < 12
     seen: list[int] = []
@@ -69,7 +69,7 @@ def test_a_stopped_scoring_goes_on_where_it_was(
     a, b = (tp.Scores.load(place / name / "scores.safetensors") for name in ("whole", "broken"))
     assert_scores_close(b.values, a.values, 1e-12)
     assert a.manifest["data"] == b.manifest["data"]
-    assert not list((place / "broken").glob("*.partial.safetensors"))
+    assert not list((place / "broken").glob("*.partial*"))
 
 
 def test_other_settings_do_not_go_on_from_the_partial_scores(place: Path):
@@ -82,7 +82,7 @@ def test_other_settings_do_not_go_on_from_the_partial_scores(place: Path):
     told = Run(recipe(place, "score.head=logits"), place / "out").until("score")
     assert told["images"] == 12
     assert "logits" in told["criterion"]
-    assert not list((place / "out").glob("*.partial.safetensors"))
+    assert not list((place / "out").glob("*.partial*"))
 
 
 def test_a_criterion_without_batches_is_scored_in_one_go(place: Path):
@@ -127,6 +127,31 @@ def test_a_stopped_schedule_goes_on_where_it_was(place: Path):
     assert steps == [2, 3]
     assert again.plan.to_json() == whole.plan.to_json()
     assert not list((place / "broken").glob("*.partial.*"))
+
+
+def test_a_stopped_scoring_of_single_weights_goes_on_where_it_was(place: Path):
+    asked = ("budget.macs=0.7", "sparsify.sparsity=0.5", "sparsify.criterion=tpv", "score.compensated=false")
+    whole = Run(recipe(place, *asked), place / "whole")
+    whole.until("plan")
+    Run(recipe(place, *asked), place / "broken").until("score")
+
+    def stop(stage: str, done: int, total: int | None) -> None:
+        if stage == "score" and done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Run(recipe(place, *asked), place / "broken", progress=stop).until("plan")
+    (kept,) = (place / "broken").glob("plan-*.partial.zeros-1-*.safetensors")
+    done = tp.Scores.load(kept).manifest["batches"]
+    assert 0 < done < 6
+    seen: list[int] = []
+    again = Run(
+        recipe(place, *asked), place / "broken", progress=lambda s, d, t: seen.append(d) if s == "score" else None
+    )
+    again.until("plan")
+    assert len(seen) == 6 - done
+    assert again.plan.to_json() == whole.plan.to_json()
+    assert not list((place / "broken").glob("*.partial*"))
 
 
 def test_a_recipe_bounds_several_costs_and_drift(place: Path):

@@ -25,6 +25,7 @@ from tpvprune.processes import from_first, of_all, process
 from tpvprune.recovery.reconstruct import Reconstruct, reconstruct
 from tpvprune.report import compare
 from tpvprune.scores import Scores
+from tpvprune.scoring.collect import kept_scores
 from tpvprune.scoring.criteria import Criterion, score
 from tpvprune.scoring.losses import JBR
 from tpvprune.scoring.tpv import TPV
@@ -111,7 +112,8 @@ def plan_for(
         scores: of the dense model, if there are any.
         latency: see `allocate`.
         progress: called as `progress("plan", steps_done, steps)`, and by scoring.
-        save: where the plan so far is kept; a plan found there is gone on with.
+        save: where the plan so far is kept, and beside it the scores that its next step is made of; what is found
+            there is gone on with. Of several processes the first one's counts.
         refit_with: settings of the refits between steps, where `planning` asks for them.
         refit_batches: unlabeled batches for those, the same in all of several processes; `batches` by default.
 
@@ -123,15 +125,20 @@ def plan_for(
     del choice["steps"], choice["spacing"], choice["refit"]
     choice["latency"] = latency
     finals = check_reachable(graph, budget, latency=latency)
+    state, kept = None if save is None else Path(save), None
     if planning.steps == 1:
-        alone = scores if scores is not None else score(model, batches, graph, criterion, progress=progress)
-        return from_first(allocate(alone, graph, budget, **choice))
+        if scores is None:
+            kept = _kept(state, model, 1)
+            scores = score(model, batches, graph, criterion, progress=progress, save=kept, exact=True)
+        plan = from_first(allocate(scores, graph, budget, **choice))
+        _forget(kept)
+        return plan
     repeatable(batches, "every step reads them")
     example = _example(batches)
     ways = {
         name: planning.bounds(costs_of(name, graph, latency=latency).total, bound) for name, bound in finals.items()
     }
-    plan = from_first(Plan.load(save) if save is not None and Path(save).is_file() else Plan({}, graph, {"steps": []}))
+    plan = from_first(Plan.load(state) if state is not None and state.is_file() else Plan({}, graph, {"steps": []}))
     if planning.refit and refit_batches is None and process()[1] > 1:
         raise BudgetError("refit=True under several processes: give refit_batches, the same in all of them")
     source = batches if refit_batches is None else refit_batches
@@ -157,9 +164,10 @@ def plan_for(
                 plan = _told(plan, {**plan.made_by, "steps": [*plan.made_by["steps"], {"measured_kl": so_far}]})
                 continue
             limit = replace(limit, drift=f"{share * budget.most_drift - so_far} nats")
-        found = scores if first and scores is not None else None
+        found = scores if first else None
         if found is None:
-            found = score(small, batches, now, criterion if first else _from(criterion, model), progress=progress)
+            again, kept = criterion if first else _from(criterion, model), _kept(state, small, step + 1)
+            found = score(small, batches, now, again, progress=progress, save=kept, exact=True)
         part = from_first(allocate(found, now, limit, after=None if first else plan, **choice))
         about = {**part.made_by, "asked": finals | _drift_of(budget), "steps": [*plan.made_by["steps"]]}
         about["steps"].append({"got": part.made_by["got"]} | ({"measured_kl": so_far} if so_far else {}))
@@ -169,13 +177,24 @@ def plan_for(
             about.pop("predicted_kl", None)  # of this step alone
         small = apply(small, part)
         plan = _told(plan_of(small) or plan, about)
+        if state is not None and process()[0] == 0:
+            plan.save(state)
+        _forget(kept)
         if planning.refit and step + 1 < planning.steps:
             small = _left(model, plan, planning, source, refit_with, progress)
-        if save is not None and process()[0] == 0:
-            plan.save(save)
     if progress:
         progress("plan", planning.steps, planning.steps)
     return plan
+
+
+def _kept(state: Path | None, model: nn.Module, step: int) -> Path | None:
+    """Where the scores of a step are kept, in all processes."""
+    return from_first(None if state is None else kept_scores(state, model, f"step{step}"))
+
+
+def _forget(kept: Path | None) -> None:
+    if kept is not None and process()[0] == 0:
+        kept.unlink(missing_ok=True)
 
 
 def _example(batches: Iterable[Batch]) -> Tensor:
@@ -254,6 +273,7 @@ def hold_zeros(
     criterion: Criterion,
     asked: Mapping[str, Any],
     progress: Progress | None = None,
+    save: str | PathLike[str] | None = None,
 ) -> Plan:
     """A plan, and single weights of what it leaves held at zero.
 
@@ -264,6 +284,7 @@ def hold_zeros(
         criterion: how to.
         asked: arguments of `sparsify`.
         progress: see `score`.
+        save: see `score`.
 
     Raises:
         ModelError: the criterion cannot score a weight.
@@ -271,4 +292,5 @@ def hold_zeros(
     """
     small = apply(dense, plan)
     weights = weight_graph(small)
-    return sparsify(score(small, batches, weights, criterion, progress=progress), weights, after=plan, **asked)
+    scores = score(small, batches, weights, criterion, progress=progress, save=save)
+    return sparsify(scores, weights, after=plan, **asked)

@@ -48,7 +48,7 @@ from tpvprune.runfolder import (
 )
 from tpvprune.schedule import hold_zeros, plan_for
 from tpvprune.scores import Scores
-from tpvprune.scoring.collect import Streaming
+from tpvprune.scoring.collect import kept_scores
 from tpvprune.scoring.criteria import predicted_kl, score
 from tpvprune.scoring.registry import criterion_named
 from tpvprune.sections import SparsifySection
@@ -217,13 +217,10 @@ class Run:
         }
 
     def _scored(self) -> Scores:
-        pool, criterion = self.inputs.scored(), self.inputs.criterion()
-        keeps = self._crew.leads and isinstance(criterion, Streaming)
-        world = process()[1]  # scores of several processes are nothing that one alone could go on with
-        name = ".safetensors" if world == 1 else f".{world}.safetensors"
-        save = from_first(self._partial("score", name) if keeps else None)
-        batches = self.inputs.dealt(pool)
-        scores = score(self.inputs.dense, batches, self.graph, criterion, progress=self.progress, save=save)
+        pool, dense = self.inputs.scored(), self.inputs.dense
+        save = from_first(kept_scores(self._partial("score"), dense, "dense") if self._crew.leads else None)
+        batches, criterion = self.inputs.dealt(pool), self.inputs.criterion()
+        scores = score(dense, batches, self.graph, criterion, progress=self.progress, save=save)
         self.inputs.tell_skipped(pool)
         return scores
 
@@ -276,9 +273,9 @@ class Run:
     def _sparse(self, plan: Plan, section: SparsifySection) -> Plan:
         """A plan, and single weights of what it leaves held at zero."""
         pool, asked = self.inputs.scored(), section.model_dump(exclude={"criterion"})
-        hold = partial(
-            hold_zeros, self.inputs.dense, plan, self.inputs.dealt(pool), asked=asked, progress=self.progress
-        )
+        dense, batches = self.inputs.dense, self.inputs.dealt(pool)
+        save = from_first(kept_scores(self._partial("plan"), dense, "zeros") if self._crew.leads else None)
+        hold = partial(hold_zeros, dense, plan, batches, asked=asked, progress=self.progress, save=save)
         try:
             return hold(self.recipe.criterion_of_weights(len(pool)))
         except ModelError as error:

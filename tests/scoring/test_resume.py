@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tpvprune as tp
-from tests.helpers import built, gap
+from tests.helpers import assert_scores_close, built, gap
 from tpvprune.scoring import collect as collecting
 
 SUMS = 1e-12
@@ -338,9 +338,20 @@ def test_what_is_no_scores_file_is_refused(tmp_path) -> None:
 
 def test_criteria_that_do_not_stream_are_refused(tmp_path) -> None:
     model, graph = counted()
-    for given in ({"start": tp.score(model, data(3), graph)}, {"save": tmp_path / "s"}, {"until": tp.Settled()}):
+    for given in ({"start": tp.score(model, data(3), graph)}, {"until": tp.Settled()}):
         with pytest.raises(tp.InputError, match="L1 does not learn from batches"):
             tp.score(model, data(), graph, tp.L1(), **given)
+
+
+def test_criteria_that_do_not_stream_are_saved_at_the_end(tmp_path) -> None:
+    model, graph = counted()
+    for _ in range(2):
+        scores = tp.score(model, data(3), graph, tp.L1(), save=tmp_path / "s")
+        assert_scores_close(tp.Scores.load(tmp_path / "s").values, scores.values, 1e-12)
+    (tmp_path / "s").write_text("my thesis")
+    with pytest.raises(tp.PlanError, match="no scores file"):
+        tp.score(model, data(3), graph, tp.L1(), save=tmp_path / "s")
+    assert (tmp_path / "s").read_text() == "my thesis"
 
 
 def test_no_batch_at_all_is_refused(tmp_path) -> None:

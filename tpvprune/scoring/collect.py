@@ -132,6 +132,7 @@ def collect(
     start: Scores | None = None,
     until: Settled | None = None,
     save: str | PathLike[str] | None = None,
+    exact: bool = False,
 ) -> Scores:
     """Score from batches; see `score` for the arguments.
 
@@ -168,7 +169,7 @@ def collect(
         if own is not None and fresh and tally.total and began - saved > after:
             state(skip + fresh, world == 1).save(own, exact=True)  # what `later` says, several find at the end
             saved = time.monotonic()
-            took = 0.0 if later is None else saved - began  # scores that depend on each other take long to make
+            took = saved - began  # scores that depend on each other take long to make, those of many weights to write
 
     def settled(done: int) -> bool:
         return until is not None and tally.total >= until.least and until.reached(state(done))
@@ -184,7 +185,7 @@ def collect(
                 fresh += 1
                 if settled(skip + fresh):
                     break
-                keep(max(SAVE_EVERY, 10 * took))
+                keep(SAVE_EVERY + 10 * took)  # states take a tenth of the time at most
     except BaseException:
         keep(-1)
         raise
@@ -202,7 +203,7 @@ def collect(
         held = gathered_rows(result.sensitivities, rows.counted, cap)
         result = replace(result, sensitivities=held, manifest=about)
     if save is not None and rank == 0:
-        result.save(save)
+        result.save(save, exact=exact)
     of_all(None)  # no share goes before the result is there
     if own is not None and world > 1:
         own.unlink(missing_ok=True)
@@ -210,6 +211,19 @@ def collect(
         for left in _parts(Path(save)):
             left.unlink(missing_ok=True)
     return result
+
+
+def kept_scores(state: Path, model: nn.Module, what: str) -> Path:
+    """Where scores are kept that a state on disk is made of next, beside it.
+
+    Each model and number of processes has a file of its own: no other could go on with it.
+
+    Args:
+        state: what the scores are for.
+        model: the model they are of.
+        what: which scores of that state.
+    """
+    return state.with_name(f"{state.name}.{what}-{process()[1]}-{weights_digest(model)[:12]}.safetensors")
 
 
 def _own(save: Path, rank: int, world: int) -> Path:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from os import PathLike
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 from torch import nn
 
 from tpvprune.batches import Batch, Progress
 from tpvprune.errors import InputError, PlanError
 from tpvprune.plan import Plan
+from tpvprune.processes import process
 from tpvprune.scores import Scores, Settled
 from tpvprune.scoring.collect import Streaming, collect
 from tpvprune.scoring.heads import Softmax
@@ -60,6 +62,7 @@ def score(
     start: Scores | None = None,
     until: Settled | None = None,
     save: str | PathLike[str] | None = None,
+    exact: bool = False,
 ) -> Scores:
     """Score every unit of a graph from unlabeled batches.
 
@@ -77,24 +80,31 @@ def score(
         until: stop as soon as the ranking is settled.
         save: a file that the scores are saved to, on the way too. One that exists and holds scores of the same kind
             is gone on with: batches it has seen are read and left out. Several processes each keep their share beside
-            it (`NAME.0-of-2.safetensors`) until the scores of all are there, and go on with that.
+            it (`NAME.0-of-2.safetensors`) until the scores of all are there, and go on with that. A criterion that
+            does not learn from batches one by one is saved at the end alone.
+        exact: `save` keeps sensitivities in full precision, in twice the room; see `Scores.save`.
 
     Raises:
         PlanError: the graph was traced from another model, or `start` is of another criterion.
         DataError: there is no batch, one holds no tensor, labels are needed and missing, or `save` holds scores of
             other batches.
         NonFiniteError: the model gives NaN or infinity.
-        InputError: the criterion does not learn from batches one by one, and `start`, `until` or `save` is given.
+        InputError: the criterion does not learn from batches one by one, and `start` or `until` is given.
     """
     check_model(model, graph)
     criterion = criterion or TPV()
     if isinstance(criterion, Streaming):
-        return collect(criterion, model, batches, graph, progress=progress, start=start, until=until, save=save)
-    if start is not None or until is not None or save is not None:
-        raise InputError(
-            f"{type(criterion).__name__} does not learn from batches one by one: leave start, until and save out"
-        )
-    return criterion.measure(model, batches, graph, progress)
+        how: dict[str, Any] = {"start": start, "until": until, "save": save, "exact": exact}
+        return collect(criterion, model, batches, graph, progress=progress, **how)
+    if start is not None or until is not None:
+        name = type(criterion).__name__
+        raise InputError(f"{name} does not learn from batches one by one: leave start and until out")
+    if save is not None and Path(save).is_file():
+        Scores.load(save)  # another kind of file is not written over
+    scores = criterion.measure(model, batches, graph, progress)
+    if save is not None and process()[0] == 0:
+        scores.save(save, exact=exact)
+    return scores
 
 
 def check_model(model: nn.Module, graph: Graph) -> None:
