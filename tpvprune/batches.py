@@ -80,9 +80,8 @@ def repeatable(batches: Iterable[Batch], why: str) -> None:
 
 def device_of(model: nn.Module) -> torch.device:
     """Device of the first parameter or buffer; the CPU for a model without any."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
+    first = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def arguments_of(example: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:

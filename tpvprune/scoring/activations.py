@@ -66,24 +66,26 @@ def _reduce(key: str, value: Tensor, grad: Tensor, axis: int | None, batch: int)
             f"layer {key!r} sees {value.shape[0]} rows for {batch} samples; per-sample scores need a layout "
             "with the samples outermost"
         )
-    if value.dtype in (torch.float16, torch.bfloat16):
-        value, grad = value.float(), grad.float()
     if axis is None:
         return _dot(value.reshape(batch, -1), grad.reshape(batch, -1), (1,)).unsqueeze(1)
     if axis == 1 and value.ndim > 2:
         rows = _dot(value, grad, tuple(range(2, value.ndim)))
-        return rows.reshape(batch, -1, rows.shape[1]).sum(1)
+        return rows if len(rows) == batch else rows.reshape(batch, -1, rows.shape[1]).sum(1)
     channels = value.shape[-1]
     return _dot(value.reshape(batch, -1, channels), grad.reshape(batch, -1, channels), (1,))
 
 
 def _dot(value: Tensor, grad: Tensor, dims: tuple[int, ...]) -> Tensor:
     """`(value * grad).sum(dims)` that reads each tensor once: products stay in the processor's cache."""
-    size = max(1, IN_CACHE // max(1, value[0].numel()))
+    half = value.dtype in (torch.float16, torch.bfloat16)
+
+    def products(v: Tensor, g: Tensor) -> Tensor:
+        return ((v.float() if half else v) * g).sum(dims)  # one of two in float32 is enough for all to be
+
+    size = max(1, IN_CACHE * len(value) // max(1, value.numel()))
     if value.device.type != "cpu" or len(value) <= size:
-        return (value * grad).sum(dims)
-    pieces = zip(value.split(size), grad.split(size), strict=True)
-    return torch.cat([(v * g).sum(dims) for v, g in pieces])
+        return products(value, grad)
+    return torch.cat([products(v, g) for v, g in zip(value.split(size), grad.split(size), strict=True)])
 
 
 class _Tap(torch.autograd.Function):
@@ -167,11 +169,11 @@ class Tapped:
         self.inputs: dict[str, nn.Module] = {}
         self.outputs: dict[str, nn.Module] = {}
         self.left_out: set[str] = set()
+        modules = dict(model.named_modules(remove_duplicate=False))
         for member in (m for g in graph.groups for m in g.members if m.role != "work"):
-            try:
-                module = model.get_submodule(member.layer)
-            except AttributeError:
-                raise PlanError(f"the graph names layer {member.layer!r}, which the model lacks") from None
+            module = modules.get(member.layer)
+            if module is None:
+                raise PlanError(f"the graph names layer {member.layer!r}, which the model lacks")
             if member.role == "consume":
                 self.inputs[member.layer] = module
             elif over == "all" and member.role in ("produce", "affine"):
@@ -179,8 +181,8 @@ class Tapped:
                     self.outputs[member.layer] = module
                 else:
                     self.left_out.add(member.param)
-        self.blocks = {g.id: model.get_submodule(g.id) for g in graph.groups if g.kind == "block"}
-        self._parameters = list(model.parameters())
+        self.blocks = {g.id: modules[g.id] for g in graph.groups if g.kind == "block"}
+        self._modules, self._parameters = list(modules.values()), list(model.parameters())
         device = device_of(model)
         self._parts = {group.id: self._parts_of(group, device) for group in graph.groups}
         self._through, self._by_hand = ThroughLayers(model), True
@@ -191,7 +193,8 @@ class Tapped:
         trained = [parameter for parameter in self._parameters if parameter.requires_grad]
         handles: list[Any] = []
         try:
-            with evaluation_mode(self.model):
+            # Looking through a model takes as long as many of its layers do.
+            with evaluation_mode(self.model) if any(m.training for m in self._modules) else nullcontext():
                 for parameter in trained:
                     parameter.requires_grad_(False)
                 for name, module in self.inputs.items():
