@@ -146,7 +146,7 @@ class Fit:
             return None
         total = self._halves[0] if len(self._halves) == 1 else self._halves[0] + self._halves[1]
         biased = self.layer.bias is not None or self.norm is not None
-        free = None if self._mask is None else self._mask.reshape(self._groups, -1, total.x.shape[1])
+        free = None if self._mask is None else self._mask.reshape(self._groups, -1, self.layer.weight[0].numel())
         taken = chosen_ridge(self._halves, RIDGES, biased, free) if ridge == "auto" else float(ridge)
         change, shift = total.solve(taken, biased, free)
         weight: Tensor = self.layer.weight
