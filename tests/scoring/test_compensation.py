@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -93,6 +96,29 @@ def test_scores_follow_from_the_map_exactly(residual: Built):
                 total[:, k] += sums[:, member.entries(group.units)].sum(2)
         wanted[group.id] = total.square().sum(1).mean(0)
     assert_scores_close(got.values, wanted, tolerances.EXACT)
+
+
+@pytest.mark.parametrize("compensated", ["alone", True])
+def test_what_a_layer_of_too_many_inputs_is_given_counts_whole(
+    compensated: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    b = built("flatten")  # its first linear layer reads 36 channels, 9 a unit, the second one 6
+    given: dict[str, Any] = {"probes": "exact", "head": "logits"}
+    plain = tp.score(b.model, [many(b, 12)], b.graph, tp.TPV(**given))
+    before = tp.score(b.model, [many(b, 12)], b.graph, tp.TPV(compensated=compensated, **given))
+    assert not caplog.records
+    monkeypatch.setattr(compensation, "WIDEST", 35)
+    with caplog.at_level(logging.WARNING, "tpvprune"):
+        found = tp.score(b.model, [many(b, 12)], b.graph, tp.TPV(compensated=compensated, **given))
+    assert [record.message for record in caplog.records] == [
+        "3: too many inputs to ask what makes up for each; it counts whole there"
+    ]
+    for group, wanted in (("0", plain), ("3", before)):
+        torch.testing.assert_close(found.values[group], wanted.values[group])
+        assert not torch.allclose(plain.values[group], before.values[group], rtol=0.01)
+    monkeypatch.setattr(compensation, "WIDEST", 36)
+    again = tp.score(b.model, [many(b, 12)], b.graph, tp.TPV(compensated=compensated, **given))
+    assert_scores_close(again.values, before.values, 1e-12)
 
 
 @pytest.mark.parametrize("name", ["vit", "grouped"])

@@ -15,6 +15,7 @@ the samples are dealt out to two halves, and each half's residuals are those of 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,9 @@ from tpvprune.scoring.activations import channel_axis
 from tpvprune.scoring.moments import Moments, damped_inverse, together, watch
 from tpvprune.types import Graph
 
+logger = logging.getLogger(__name__)
 AT_ONCE = 32  # of so many units that are left, one leaves in a step
+WIDEST = 8192  # channels of a layer whose covariances, ten of them at a time, have room in 6 GB
 DOUBT = 0.01  # share of a unit's whole output below which its own score says little of what a part of it costs
 
 
@@ -74,7 +77,9 @@ def _of_half(value: Tensor, numbers: range, half: int) -> Tensor:
 
 
 def residuals(model: nn.Module, batches: Iterable[Batch], graph: Graph, ridges: Sequence[float]) -> dict[str, Residual]:
-    """The residual map of every layer that reads units of the graph, from one forward pass.
+    """The residual map of the layers that read units of the graph, from one forward pass.
+
+    A layer that reads more than `WIDEST` channels gets none: what it is given counts whole.
 
     Args:
         model: the model scored.
@@ -83,15 +88,19 @@ def residuals(model: nn.Module, batches: Iterable[Batch], graph: Graph, ridges: 
         ridges: what may be added to a covariance's diagonal, as a share of its mean; per layer the one that leaves
             least of the samples it was not made of is taken.
     """
-    layers = dict.fromkeys(member.layer for group in graph.groups for member in group.of_role("consume"))
-    moments = {name: (Moments(), Moments()) for name in layers}
+    members = [member for group in graph.groups for member in group.of_role("consume")]
+    layers = {m.layer: graph.shapes[m.param][m.axis] * _groups(model.get_submodule(m.layer)) for m in members}
+    wide = [name for name, inputs in layers.items() if inputs > WIDEST]
+    if wide:
+        logger.warning("%s: too many inputs to ask what makes up for each; it counts whole there", ", ".join(wide))
+    moments = {name: (Moments(), Moments()) for name in layers if name not in wide}
 
     def see(name: str, module: nn.Module, value: Tensor, numbers: range) -> None:
         value = value.movedim(channel_axis(module), -1)
         for half, held in enumerate(moments[name]):
             held.add(_of_half(value, numbers, half).flatten(0, -2))
 
-    watch(model, batches, [(name, model.get_submodule(name)) for name in layers], see)
+    watch(model, batches, [(name, model.get_submodule(name)) for name in moments], see)
     even, odd = (together({name: pair[half] for name, pair in moments.items()}, model) for half in (0, 1))
     moments = {name: (even[name], odd[name]) for name in moments}
     return {
@@ -134,9 +143,13 @@ def _precision(model: nn.Module, layer: str, covariance: Tensor, ridge: float) -
         raise NonFiniteError(f"layer {layer!r} is given NaN or infinity; check the input and the weights") from None
 
 
+def _groups(layer: Any) -> int:
+    return int(getattr(layer, "groups", 1))
+
+
 def _width(model: nn.Module, layer: str, channels: int) -> int:
     """Input channels that an output of a layer reads."""
-    return channels // int(getattr(model.get_submodule(layer), "groups", 1))
+    return channels // _groups(model.get_submodule(layer))
 
 
 def _matrix(model: nn.Module, graph: Graph, layer: str, covariance: Tensor, ridge: float) -> Tensor:
@@ -225,7 +238,7 @@ class _Reads:
 def _by_channel(layer: Any, channels: int) -> Tensor:
     """A layer's weight with a column for each input channel, `(outputs and taps, channels)`."""
     weight = layer.weight.detach().double().cpu()
-    groups = int(getattr(layer, "groups", 1))
+    groups = _groups(layer)
     if getattr(layer, "transposed", False):
         return weight.flatten(1).mT
     rows = weight.movedim(1, -1).reshape(groups, -1, weight.shape[1])
