@@ -457,6 +457,41 @@ def by_hand() -> Case:
     return Case(randomise(ByHand()), example(3, 3, 5, 5), groups, {"fc": OUTPUT}, index)
 
 
+class Multihead(nn.Module):
+    """PyTorch's own attention: in its encoder layer, and between two sequences with masks of both sorts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 4, 12, activation="gelu", batch_first=True)
+        self.cross, self.fc = nn.MultiheadAttention(8, 2), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(self.embed(x)).transpose(0, 1)
+        unseen = torch.arange(len(x)).expand(x.shape[1], -1) == len(x) - 1
+        masks = {"key_padding_mask": unseen, "attn_mask": torch.ones(len(x), len(x)).triu(1) > 0}
+        return self.fc(self.cross(x.relu(), x, x, need_weights=False, **masks)[0].mean(0))
+
+
+@case
+def multihead() -> Case:
+    groups, index = [], {}
+    for name, heads, width in (("layer.self_attn", 4, 2), ("cross", 2, 4)):
+        writes, reads = {(f"{name}.in_proj_{kind}", 0, "produce") for kind in ("weight", "bias")}, f"{name}.out_proj"
+        work = {(f"{name}#attention", 0, "work")}
+        groups.append(group(name, heads, writes, work, layer(reads, "consume"), kind="head"))
+        # Rows of the one weight: queries, keys and values of all heads.
+        parts = (runs(heads, width, start) for start in (0, 8, 16))
+        fused = [q + k + v for q, k, v in zip(*parts, strict=True)]
+        index |= {(name, param, role): fused for param, _, role in writes}
+        index[name, f"{reads}.weight", "consume"] = index[name, f"{name}#attention", "work"] = runs(heads, width)
+    hidden = group("layer.linear1", 12, layer("layer.linear1", "produce"), layer("layer.linear2", "consume"))
+    last = group("cross.out_proj", 8, layer("cross.out_proj", "produce"), layer("fc", "consume"))
+    stream = dict.fromkeys(("embed", "layer.self_attn.out_proj", "layer.linear2"), "a weight that is no layer's")
+    ordered = groups[0], hidden, last, groups[1]  # a module ends after those in it
+    return Case(randomise(Multihead()), example(3, 4, 5), ordered, {**stream, "fc": OUTPUT}, index)
+
+
 @case
 def groupnorm() -> Case:
     net = nn.Sequential(

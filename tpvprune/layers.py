@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tpvprune.elastic import opened
 from tpvprune.errors import InputError
+from tpvprune.multihead import Heads, free
 from tpvprune.plan import Plan
 from tpvprune.types import FEATURES
 
@@ -84,6 +85,8 @@ def _resize(module: nn.Module) -> None:
             module.num_channels = module.weight.shape[0]
     elif isinstance(module, nn.PReLU):
         module.num_parameters = module.weight.numel()
+    elif isinstance(module, Heads):
+        module.num_heads = module.in_proj_weight.shape[0] // 3 // module.head_dim
     elif _fused(module):
         attention: Any = module
         attention.attn_dim = attention.qkv.weight.shape[0] // 3
@@ -129,6 +132,9 @@ def cut(model: nn.Module, plan: Plan) -> nn.Module:
         if graph[name].kind == "block" and not bool(mask.any()):
             around, _, key = name.rpartition(".")
             setattr(small.get_submodule(around), key, nn.Identity().train(small.get_submodule(name).training))
+    written = {name.removesuffix(".in_proj_weight") for name in touched if name.endswith("in_proj_weight")}
+    if any(isinstance(small.get_submodule(name), nn.MultiheadAttention) for name in written):
+        free(small)
     for module, count in _groups_left(small, plan):
         module.groups = count
     lost = graph.lost({name: ~mask for name, mask in plan.keep.items()})

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
+from tpvprune.multihead import attended
+
 SETTINGS = ("stride", "padding", "dilation", "groups")
 DEFAULTS: Mapping[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 READS: Mapping[Any, Sequence[str]] = {
@@ -24,7 +26,7 @@ class ThroughLayers(TorchFunctionMode):
     """While this mode is on, `F.linear(x, layer.weight, bias)` runs as `layer(x)`, with that bias.
 
     Some attention modules join a bias from parts and use the weight of a projection by hand; the projection itself is
-    never called. The same holds for convolutions.
+    never called. The same holds for convolutions, and for what `nn.MultiheadAttention` does in one function.
 
     Args:
         model: whose linear layers and convolutions are meant.
@@ -44,6 +46,10 @@ class ThroughLayers(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function, or the layer whose weight it is given."""
         kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:
+                found = attended(*args, **kwargs)
+            return func(*args, **kwargs) if found is None else found
         names = READS.get(func)
         if names is None:
             return func(*args, **kwargs)

@@ -103,6 +103,23 @@ class LayersCalled(nn.Module):
         return self.fc(self.mix((x + attn.proj(mixed).mT.reshape(x.shape)).relu()).mean((2, 3)))
 
 
+def projections_called(model: nn.Module) -> nn.Module:
+    """A copy whose attention calls the layer that reads all heads, on what it gives where that layer does nothing."""
+    model = copy.deepcopy(model)
+    for module in [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]:
+        bare = copy.deepcopy(module)
+        with torch.no_grad():
+            bare.out_proj.weight.copy_(torch.eye(len(bare.out_proj.weight)))
+            bare.out_proj.bias.zero_()
+
+        def again(module: Any, args: Any, kwargs: Any, out: Any, bare: nn.Module = bare) -> Any:
+            return module.out_proj(bare(*args, **kwargs)[0]), None
+
+        module.register_forward_hook(again, with_kwargs=True)
+    return model
+
+
+SEEN = {"by_hand": LayersCalled, "multihead": projections_called}
 REFERENCES: dict[str, tuple[Any, Any]] = {"variance": (tp.Variance(), variance), "wanda": (tp.Wanda(), wanda)}
 
 
@@ -117,7 +134,7 @@ def test_scores_are_those_of_plain_loops(name: str, which: str) -> None:
     b, (criterion, of) = built(name), REFERENCES[which]
     batches = data(name, 3, 2)
     scores = tp.score(b.model, batches, b.graph, criterion)
-    seen = LayersCalled(b.model) if name == "by_hand" else b.model
+    seen = SEEN.get(name, copy.copy)(b.model)
     assert_scores_close(scores.values, of(seen, batches, b.graph), tolerances.EXACT)
     assert all(float(value.min()) > 0 for value in scores.values.values())
     assert (scores.criterion, scores.samples, scores.stderr) == (which, 5, None)

@@ -17,6 +17,9 @@ HEADS = ("logits", "softmax")
 # Parameters that no layer holds whose output would be linear in them; `over="all"` says that it leaves them out.
 OUTSIDE = {"vit": {"cls_token", "pos_embed"}, "positions": {"pos"}, "layerscale": {"block.gamma"}}
 OUTSIDE["by_hand"] = {"attn.q_bias", "attn.v_bias"}
+OUTSIDE["multihead"] = {
+    f"{name}.in_proj_{kind}" for name in ("layer.self_attn", "cross") for kind in ("weight", "bias")
+}
 
 
 def without(graph: tp.Graph, params: set[str]) -> tp.Graph:

@@ -18,6 +18,7 @@ from torch import nn
 from tpvprune.batches import Progress, arguments_of, device_of, evaluation_mode
 from tpvprune.errors import InputError, ModelError
 from tpvprune.layers import forget
+from tpvprune.multihead import free
 from tpvprune.plan import plan_of
 from tpvprune.planning.blocks import residual_blocks
 from tpvprune.planning.cost import Usage
@@ -62,6 +63,7 @@ def trace(
         raise InputError(f"seconds={seconds} must be above zero, or None for no limit")
     limit = None if seconds is None else Limit(seconds)
     twin = copy.deepcopy(model)
+    free(twin)
     for name, parameter in twin.named_parameters():
         if not parameter.is_floating_point():
             raise ModelError(f"parameter {name!r} is {parameter.dtype}; only floating models can be traced")

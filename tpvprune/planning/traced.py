@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from tpvprune.members import WORK, Group, Kind, Member
+from tpvprune.multihead import Heads
 from tpvprune.plan import Plan
 from tpvprune.planning.blocks import block_group
 from tpvprune.planning.conventions import told
@@ -24,7 +25,7 @@ from tpvprune.planning.units import STATIC
 from tpvprune.types import REST, Graph
 
 ROOTS = (_ConvNd, nn.Linear, nn.Embedding)
-LAYERS = (*ROOTS, _NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU)  # set anew by `layers.refresh`
+LAYERS = (*ROOTS, _NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU, Heads)  # set anew by `layers.refresh`
 OF_ONE_HEAD = ("head_dim", "dim_head", "head_size", "head_channels", "d_head", "dim_per_head")
 UNUSED = "it is not used in the forward pass"
 UNREAD = "no convolution or linear layer consumes its outputs"
