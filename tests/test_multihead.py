@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import tpvprune as tp
 from tests import reference, tolerances
 from tests.cases import example, randomise
 from tests.helpers import assert_scores_close, gap, plan_without
-from tpvprune.multihead import attended, freed
+from tpvprune.multihead import attended, free, freed
 from tpvprune.reads import ThroughLayers
 
 WIDTH, HEADS, BATCH, TARGETS, SOURCES = 8, 4, 3, 5, 6
@@ -139,7 +140,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         padding = torch.arange(x.shape[1]).expand(len(x), -1) >= x.shape[1] - 1
-        x = self.encoder(x, src_key_padding_mask=padding)[:, :4]
+        x = self.encoder(x, src_key_padding_mask=padding)
         return self.fc(self.last(query=x, key=x, value=x)[0].mean(1))
 
 
@@ -189,6 +190,106 @@ def test_heads_are_scored_as_dense_jacobians_say(name: str) -> None:
     graph = tp.trace(model, x[:1])
     scores = tp.score(model, [x], graph, tp.TPV(head="logits", probes="exact"))
     assert_scores_close(scores.values, reference.tpv(model, x, graph, "logits", "consume"), tolerances.EXACT)
+
+
+class Looking(nn.Module):
+    """Does something with what attention gives."""
+
+    def __init__(self, what: Callable[[Any, Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.embed, self.attend, self.fc = nn.Linear(3, WIDTH), nn.MultiheadAttention(WIDTH, HEADS), nn.Linear(WIDTH, 4)
+        self.what = what
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.embed(x)
+        return self.what(self, *self.attend(x, x, x))
+
+
+LOOKS: dict[str, tuple[Callable[[Any, Tensor, Tensor], Any], str | None]] = {
+    "not at weights": (lambda net, out, weights: net.fc(out), None),
+    "weights are given too": (lambda net, out, weights: (net.fc(out), weights), "its outputs are the model's outputs"),
+    "weights count": (lambda net, out, weights: net.fc(out) * weights.amax(), "looks at the mean attention"),
+    "weights mix": (lambda net, out, weights: net.fc(weights @ out.transpose(0, 1)), "looks at the mean attention"),
+    "heads count": (
+        lambda net, out, weights: net.fc(out / net.attend.num_heads),
+        "does not give what it gives with them masked",
+    ),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_heads_leave_where_nobody_looks_at_their_attention(look: str) -> None:
+    what, reason = LOOKS[look]
+    model, x = randomise(Looking(what)), example(3, 2, 3)
+    graph = tp.trace(model, x)
+    heads = [group for group in graph.groups if group.kind == "head"]
+    if reason is None:
+        (group,) = heads
+        assert group.exact_mask
+        plan = plan_without(graph, {"attend": [0, 2]})
+        with torch.no_grad():
+            assert gap(tp.apply(model, plan)(x), tp.mask(model, plan)(x)) < tolerances.SAME_FUNCTION
+    else:
+        assert not heads
+        assert any(reason in why for why in graph.skipped.values()), dict(graph.skipped)
+
+
+@pytest.mark.parametrize("length", [4, 40])
+def test_large_logits_in_half_precision_are_finite(length: int) -> None:
+    module = nn.MultiheadAttention(64, 1, bias=False).half().eval()
+    with torch.no_grad():
+        module.in_proj_weight.copy_(torch.eye(64).repeat(3, 1))
+    x = torch.full((length, 1, 64), 36.0, dtype=torch.float16)  # 36 * 36 * 64 is more than float16 holds
+    freed(module)
+    out, weights = module(x, x, x)
+    assert bool(out.isfinite().all())
+    torch.testing.assert_close(weights.float().sum(-1), torch.ones(1, length), rtol=1e-2, atol=1e-2)
+
+
+def test_what_means_nothing_is_refused() -> None:
+    module = attention()
+    freed(module)
+    query, key, value = inputs("all", False, False)
+    with pytest.raises(RuntimeError, match="is_causal is a hint"):
+        module(query, key, value, is_causal=True)
+    with pytest.raises(RuntimeError, match=r"torch\.int64; give booleans"):
+        module(query, key, value, attn_mask=torch.ones(TARGETS, SOURCES, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match="batch of the query holds 3, that of the key 1"):
+        module(query, key[:, :1], value[:, :1])
+    with pytest.raises(RuntimeError, match="have shapes"):
+        module(query, key, value[:2])
+
+
+def test_attention_can_start_anew() -> None:
+    module = attention()
+    freed(module)
+    before = module.in_proj_weight.clone()
+    module._reset_parameters()
+    assert not torch.equal(module.in_proj_weight, before)
+    assert not module._qkv_same_embed_dim
+
+
+def encoder(norm: bool) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 12, batch_first=True)
+    return randomise(nn.TransformerEncoder(layer, 2, nn.LayerNorm(WIDTH) if norm else None))
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("learns", [False, True])
+def test_what_stands_behind_a_sequence_is_as_it_was(norm: bool, aligned: bool, learns: bool) -> None:
+    model, x = encoder(norm), example(3, 5, WIDTH)
+    padding = torch.arange(5).expand(3, -1) >= torch.tensor([[5], [3], [1]])
+    padding = padding if aligned else padding.roll(1, 1)
+    other = copy.deepcopy(model)
+    free(other)
+    for mask in (padding, torch.zeros(3, 5, dtype=torch.float64).masked_fill(padding, float("-inf"))):
+        with torch.set_grad_enabled(learns):
+            wanted, got = (net(x, src_key_padding_mask=mask) for net in (model, other))
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+        if aligned and not learns:
+            assert bool((wanted[padding] == wanted[padding][0]).all())  # or else the test saw no nested tensor
 
 
 def test_a_single_head_stays() -> None:

@@ -182,6 +182,27 @@ def test_a_schedule_stopped_after_a_scoring_does_not_score_again(
     assert counted.batches == 0
 
 
+def test_zeros_of_another_plan_are_scored_anew(tmp_path: Path) -> None:
+    b, data, save = built("mlp"), batches("mlp", 4), tmp_path / "plan.json"
+    scores = tp.score(b.model, data, b.graph)
+    plans = [tp.allocate(scores, b.graph, tp.Budget(macs=share, round_to=1)) for share in (0.6, 0.8)]
+    asked = {"sparsity": 0.5}
+    wanted = [schedule.hold_zeros(b.model, plan, data, tp.TPV(), asked) for plan in plans]
+    with pytest.raises(KeyboardInterrupt):
+        schedule.hold_zeros(b.model, plans[0], data, tp.TPV(), asked, Stopping(1, 3), save=save)
+    (kept,) = tmp_path.iterdir()
+    done = tp.Scores.load(kept).manifest["batches"]
+    other, same = Stopping(), Stopping()
+    assert (
+        schedule.hold_zeros(b.model, plans[1], data, tp.TPV(), asked, other, save=save).to_json() == wanted[1].to_json()
+    )
+    assert (
+        schedule.hold_zeros(b.model, plans[0], data, tp.TPV(), asked, same, save=save).to_json() == wanted[0].to_json()
+    )
+    assert 0 < done < 4
+    assert (other.batches, same.batches) == (4, 4 - done)
+
+
 def test_several_bounds_hold_after_several_steps(residual) -> None:
     budget = tp.Budget(macs=0.8, params=0.7, round_to=1)
     plan = tp.plan_for(residual.model, batches("residual"), residual.graph, budget, planning=tp.Planning(steps=3))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import has_torch_function
 
 _SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 _MORE = ("bias_k", "bias_v", "q_proj_weight", "static_k", "static_v")
@@ -33,7 +34,13 @@ class Heads(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention`; `is_causal` is a hint there, and not taken."""
+        """As `nn.MultiheadAttention`.
+
+        Raises:
+            RuntimeError: `is_causal`, which is a hint at what a mask says, without a mask; see `attend`.
+        """
+        if is_causal and attn_mask is None:
+            raise RuntimeError("is_causal is a hint at what attn_mask says; give the mask")
         return attend(
             query,
             key,
@@ -49,6 +56,34 @@ class Heads(nn.MultiheadAttention):
             attn_mask=attn_mask,
             average=average_attn_weights,
         )
+
+    def _reset_parameters(self) -> None:
+        self._qkv_same_embed_dim = True
+        super()._reset_parameters()
+        self._qkv_same_embed_dim = False
+
+
+class Encoder(nn.TransformerEncoder):
+    """`nn.TransformerEncoder` that gives at padded positions what it gives there where it runs on nested tensors."""
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        """As `nn.TransformerEncoder`: in eval mode without gradients, zeros (after the norm) behind each sequence."""
+        out: Tensor = super().forward(src, mask, src_key_padding_mask, is_causal)
+        padded = None if src_key_padding_mask is None else src_key_padding_mask != 0
+        if padded is None or self.training or src.ndim != 3 or mask is not None or torch.is_autocast_enabled():
+            return out
+        learns = torch.is_grad_enabled() and (src.requires_grad or any(p.requires_grad for p in self.parameters()))
+        plain = not torch.backends.mha.get_fastpath_enabled() or has_torch_function((src,))
+        if learns or plain or bool((padded[:, 1:] < padded[:, :-1]).any()):
+            return out
+        nothing = torch.zeros_like(out)
+        return torch.where(padded.unsqueeze(-1), nothing if self.norm is None else self.norm(nothing), out)
 
 
 def freed(module: nn.Module) -> bool:
@@ -69,8 +104,10 @@ def free(model: nn.Module) -> None:
     """Make `Heads` of all attention in a network where that can be done, in place."""
     for module in model.modules():
         freed(module)
-        if isinstance(module, nn.TransformerEncoder):
+        if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
             module.use_nested_tensor = False  # which is for layers that run as one kernel
+            if type(module) is nn.TransformerEncoder:
+                module.__class__ = Encoder
 
 
 def attend(
@@ -108,7 +145,12 @@ def attend(
 
     Returns:
         What comes out, laid out as `query`, and the attention `(batch, targets, sources)`, or of each head.
+
+    Raises:
+        RuntimeError: a mask holds neither booleans nor floating numbers, or batches differ.
     """
+    if query.ndim != key.ndim or key.shape[:-1] != value.shape[:-1] or query.ndim not in (2, 3):
+        raise RuntimeError(f"query, key, value have shapes {[tuple(x.shape) for x in (query, key, value)]}")
     single = query.ndim == 2
 
     def moved(x: Tensor) -> Tensor:
@@ -120,6 +162,8 @@ def attend(
         biases = (None, None, None) if bias is None else bias.chunk(3)
         given = zip((query, key, value), weight.chunk(3), biases, strict=True)
         parts = tuple(F.linear(moved(x), w, b) for x, w, b in given)
+    if parts[0].shape[0] != parts[1].shape[0]:
+        raise RuntimeError(f"the batch of the query holds {parts[0].shape[0]}, that of the key {parts[1].shape[0]}")
     q, k, v = (part.unflatten(-1, (-1, head_dim)).transpose(1, 2) for part in parts)
     mask = None if attn_mask is None else _additive(attn_mask, q)
     if mask is not None and mask.ndim == 3:
@@ -129,12 +173,12 @@ def attend(
         mask = padding if mask is None else mask + padding
     found: Tensor | None = None
     if need_weights:
-        found = q @ k.mT * head_dim**-0.5
+        found = (q * head_dim**-0.5) @ k.mT
         found = (found if mask is None else found + mask).softmax(-1)
-        found = F.dropout(found, dropout)
+        found = F.dropout(found, dropout) if dropout else found
         out = found @ v
-        found = found.mean(1) if average else found
         found = found.squeeze(0) if single else found
+        found = found.mean(-3) if average else found  # last: whoever does more with it looks at all heads
     else:
         out = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=head_dim**-0.5)
     out = project(out.transpose(1, 2).flatten(2))
@@ -143,8 +187,10 @@ def attend(
 
 def _additive(mask: Tensor, like: Tensor) -> Tensor:
     """A mask to add: `-inf` where one of booleans says true."""
-    if mask.dtype != torch.bool:
+    if mask.is_floating_point():
         return mask.to(like.dtype)
+    if mask.dtype != torch.bool:
+        raise RuntimeError(f"a mask holds {mask.dtype}; give booleans or floating numbers")
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, float("-inf"))
 
 

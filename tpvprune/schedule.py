@@ -128,7 +128,7 @@ def plan_for(
     state, kept = None if save is None else Path(save), None
     if planning.steps == 1:
         if scores is None:
-            kept = _kept(state, model, 1)
+            kept = _kept(state, model, "step1")
             scores = score(model, batches, graph, criterion, progress=progress, save=kept, exact=True)
         plan = from_first(allocate(scores, graph, budget, **choice))
         _forget(kept)
@@ -166,7 +166,7 @@ def plan_for(
             limit = replace(limit, drift=f"{share * budget.most_drift - so_far} nats")
         found = scores if first else None
         if found is None:
-            again, kept = criterion if first else _from(criterion, model), _kept(state, small, step + 1)
+            again, kept = criterion if first else _from(criterion, model), _kept(state, small, f"step{step + 1}")
             found = score(small, batches, now, again, progress=progress, save=kept, exact=True)
         part = from_first(allocate(found, now, limit, after=None if first else plan, **choice))
         about = {**part.made_by, "asked": finals | _drift_of(budget), "steps": [*plan.made_by["steps"]]}
@@ -187,9 +187,9 @@ def plan_for(
     return plan
 
 
-def _kept(state: Path | None, model: nn.Module, step: int) -> Path | None:
-    """Where the scores of a step are kept, in all processes."""
-    return from_first(None if state is None else kept_scores(state, model, f"step{step}"))
+def _kept(state: Path | None, model: nn.Module, what: str) -> Path | None:
+    """Where scores that a plan is made of next are kept, in all processes."""
+    return from_first(None if state is None else kept_scores(state, model, what))
 
 
 def _forget(kept: Path | None) -> None:
@@ -284,13 +284,13 @@ def hold_zeros(
         criterion: how to.
         asked: arguments of `sparsify`.
         progress: see `score`.
-        save: see `score`.
+        save: beside which the scores are kept, as in `plan_for`; whoever keeps the plan removes them.
 
     Raises:
         ModelError: the criterion cannot score a weight.
         BudgetError: what is asked for cannot be met.
     """
     small = apply(dense, plan)
-    weights = weight_graph(small)
-    scores = score(small, batches, weights, criterion, progress=progress, save=save)
+    weights, kept = weight_graph(small), _kept(None if save is None else Path(save), small, "zeros")
+    scores = score(small, batches, weights, criterion, progress=progress, save=kept)
     return sparsify(scores, weights, after=plan, **asked)

@@ -274,10 +274,10 @@ class Run:
         """A plan, and single weights of what it leaves held at zero."""
         pool, asked = self.inputs.scored(), section.model_dump(exclude={"criterion"})
         dense, batches = self.inputs.dense, self.inputs.dealt(pool)
-        save = from_first(kept_scores(self._partial("plan"), dense, "zeros") if self._crew.leads else None)
-        hold = partial(hold_zeros, dense, plan, batches, asked=asked, progress=self.progress, save=save)
+        hold = partial(hold_zeros, dense, plan, batches, asked=asked, progress=self.progress)
         try:
-            return hold(self.recipe.criterion_of_weights(len(pool)))
+            state = self._partial("plan") if self._crew.leads else None
+            return hold(self.recipe.criterion_of_weights(len(pool)), save=state)
         except ModelError as error:
             if section.criterion is not None:
                 raise

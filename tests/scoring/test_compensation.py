@@ -13,6 +13,7 @@ from torch.func import jacrev, vmap
 
 import tpvprune as tp
 from tests import reference, tolerances
+from tests.cases import example, randomise
 from tests.helpers import Built, assert_scores_close, built
 from tpvprune.scoring import compensation, tpv
 from tpvprune.scoring.compensation import _in_turn, _Reads, residuals
@@ -119,6 +120,35 @@ def test_what_a_layer_of_too_many_inputs_is_given_counts_whole(
     monkeypatch.setattr(compensation, "WIDEST", 36)
     again = tp.score(b.model, [many(b, 12)], b.graph, tp.TPV(compensated=compensated, **given))
     assert_scores_close(again.values, before.values, 1e-12)
+
+
+def test_units_that_a_layer_of_too_many_inputs_reads_cost_what_each_costs_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Two(torch.nn.Module):
+        """The same channels are read by a layer of 4 inputs and by one of 36."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.narrow = torch.nn.Conv2d(2, 4, 3, padding=1), torch.nn.Conv2d(4, 3, 1)
+            self.wide, self.last = torch.nn.Linear(36, 3), torch.nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x).relu()
+            return self.last((self.narrow(x).mean((2, 3)) + self.wide(x.flatten(1))).relu())
+
+    model = randomise(Two())
+    inputs = example(12, 2, 3, 3)
+    graph = tp.trace(model, inputs[:1])
+    given: dict[str, Any] = {"probes": "exact", "head": "logits"}
+
+    def scored(compensated: Any) -> Tensor:
+        return tp.score(model, [inputs], graph, tp.TPV(compensated=compensated, **given)).values["conv"]
+
+    in_turn = scored(True)
+    monkeypatch.setattr(compensation, "WIDEST", 35)
+    torch.testing.assert_close(scored(True), scored("alone"))
+    assert not torch.allclose(scored(True), in_turn, rtol=0.01)
 
 
 @pytest.mark.parametrize("name", ["vit", "grouped"])

@@ -348,10 +348,25 @@ def test_criteria_that_do_not_stream_are_saved_at_the_end(tmp_path) -> None:
     for _ in range(2):
         scores = tp.score(model, data(3), graph, tp.L1(), save=tmp_path / "s")
         assert_scores_close(tp.Scores.load(tmp_path / "s").values, scores.values, 1e-12)
+    tp.score(model, data(3), graph, save=tmp_path / "t")
+    with pytest.raises(tp.PlanError, match="holds scores of another model or of tpv"):
+        tp.score(model, data(3), graph, tp.L1(), save=tmp_path / "t")
+    assert tp.Scores.load(tmp_path / "t").criterion.startswith("tpv")
     (tmp_path / "s").write_text("my thesis")
     with pytest.raises(tp.PlanError, match="no scores file"):
         tp.score(model, data(3), graph, tp.L1(), save=tmp_path / "s")
     assert (tmp_path / "s").read_text() == "my thesis"
+
+
+@pytest.mark.parametrize("numbers", [(2**25, 2**25 + 1), (1.0, 1.0 + 2**-40)], ids=str)
+def test_scores_of_other_weights_are_not_added_to_however_small_the_difference(numbers, tmp_path) -> None:
+    model, graph = counted()
+    model.register_buffer("more", torch.tensor([numbers[0]] * 2).to(torch.int64 if numbers[0] > 1 else torch.float64))
+    graph = tp.trace(model, data(1)[0][0])
+    tp.score(model, data(3), graph, save=tmp_path / "s")
+    model.more[1] = numbers[1]
+    with pytest.raises(tp.PlanError, match="other weights"):
+        tp.score(model, data(), graph, save=tmp_path / "s")
 
 
 def test_no_batch_at_all_is_refused(tmp_path) -> None:

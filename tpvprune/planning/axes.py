@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tpvprune.members import Role
+from tpvprune.multihead import Heads
 from tpvprune.planning.follower import FIXED, Follower
 from tpvprune.planning.labels import Origin, State
 from tpvprune.planning.seen import Call
@@ -134,7 +135,11 @@ def reduce(f: Follower, call: Call) -> None:
     dims = range(len(shape)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     gone = {dim % max(1, len(shape)) for dim in dims}
     left = [axis for axis in range(len(shape)) if axis not in gone]
+    heads = None
     for axis in gone & set(state.axes):
+        if isinstance(f.module, Heads):
+            heads = state.axes[axis]
+            continue
         f.units.pool(state.axes[axis])
         if call.name in ("argmax", "argmin"):
             f.units.pin(state.axes[axis], f"{f.here!r} tells its units by their numbers")
@@ -154,7 +159,7 @@ def reduce(f: Follower, call: Call) -> None:
                 )
             f.know(out, origins)
         else:
-            f.settle(out, {p: state.axes.get(a) for p, a in zip(places, left, strict=False)})
+            f.settle(out, {p: state.axes.get(a) for p, a in zip(places, left, strict=False)}, heads)
 
 
 def spread_along(f: Follower, call: Call) -> None:

@@ -20,6 +20,7 @@ from tpvprune.planning.labels import PLAIN, Origin, State, Tangled, is_static
 from tpvprune.planning.seen import Call, Limit, Policy, Product, Reshaped, Width
 from tpvprune.planning.units import FREE, STATIC, Units
 
+WEIGHTS = "{!r} looks at the mean attention of all heads"
 FIXED = "its channels are added to the model's input or another tensor of fixed width"
 
 
@@ -126,10 +127,10 @@ class Follower(TorchDispatchMode):
             found = slots
         return None if found is None else found.clamp(min=STATIC)
 
-    def settle(self, tensor: Tensor, axes: Mapping[int, Tensor | None]) -> None:
-        """Remember the slots along the axes of an activation."""
+    def settle(self, tensor: Tensor, axes: Mapping[int, Tensor | None], heads: Tensor | None = None) -> None:
+        """Remember the slots along the axes of an activation, and of heads whose attention it is the mean of."""
         kept = {a: s for a, s in axes.items() if s is not None and (not is_static(s) or bool((s == FREE).all()))}
-        self._known[tensor] = State(kept)
+        self._known[tensor] = State(kept, heads=heads)
 
     def know(self, tensor: Tensor, origins: Iterable[Origin]) -> None:
         """Remember what a tensor is made of that depends on no input."""
@@ -188,9 +189,12 @@ class Follower(TorchDispatchMode):
     def pin(self, tensors: Iterable[Tensor], why: str, axes: Iterable[int] | None = None) -> None:
         """Keep whole what lies along some or all axes of activations."""
         for tensor in tensors:
-            for axis, slots in self.state(tensor).axes.items():
+            state = self.state(tensor)
+            for axis, slots in state.axes.items():
                 if axes is None or axis in axes:
                     self.units.pin(slots, why)
+            if state.heads is not None:
+                self.units.pin(state.heads, why)
 
     # Dispatch.
 
@@ -200,6 +204,9 @@ class Follower(TorchDispatchMode):
         given = tensors_of((args, kwargs))
         before = [self.state(t) for t in given]
         shapes = [tuple(t.shape) for t in given]
+        for state in before:
+            if state.heads is not None:
+                self.units.pin(state.heads, WEIGHTS.format(self.here))
         out = func(*args, **kwargs)
         if not any(s.axes or s.origins for s in before):
             return out

@@ -88,10 +88,12 @@ class State:
     Attributes:
         axes: vectors of slots by axis, of an activation.
         origins: what a tensor that depends on no input is made of; empty for activations.
+        heads: slots of the heads whose attention an activation is the mean of; pinned if that is looked at.
     """
 
     axes: dict[int, Tensor] = field(default_factory=dict)
     origins: tuple[Origin, ...] = ()
+    heads: Tensor | None = None
 
     def pooled(self) -> State:
         """The same of a tensor whose entries depend on each other."""

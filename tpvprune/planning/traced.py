@@ -332,16 +332,17 @@ class Traced:
         parameters = {id(p): name for name, p in self.model.named_parameters()}
         names = {id(m): name for name, m in reversed(list(self.model.named_modules()))}
         for name, module in self.model.named_modules():
-            if not isinstance(module, ROOTS) or names[id(module)] != name or name in written:
+            if not isinstance(module, (*ROOTS, Heads)) or names[id(module)] != name or name in written:
                 continue
             dim = 1 if isinstance(module, nn.Embedding) or getattr(module, "transposed", False) else 0
-            place = parameters.get(id(module.weight), ""), dim
+            weight = module.in_proj_weight if isinstance(module, Heads) else module.weight
+            place = parameters.get(id(weight), ""), dim
             reasons = [LOST if name in self.usage.order else UNUSED]
             if place in self.units.slots:
                 first, length = self.units.slots[place]
                 found = (self.classes[self.units.find(slot)].reason for slot in range(first, first + length))
                 reasons = [reason for reason in found if reason] or [LOST]
-            elif name in self.usage.order and module.weight.shape[dim] == 1:
+            elif name in self.usage.order and weight.shape[dim] == 1:
                 reasons = [SINGLE]
             self.skipped[name] = reasons[0]
         for module, reason in self.policy.still.items():

@@ -79,7 +79,8 @@ def _of_half(value: Tensor, numbers: range, half: int) -> Tensor:
 def residuals(model: nn.Module, batches: Iterable[Batch], graph: Graph, ridges: Sequence[float]) -> dict[str, Residual]:
     """The residual map of the layers that read units of the graph, from one forward pass.
 
-    A layer that reads more than `WIDEST` channels gets none: what it is given counts whole.
+    A layer that reads more than `WIDEST` channels gets none: what it is given counts whole, and its units as if each
+    were the only one to leave.
 
     Args:
         model: the model scored.
@@ -88,9 +89,8 @@ def residuals(model: nn.Module, batches: Iterable[Batch], graph: Graph, ridges: 
         ridges: what may be added to a covariance's diagonal, as a share of its mean; per layer the one that leaves
             least of the samples it was not made of is taken.
     """
-    members = [member for group in graph.groups for member in group.of_role("consume")]
-    layers = {m.layer: graph.shapes[m.param][m.axis] * _groups(model.get_submodule(m.layer)) for m in members}
-    wide = [name for name, inputs in layers.items() if inputs > WIDEST]
+    layers = {member.layer: None for group in graph.groups for member in group.of_role("consume")}
+    wide = _too_wide(model, graph)
     if wide:
         logger.warning("%s: too many inputs to ask what makes up for each; it counts whole there", ", ".join(wide))
     moments = {name: (Moments(), Moments()) for name in layers if name not in wide}
@@ -108,6 +108,13 @@ def residuals(model: nn.Module, batches: Iterable[Batch], graph: Graph, ridges: 
         for name, halves in moments.items()
         if halves[0].rows + halves[1].rows
     }
+
+
+def _too_wide(model: nn.Module, graph: Graph) -> list[str]:
+    """The layers that read units, and more channels than `WIDEST`."""
+    members = [member for group in graph.groups for member in group.of_role("consume")]
+    inputs = {m.layer: graph.shapes[m.param][m.axis] * _groups(model.get_submodule(m.layer)) for m in members}
+    return [layer for layer, channels in inputs.items() if channels > WIDEST]
 
 
 def _residual(
@@ -259,9 +266,11 @@ def left_later(
         maps: from `residuals`.
         alone: what each costs while all others are there, `(units,)` per group.
     """
-    found = {}
+    found, wide = {}, _too_wide(model, graph)
     for group in graph.groups:
         members = [member for member in group.of_role("consume") if member.layer in maps]
+        if any(member.layer in wide for member in group.of_role("consume")):
+            members = []  # of what such a layer loses nothing is known but what each unit costs alone
         reads = [_Reads(model, member, group.units, maps[member.layer]) for member in members]
         score = alone[group.id].double().cpu()
         found[group.id] = (_in_turn(score, reads) if reads else score).to(alone[group.id])

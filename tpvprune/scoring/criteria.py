@@ -99,9 +99,10 @@ def score(
     if start is not None or until is not None:
         name = type(criterion).__name__
         raise InputError(f"{name} does not learn from batches one by one: leave start and until out")
-    if save is not None and Path(save).is_file():
-        Scores.load(save)  # another kind of file is not written over
+    before = Scores.load(save) if save is not None and Path(save).is_file() else None
     scores = criterion.measure(model, batches, graph, progress)
+    if before is not None and (before.criterion, before.model_id) != (scores.criterion, scores.model_id):
+        raise PlanError(f"{save} holds scores of another model or of {before.criterion}; score to another file")
     if save is not None and process()[0] == 0:
         scores.save(save, exact=exact)
     return scores

@@ -166,10 +166,10 @@ def weights_digest(model: nn.Module) -> str:
     named = [*model.named_parameters(), *model.named_buffers()]
     about = ";".join(f"{name}{tuple(tensor.shape)}" for name, tensor in named)
     with torch.no_grad():
-        entries = [tensor.reshape(-1)[:: max(1, tensor.numel() // _FINGERPRINT)] for _, tensor in named]
+        entries = [tensor.reshape(-1)[:: max(1, tensor.numel() // _FINGERPRINT)].double() for _, tensor in named]
         if len({tensor.device for tensor in entries}) > 1:
             entries = [tensor.cpu() for tensor in entries]
-        looked_at = torch.cat(entries).double() if entries else torch.zeros(0)  # one copy from a device, not hundreds
+        looked_at = torch.cat(entries) if entries else torch.zeros(0)  # one copy from a device, not hundreds
     return _hash(about, tuple(looked_at.shape), looked_at)
 
 
