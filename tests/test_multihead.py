@@ -252,6 +252,9 @@ def test_what_means_nothing_is_refused() -> None:
     query, key, value = inputs("all", False, False)
     with pytest.raises(RuntimeError, match="is_causal is a hint"):
         module(query, key, value, is_causal=True)
+    plain = attention()
+    with ThroughLayers(plain), pytest.raises(RuntimeError, match="is_causal hint"):
+        plain(query, key, value, is_causal=True)
     with pytest.raises(RuntimeError, match=r"torch\.int64; give booleans"):
         module(query, key, value, attn_mask=torch.ones(TARGETS, SOURCES, dtype=torch.int64))
     with pytest.raises(RuntimeError, match="batch of the query holds 3, that of the key 1"):

@@ -199,7 +199,8 @@ def attended(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None] | None:
     given = _SIGNATURE.bind(*args, **kwargs)
     given.apply_defaults()
     asked = given.arguments
-    if asked["in_proj_weight"] is None or asked["add_zero_attn"] or any(asked[name] is not None for name in _MORE):
+    unlike = asked["in_proj_weight"] is None or asked["add_zero_attn"] or any(asked[name] is not None for name in _MORE)
+    if unlike or (asked["is_causal"] and asked["attn_mask"] is None):  # the latter it refuses
         return None
     return attend(
         asked["query"],
