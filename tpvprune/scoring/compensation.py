@@ -89,11 +89,11 @@ def residuals(model: nn.Module, batches: Iterable[Batch], graph: Graph, ridges: 
         ridges: what may be added to a covariance's diagonal, as a share of its mean; per layer the one that leaves
             least of the samples it was not made of is taken.
     """
-    layers = {member.layer: None for group in graph.groups for member in group.of_role("consume")}
-    wide = _too_wide(model, graph)
+    channels = _channels(model, graph)
+    wide = [name for name, count in channels.items() if count > WIDEST]
     if wide:
         logger.warning("%s: too many inputs to ask what makes up for each; it counts whole there", ", ".join(wide))
-    moments = {name: (Moments(), Moments()) for name in layers if name not in wide}
+    moments = {name: (Moments(), Moments()) for name in channels if name not in wide}
 
     def see(name: str, module: nn.Module, value: Tensor, numbers: range) -> None:
         value = value.movedim(channel_axis(module), -1)
@@ -110,11 +110,10 @@ def residuals(model: nn.Module, batches: Iterable[Batch], graph: Graph, ridges: 
     }
 
 
-def _too_wide(model: nn.Module, graph: Graph) -> list[str]:
-    """The layers that read units, and more channels than `WIDEST`."""
+def _channels(model: nn.Module, graph: Graph) -> dict[str, int]:
+    """How many channels each layer that reads units reads."""
     members = [member for group in graph.groups for member in group.of_role("consume")]
-    inputs = {m.layer: graph.shapes[m.param][m.axis] * _groups(model.get_submodule(m.layer)) for m in members}
-    return [layer for layer, channels in inputs.items() if channels > WIDEST]
+    return {m.layer: graph.shapes[m.param][m.axis] * _groups(model.get_submodule(m.layer)) for m in members}
 
 
 def _residual(
@@ -266,10 +265,10 @@ def left_later(
         maps: from `residuals`.
         alone: what each costs while all others are there, `(units,)` per group.
     """
-    found, wide = {}, _too_wide(model, graph)
+    found, channels = {}, _channels(model, graph)
     for group in graph.groups:
         members = [member for member in group.of_role("consume") if member.layer in maps]
-        if any(member.layer in wide for member in group.of_role("consume")):
+        if any(channels[member.layer] > WIDEST for member in group.of_role("consume")):
             members = []  # of what such a layer loses nothing is known but what each unit costs alone
         reads = [_Reads(model, member, group.units, maps[member.layer]) for member in members]
         score = alone[group.id].double().cpu()
