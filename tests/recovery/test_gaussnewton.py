@@ -58,6 +58,20 @@ class Convolutions(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class Again(nn.Module):
+    """A branch that runs twice with the same weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.up, self.down, self.head = (nn.Linear(*s) for s in ((5, 6), (6, 9), (9, 6), (6, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.read(x).tanh()
+        for _ in range(2):
+            x = x + self.down(self.up(x).tanh())
+        return self.head(x)
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, list[int]]]] = {
     "perceptron": (
         lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3)),
@@ -66,6 +80,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, list
     ),
     "convolutions": (Convolutions, (6, 3, 5, 5), {"inner": [0, 5], "read": [2]}),
     "attention": (Attention, (10, 4, 5), {"up": [0, 2, 3]}),
+    "again": (Again, (30, 5), {"up": [0, 2, 3]}),
 }
 
 
@@ -77,19 +92,24 @@ def built(name: str) -> tuple[nn.Module, nn.Module, list[Tensor]]:
     return model, cut(model, batches[0], gone), batches
 
 
-def read_by(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Inputs of layers by name, and outputs by name and an arrow."""
+def read_by(model: nn.Module, run: Callable[[], object]) -> dict[str, Tensor]:
+    """Inputs of layers by name, and outputs by name and an arrow; `@1` behind either is the second call."""
     held: dict[str, Tensor] = {}
+
+    def hook(name: str, value: Tensor, output: Tensor) -> None:
+        again = "@1" if name in held else ""
+        held.update({name + again: value, f"{name}>{again}": output})
+
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    handles = [m.register_forward_hook(lambda _, a, y, n=n: held.update({n: a[0], f"{n}>": y})) for n, m in layers]
-    model(x)
+    handles = [m.register_forward_hook(lambda _, args, output, n=n: hook(n, args[0], output)) for n, m in layers]
+    run()
     for handle in handles:
         handle.remove()
     return held
 
 
-# What is compared, each tensor once (an arrow is an output, which a classifier's input is pooled from), and what is
-# left of it, as the plans above say.
+# What is compared, each tensor once (an output is what a classifier's input is pooled from), and what is left of it, as
+# the plans above say.
 COMPARED = {
     "perceptron": {"2": [0, 2, 3, 5, 6, 7], "4": [1, 2, 4, 5, 6]},
     "convolutions": {
@@ -99,6 +119,7 @@ COMPARED = {
         "outer>": [0, 1, 3, 4, 5],
     },
     "attention": {"q": None, "out": None, "up": None, "down": [1, 4, 5, 6, 7, 8], "last": None, "last>": None},
+    "again": {"up": None, "up@1": None, "down": [1, 4, 5, 6, 7, 8], "down@1": [1, 4, 5, 6, 7, 8], "head": None},
 }
 
 
@@ -109,20 +130,14 @@ def reference(name: str, model: nn.Module, small: nn.Module, batches: list[Tenso
     def rows(value: Tensor, layer: str) -> Tensor:
         if kept[layer] is None:
             return value
-        linear = isinstance(model.get_submodule(layer.rstrip(">")), nn.Linear)
+        linear = isinstance(model.get_submodule(layer.split("@")[0].rstrip(">")), nn.Linear)
         return value[..., kept[layer]] if linear else value[:, kept[layer]]
 
-    wanted = {layer: rows(value, layer).detach() for layer, value in read_by(model, x).items() if layer in kept}
+    dense = read_by(model, lambda: model(x))
+    wanted = {layer: rows(dense[layer], layer).detach() for layer in kept}
 
     def residuals(theta: dict[str, Tensor]) -> Tensor:
-        held: dict[str, Tensor] = {}
-        handles = [
-            small.get_submodule(n).register_forward_hook(lambda _, a, y, n=n: held.update({n: a[0], f"{n}>": y}))
-            for n in dict.fromkeys(n.rstrip(">") for n in kept)
-        ]
-        functional_call(small, theta, (x,))
-        for handle in handles:
-            handle.remove()
+        held = read_by(small, lambda: functional_call(small, theta, (x,)))
         parts = [(held[n] - wanted[n]) / (wanted[n].var(correction=0) * wanted[n].numel()).sqrt() for n in kept]
         return torch.cat([p.flatten() for p in parts])
 
@@ -140,7 +155,7 @@ def test_loss_gradient_and_curvature_are_those_of_dense_jacobians(name: str) -> 
     assert plan is not None
     with evaluation_mode(small, model), plain_attention(), torch.no_grad():
         task = Task(small, model, plan, batches, tp.GaussNewton(), None, 0)
-        places = [point.place.module + ">" * point.place.output for point in task.points]
+        places = [p.module + ">" * p.output + "@1" * p.call for p in (point.place for point in task.points)]
         assert places == list(COMPARED[name])
         loss, gradient = task.gradient(task.start)
         vector = {n: torch.randn(p.shape, dtype=p.dtype) for n, p in task.start.items()}
@@ -297,7 +312,7 @@ def test_what_a_classifier_reads_is_compared_before_it_is_pooled_from_all_positi
     with torch.no_grad():
         task = Task(small, model, plan_of(small), batches, tp.GaussNewton(), None, 0)
     places = [tuple(point.place) for point in task.points]
-    assert places == [("down", False)] + [("down", True)] * compared
+    assert places == [("down", False, 0)] + [("down", True, 0)] * compared
 
 
 def test_each_step_reads_the_batches_again() -> None:

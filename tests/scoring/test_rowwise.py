@@ -252,12 +252,15 @@ def test_inputs_that_are_dead_where_they_were_looked_at_are_scored_all_the_same(
     assert float(scores.values["0.weight"][0]) > 0
 
 
-def test_parts_of_wide_rows_make_up_for_themselves_alone(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("others", "limit", "most"), [(True, "WORK", 30 * 4**2), ("alone", "WIDEST", 4)])
+def test_parts_of_wide_rows_make_up_for_themselves_alone(
+    others: bool | str, limit: str, most: int, monkeypatch: pytest.MonkeyPatch
+):
     model, inputs = randomise(nn.Sequential(nn.Linear(10, 3))), example(40, 10)
     graph = tp.weight_graph(model)
-    monkeypatch.setattr(rowwise, "WORK", 30 * 4**2)
+    monkeypatch.setattr(rowwise, limit, most)
     monkeypatch.setattr(rowwise, "HELD", 30)  # rows in several chunks
-    found = tp.score(model, [inputs], graph, tp.TPV(compensated=True)).values["0.weight"].reshape(3, 10)
+    found = tp.score(model, [inputs], graph, tp.TPV(compensated=others)).values["0.weight"].reshape(3, 10)
     price = tp.score(model, [inputs], graph, tp.TPV(engine="factored")).values["0.weight"].reshape(3, 10).sum(1)
     weight = model[0].weight.detach()
     cuts = (slice(0, 3), slice(3, 6), slice(6, 10))
@@ -268,7 +271,7 @@ def test_parts_of_wide_rows_make_up_for_themselves_alone(monkeypatch: pytest.Mon
         damped = damped + RIDGE * damped.diagonal().mean() * torch.eye(len(damped), dtype=damped.dtype)
         units = [[i] for i in range(len(damped))]
         for row in range(3):
-            expected = price[row] * by_brute_force(weight[row : row + 1, part], damped, units, True)
+            expected = price[row] * by_brute_force(weight[row : row + 1, part], damped, units, others is True)
             torch.testing.assert_close(found[row, part], expected, rtol=tolerances.UNDAMPED, atol=0)
 
 

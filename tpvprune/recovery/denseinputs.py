@@ -58,7 +58,7 @@ def fold_means(
         for inputs in model_inputs(small, batches, "fold", progress):
             if way is None:
                 way = course(small, inputs, consumers(small, plan), ())
-                fits = {name: Fit(small, name, way, plan, halves=False) for name in way.layers}
+                fits = {name: Fit(small, name, way, plan, halves=False) for name in way.calls}
 
             def take(fit: Fit, value: Tensor, output: Tensor) -> None:
                 mean = fit.mean_lost(value, output)
@@ -83,7 +83,7 @@ def refit_on_dense_inputs(
     progress: Progress | None,
 ) -> dict[str, float]:
     """Refit all layers of `small` in place, as many from one pass of the dense model as Gram matrices fit in memory."""
-    portions = _portions(small, way.layers, 2 if ridge == "auto" else 1)
+    portions = _portions(small, list(way.calls), 2 if ridge == "auto" else 1)
     done = 0
     for names in portions:
         fits = {name: Fit(small, name, way, plan, ridge == "auto", positions) for name in names}
@@ -99,7 +99,7 @@ def refit_on_dense_inputs(
             fit.finish(ridge)
             done += 1
             if progress:
-                progress("reconstruct", done, len(way.layers))
+                progress("reconstruct", done, len(way.calls))
     return {"passes": len(portions)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,10 +28,11 @@ ESTIMATED_ON = 512  # samples that the preconditioner is estimated on
 
 
 class Place(NamedTuple):
-    """The input or the output of a module."""
+    """The input or the output of a module, at one of its calls."""
 
     module: str
     output: bool = False
+    call: int = 0
 
 
 @dataclass(frozen=True)
@@ -165,12 +167,12 @@ class Task:
     def _found(self, theta: Vector, batch: Tensor) -> list[Tensor]:
         with _seen(self.small, self._places) as held:
             functional_call(self.small, theta, (batch,))
-        return [held[place][0] for place in self._places]
+        return [held[place] for place in self._places]
 
     def _wanted(self, batch: Tensor) -> list[Tensor]:
         with torch.no_grad(), _seen(self.teacher, self._places) as held:
             self.teacher(batch)
-        return [point.of_dense(held[point.place][0]) for point in self.points]
+        return [point.of_dense(held[point.place]) for point in self.points]
 
     def _rows(self, found: Iterable[Tensor], wanted: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, float]]:
         return zip(found, wanted, self._weights, strict=True)
@@ -232,23 +234,25 @@ def _spread(inputs: Sequence[Tensor], count: int) -> list[Tensor]:
 
 
 @contextmanager
-def _seen(model: nn.Module, places: Iterable[Place]) -> Iterator[dict[Place, list[Tensor]]]:
-    """The tensors at places, one for each call while this is on; places are in the order of their first calls."""
-    held: dict[Place, list[Tensor]] = {}
+def _seen(model: nn.Module, places: Iterable[Place]) -> Iterator[dict[Place, Tensor]]:
+    """The tensors at all calls of the modules of places while this is on, in the order in which they are there."""
+    held: dict[Place, Tensor] = {}
+    calls: Counter[tuple[str, bool]] = Counter()
 
-    def keep(place: Place) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
-            value = output if place.output else args[0] if args else None
+    def keep(module: str, output: bool) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], given: Any = None) -> None:
+            value = given if output else args[0] if args else None
             if isinstance(value, Tensor):
-                held.setdefault(place, []).append(value)
+                held[Place(module, output, calls[module, output])] = value
+            calls[module, output] += 1
 
         return hook
 
     handles = []
-    for place in places:
-        module = model.get_submodule(place.module)
-        register = module.register_forward_hook if place.output else module.register_forward_pre_hook
-        handles.append(register(keep(place)))
+    for name, output in dict.fromkeys((place.module, place.output) for place in places):
+        module = model.get_submodule(name)
+        register = module.register_forward_hook if output else module.register_forward_pre_hook
+        handles.append(register(keep(name, output)))
     try:
         yield held
     finally:
@@ -257,58 +261,60 @@ def _seen(model: nn.Module, places: Iterable[Place]) -> Iterator[dict[Place, lis
 
 
 def _points(small: nn.Module, teacher: nn.Module, plan: Plan, batch: Tensor) -> list[Point]:
-    """Inputs of layers that both networks run once, each tensor once, that the pruned network's parameters move.
+    """Inputs of layers that both networks run equally often, each tensor once, that the pruned parameters move.
 
     A layer that reads one vector a sample, as a classifier, is answered for by the tensor that the vector was pooled
     from: the vector itself has too few numbers for the parameters before it, and was measured to be fitted too well.
     """
-    both = [dict(model.named_modules()) for model in (small, teacher)]
-    names = [n for n, m in both[0].items() if isinstance(m, REFITTED) and isinstance(both[1].get(n), REFITTED)]
-    places = [Place(name) for name in names] + [Place(name, True) for name in both[0] if name and name in both[1]]
-    few, found, known = batch[:2], dict[str, Point](), set[int]()
-    vectors: list[str] = []
+    modules, others = (dict(model.named_modules()) for model in (small, teacher))
+    names = [n for n, m in modules.items() if isinstance(m, REFITTED) and isinstance(others.get(n), REFITTED)]
+    places = [Place(name) for name in names] + [Place(name, True) for name in modules if name and name in others]
+    few, found, known = batch[:2], dict[Place, Point](), set[int]()
+    vectors: list[Place] = []
     with torch.enable_grad(), _seen(small, places) as mine:
         leaves = {n: p.detach().clone().requires_grad_() for n, p in small.named_parameters() if p.is_floating_point()}
         functional_call(small, leaves, (few,))
     with torch.no_grad(), _seen(teacher, places) as dense:
         teacher(few)
-    once = {place: calls[0] for place, calls in mine.items() if len(calls) == 1 == len(dense.get(place, ()))}
+    often = [Counter((place.module, place.output) for place in seen) for seen in (mine, dense)]
+    both = {place: value for place, value in mine.items() if often[0][place[:2]] == often[1][place[:2]]}
 
     def compared(place: Place, dim: int, kept: Tensor | None) -> Point | None:
         point = Point(place, dim, kept)
-        if point.of_dense(dense[place][0]).shape == once[place].shape:
+        if point.of_dense(dense[place]).shape == both[place].shape:
             return point
         logger.info("refine: %s has another shape in the pruned model and is not compared", place.module)
         return None
 
-    for name in names:
-        value = once.get(Place(name))
-        if value is None or id(value) in known or not value.requires_grad:
+    order = {name: number for number, name in enumerate(names)}
+    for place in sorted((p for p in both if not p.output), key=lambda p: (order[p.module], p.call)):
+        value, name = both[place], place.module
+        if id(value) in known or not value.requires_grad:
             continue
-        layer: Any = both[1][name]
+        layer: Any = others[name]
         kept = kept_inputs(plan, layer, name) if f"{name}.weight" in plan.graph.shapes else None
-        point = compared(Place(name), -1 if isinstance(layer, nn.Linear) else 1, kept)
+        point = compared(place, -1 if isinstance(layer, nn.Linear) else 1, kept)
         if point is None:
             continue
         known.add(id(value))
-        found[name] = point
+        found[place] = point
         if value.numel() == value.shape[0] * value.shape[point.dim]:
-            vectors.append(name)
+            vectors.append(place)
     if len(vectors) < len(found):
-        for name in vectors:
-            vector = found.pop(name)
-            pooled = _pooled(once, once[vector.place], known)
+        for place in vectors:
+            vector = found.pop(place)
+            pooled = _pooled(both, both[place], known)
             if pooled is not None and (point := compared(*pooled, vector.kept)):
-                found[name] = point
+                found[place] = point
     return list(found.values())
 
 
-def _pooled(once: Mapping[Place, Tensor], vector: Tensor, known: set[int]) -> tuple[Place, int] | None:
+def _pooled(held: Mapping[Place, Tensor], vector: Tensor, known: set[int]) -> tuple[Place, int] | None:
     """The last output of a module that all positions of go into a vector, channel by channel, and its channel axis."""
     width = vector.numel() // len(vector)
     # Not a plain sum, which a layer norm behind the pooling holds still.
     drawn = torch.randn(vector.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(vector)
-    for place, value in reversed(list(once.items())):
+    for place, value in reversed(list(held.items())):
         if not (place.output and value.requires_grad and value.ndim > 2 and len(value) == len(vector)):
             continue
         dims = [dim for dim in (1, -1) if value.shape[dim] == width and value.numel() > len(value) * width]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tpvprune.reads import ThroughLayers
 from tpvprune.recovery.spill import Watch, tensors_in
 
-logger = logging.getLogger(__name__)
 SAMPLES = 2  # enough to see the way that a pass takes
 SUMS = ("add", "add_", "__add__", "__radd__", "__iadd__")
 
@@ -37,14 +36,19 @@ class Course:
     """The way of one forward pass.
 
     Attributes:
-        layers: that run exactly once, in execution order.
-        norms: of each layer whose output a batch norm reads, the norm.
+        calls: how often each layer runs, in the order in which they run first.
+        norms: of each layer whose output a batch norm reads, and nothing else's, the norm.
         sums: of each layer whose output goes into a sum, see `Sum`.
     """
 
-    layers: list[str] = field(default_factory=list)
+    calls: dict[str, int] = field(default_factory=dict)
     norms: dict[str, str] = field(default_factory=dict)
     sums: dict[str, Sum] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> list[str]:
+        """Those that run exactly once, in execution order."""
+        return [name for name, count in self.calls.items() if count == 1]
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,12 @@ def course(
         model: in eval mode.
         inputs: `(batch, ...)`; the first two samples are looked at.
         layers: to look for.
-        kinds: of layers to look for wherever something in `behind` has run before.
+        kinds: of layers to look for wherever something in `behind` has run before, unless others hold their weight too.
         behind: names of modules.
     """
     found = Course()
-    calls: dict[str, int] = {}
+    calls = found.calls
+    normed: dict[str, list[str | None]] = {}
     started: dict[str, int] = {}
     made: dict[int, tuple[int, Tensor]] = {}
     sources: dict[int, _Source] = {}
@@ -105,14 +110,16 @@ def course(
     def norm(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             source = _source(sources, args[0]) if args else None
+            normed.setdefault(name, []).append(None if source is None else source.layer)
             if source is not None and isinstance(output, Tensor):
-                found.norms[source.layer] = name
                 sources[id(output)] = _Source(source.layer, name, output, output._version)
 
         return hook
 
+    holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     for name, module in model.named_modules():
-        if name in layers or name in behind or (behind and isinstance(module, kinds)):
+        alone = isinstance(module, kinds) and holders[id(getattr(module, "weight", None))] == 1
+        if name in layers or name in behind or (behind and alone):
             handles += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after(name))]
         elif isinstance(module, _BatchNorm) and module.running_mean is not None:
             handles.append(module.register_forward_hook(norm(name)))
@@ -123,10 +130,9 @@ def course(
     finally:
         for handle in handles:
             handle.remove()
-    for name, count in calls.items():
-        if count > 1:
-            logger.info("%s runs %d times in one pass and keeps its weights", name, count)
-    found.layers = [name for name, count in calls.items() if count == 1]
+    for name, read in normed.items():
+        if read[0] in calls and read == [read[0]] * calls[read[0]]:
+            found.norms[read[0]] = name
     return found
 
 

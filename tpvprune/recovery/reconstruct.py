@@ -13,7 +13,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tpvprune.batches import Batch, Progress, evaluation_mode, model_inputs
 from tpvprune.errors import InputError, PlanError
 from tpvprune.plan import Plan
+from tpvprune.reads import ThroughLayers
 from tpvprune.recovery.denseinputs import refit_on_dense_inputs
 from tpvprune.recovery.fits import REFITTED, Fit, consumers, fitting_plan
 from tpvprune.recovery.lockstep import Strand, strands
@@ -88,7 +89,8 @@ def reconstruct(
     Costs one forward pass of the dense network over the batches, one of the pruned one and one more of its refitted
     layers, plus Gram matrices and solves. Between layers the passes over all batches are suspended; what they hold is
     kept in memory up to a bound, and in temporary files beyond it. Masked weights stay zero: each output is
-    refitted over the weights that are left to it.
+    refitted over the weights that are left to it. A layer that runs several times in a pass is refitted to all that it
+    reads, by a pass of both networks more.
 
     Args:
         model: from `apply`; carries its plan.
@@ -111,7 +113,7 @@ def reconstruct(
         if settings.every:
             behind += names
         way = course(small, inputs[0], names, REFITTED, behind)
-        told: dict[str, float] = {"layers": len(way.layers), "samples": sum(map(len, inputs))}
+        told: dict[str, float] = {"layers": len(way.calls), "samples": sum(map(len, inputs))}
         if settings.inputs == "dense":
             told |= refit_on_dense_inputs(
                 small, teacher, inputs, way, plan, settings.ridge, settings.positions, progress
@@ -144,31 +146,52 @@ def _in_turn(
         known, wanted = ({c.sums[name].other for name in summed} for c in (way, goal))
         students = stack.enter_context(strands(small, inputs, way.layers, "input", known))
         masters = stack.enter_context(strands(teacher, inputs, way.layers, "output", wanted))
-        for done, _ in enumerate(way.layers):
-            fit: Fit | None = None
-            held = spilled = 0.0
-            for student, master, first, batch in zip(students, masters, firsts, inputs, strict=True):
-                names = {student.advance(), master.advance()}
-                name = student.layer
-                if name is None or len(names) != 1 or (fit is not None and fit.name != name):
-                    raise PlanError(f"batches take different paths through the model, at {sorted(map(str, names))}")
-                fit = fit or Fit(small, name, way, plan, settings.ridge == "auto", settings.positions)
-                assert student.value is not None
-                assert master.value is not None
-                lacks = _lacks(fit, student, master, way, goal) if name in summed else None
-                fit.add(student.value, master.value, len(batch), first, lacks)
-                own = student.held() + master.held()
-                memory = max(memory, held + own)
-                if held + own > limit:
-                    spilled += student.spill() + master.spill()
-                else:
-                    held += own
-            file = max(file, spilled)
-            assert fit is not None
+        for done, (layer, calls) in enumerate(way.calls.items(), 1):
+            fit = Fit(small, layer, way, plan, settings.ridge == "auto", settings.positions)
+            if calls > 1:
+                _all_calls(fit, small, teacher, inputs, firsts)
+            else:
+                held = spilled = 0.0
+                for student, master, first, batch in zip(students, masters, firsts, inputs, strict=True):
+                    names = {student.advance(), master.advance()}
+                    if names != {layer}:
+                        told = sorted(map(str, {layer, *names}))
+                        raise PlanError(f"batches take different paths through the model, at {told}")
+                    assert student.value is not None
+                    assert master.value is not None
+                    lacks = _lacks(fit, student, master, way, goal) if layer in summed else None
+                    fit.add(student.value, master.value, len(batch), first, lacks)
+                    own = student.held() + master.held()
+                    memory = max(memory, held + own)
+                    if held + own > limit:
+                        spilled += student.spill() + master.spill()
+                    else:
+                        held += own
+                file = max(file, spilled)
             fit.finish(settings.ridge)
             if progress:
-                progress("reconstruct", done + 1, len(way.layers))
+                progress("reconstruct", done, len(way.calls))
     return {"memory_mib": round(memory / MIB, 2), "file_mib": round(file / MIB, 2)}
+
+
+def _all_calls(fit: Fit, small: nn.Module, teacher: nn.Module, inputs: Sequence[Tensor], firsts: Sequence[int]) -> None:
+    """Add what a layer that runs several times reads and is to give each time, from a pass of its own."""
+    mine, dense = (model.get_submodule(fit.name) for model in (small, teacher))
+    read: list[Tensor] = []
+    given: list[Tensor] = []
+    with ExitStack() as hooks:  # copies: what follows may write into either
+        hooks.enter_context(mine.register_forward_pre_hook(lambda _, args: read.append(args[0].clone())))
+        hooks.enter_context(dense.register_forward_hook(lambda _, args, output: given.append(output.clone())))
+        for batch, first in zip(inputs, firsts, strict=True):
+            for model in (small, teacher):
+                with ThroughLayers(model):
+                    model(batch)
+            if len(read) != len(given):
+                raise PlanError(f"{fit.name} runs {len(read)} times in the model and {len(given)} in the teacher")
+            for value, target in zip(read, given, strict=True):
+                fit.add(value, target, len(batch), first)
+            read.clear()
+            given.clear()
 
 
 def _lacks(fit: Fit, student: Strand, master: Strand, way: Course, goal: Course) -> Tensor | None:

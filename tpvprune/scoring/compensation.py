@@ -27,12 +27,11 @@ from tpvprune.batches import Batch
 from tpvprune.errors import NonFiniteError
 from tpvprune.members import Member
 from tpvprune.scoring.activations import channel_axis
-from tpvprune.scoring.moments import Moments, damped_inverse, together, watch
+from tpvprune.scoring.moments import WIDEST, Moments, damped_inverse, together, watch
 from tpvprune.types import Graph
 
 logger = logging.getLogger(__name__)
 AT_ONCE = 32  # of so many units that are left, one leaves in a step
-WIDEST = 8192  # channels of a layer whose covariances, ten of them at a time, have room in 6 GB
 DOUBT = 0.01  # share of a unit's whole output below which its own score says little of what a part of it costs
 
 

@@ -14,6 +14,7 @@ from tpvprune.processes import of_all, process
 from tpvprune.reads import ThroughLayers
 from tpvprune.scoring.engine import global_number
 
+WIDEST = 8192  # inputs of a layer whose covariances, ten of them at a time, have room in 6 GB
 SAMPLES = 2560  # covariances of a few thousand channels are known well enough from these, at many positions each
 
 

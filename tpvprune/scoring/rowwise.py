@@ -24,14 +24,14 @@ from tpvprune.errors import InputError, NonFiniteError
 from tpvprune.members import Group
 from tpvprune.patches import patches, some_of
 from tpvprune.scoring.gradients import Captured
-from tpvprune.scoring.moments import Moments, damped_inverse, together, watch
+from tpvprune.scoring.moments import WIDEST, Moments, damped_inverse, together, watch
 from tpvprune.types import Graph
 
 POSITIONS = 64  # of each sample that inputs are looked at
 COLUMNS = 1 << 23  # numbers of unfolded inputs that are looked at together
 AT_ONCE = 16  # of so many units of a row that are left, one leaves in a step
 # Rows x inputs x (inputs that make up for each other)^2 of a layer, at most: no more than about a minute of a core.
-# Where there are more, the inputs are cut into parts, each of which makes up for itself.
+# Where there are more, or inputs beyond `WIDEST`, they are cut into parts, each of which makes up for itself.
 WORK = 2 * 10**11
 RIDGE = 1e-2  # that of the refit, as a share of the inputs' mean variance
 HELD = 1 << 24  # entries of inverse covariances, one a row, that are held together
@@ -94,7 +94,7 @@ def _cuts(layer: Any, group: Group, others: bool | str) -> list[slice]:
         raise InputError(f"compensated={others!r} chooses among single weights, and {group.id!r} has blocks")
     places = _Places.of_weight(layer.weight, others)
     grain = wide if places is None else places.grain
-    most = inputs if others == "alone" else max(1, math.isqrt(WORK // layer.weight.numel()))
+    most = min(WIDEST, inputs if others == "alone" else max(1, math.isqrt(WORK // layer.weight.numel())))
     grains = inputs // grain
     number = min(grains, -(-inputs // most))
     ends = [grains * part // number * grain for part in range(number + 1)]
