@@ -17,6 +17,7 @@ import tpvprune as tp
 from tests import reference, tolerances
 from tests.cases import example, randomise
 from tests.helpers import assert_scores_close, gap, plan_without
+from tests.planning.test_trace import macs_of
 from tpvprune.multihead import attended, free, freed
 from tpvprune.reads import ThroughLayers
 
@@ -181,6 +182,29 @@ def test_a_network_with_fewer_heads_gives_what_masks_give(name: str, tmp_path: A
     loaded = tp.load(tmp_path / "out", skeleton=make())
     with torch.no_grad():
         assert torch.equal(loaded(x), refitted(x))
+
+
+class Cross(nn.Module):
+    """Attention from a few tokens to the rest, between which its one weight is shared out unequally."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = nn.Linear(6, WIDTH)
+        self.attention, self.fc = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True), nn.Linear(WIDTH, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key = self.read(x).split((TARGETS, SOURCES), 1)
+        return self.fc(self.attention(query, key, key, need_weights=False)[0].mean(1))
+
+
+@pytest.mark.parametrize("gone", [[], [2], [0, 1, 3]])
+def test_what_a_weight_costs_falls_with_its_heads_where_queries_and_keys_are_unequally_many(gone: list[int]) -> None:
+    model, x = randomise(Cross()), example(1, TARGETS + SOURCES, 6)
+    graph = tp.trace(model, x)
+    plan = plan_without(graph, {"attention": gone})
+    small = tp.apply(model, plan)
+    free(small)  # in functions that the counter sees
+    assert plan.macs == macs_of(small, x)
 
 
 @pytest.mark.parametrize("name", NETS)

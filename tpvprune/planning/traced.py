@@ -10,23 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from tpvprune.members import WORK, Group, Kind, Member
 from tpvprune.multihead import Heads
 from tpvprune.plan import Plan
+from tpvprune.planning.attributes import counted_attributes, told_widths
 from tpvprune.planning.blocks import block_group
-from tpvprune.planning.conventions import told
 from tpvprune.planning.cost import Usage
-from tpvprune.planning.follower import Follower, numbers, shapes
-from tpvprune.planning.seen import Policy, Width
+from tpvprune.planning.follower import Follower
+from tpvprune.planning.seen import Policy
 from tpvprune.planning.units import STATIC
 from tpvprune.types import REST, Graph
 
 ROOTS = (_ConvNd, nn.Linear, nn.Embedding)
-LAYERS = (*ROOTS, _NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU, Heads)  # set anew by `layers.refresh`
-OF_ONE_HEAD = ("head_dim", "dim_head", "head_size", "head_channels", "d_head", "dim_per_head")
 UNUSED = "it is not used in the forward pass"
 UNREAD = "no convolution or linear layer consumes its outputs"
 LOST = "its channels cannot be followed"
@@ -60,21 +57,23 @@ class Traced:
         self.units = follower.units
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.reuse: dict[str, int] = {}
+        self.uneven: dict[str, int] = {}
         self.skipped: dict[str, str] = {}
-        self.counts: dict[str, tuple[str, int]] = {}
         for name, macs in follower.macs.items():
             if name not in self.shapes:  # a buffer
                 continue
             times, rest = divmod(macs, model.get_parameter(name).numel() * usage.batch)
-            if not rest:
+            if rest:
+                self.uneven[name] = macs
+            else:
                 self.reuse[name] = times
         self._pin()
         self.classes = self._classes()
         self.place: dict[int, tuple[str, int]] = {}  # class to (group, unit)
         self.groups = self._groups()
         self._add_products()
-        self._count_attributes(None if dense is None else frozenset(dense.counts))
-        self.told = self._told()
+        self.counts, self.untold = counted_attributes(self, None if dense is None else frozenset(dense.counts))
+        self.told = told_widths(self)
         self._explain()
 
     def graph(self, name: str) -> Graph:
@@ -121,7 +120,7 @@ class Traced:
             return replace(self.policy, parts=self.policy.parts | self.untold)
         loose = {}
         for module, slots in self.follower.bundled:
-            for root in self._roots(slots):
+            for root in self.roots(slots):
                 reason = self.classes[root].reason
                 if reason is not None:
                     loose[module] = f"its groups cannot leave as a whole: {reason}"
@@ -146,14 +145,20 @@ class Traced:
         }
         for width in self.follower.widths:
             if width.heads:
-                for root in self._roots(width.slots):
+                for root in self.roots(width.slots):
                     found[root].module = width.module
         for _, slots in self.follower.bundled:
-            for root in self._roots(slots):
+            for root in self.roots(slots):
                 found[root].bundled = True
         return found
 
-    def _roots(self, slots: Tensor) -> list[int]:
+    def slots(self, param: str, dim: int) -> Tensor:
+        """Those of one dimension of a tensor; none if it was not met."""
+        first, length = self.units.slots.get((param, dim), (0, 0))
+        return torch.arange(first, first + length)
+
+    def roots(self, slots: Tensor) -> list[int]:
+        """The classes of slots, those that are no unit's left out."""
         return [self.units.find(slot) for slot in slots.tolist() if slot > STATIC]
 
     def _groups(self) -> list[Group]:
@@ -224,8 +229,13 @@ class Traced:
         return self.units.slots[place][1]
 
     def _add_products(self) -> None:
-        """What products of activations cost, where their sizes follow groups."""
+        """What products of activations cost, and weights whose parts are used unequally often, by the groups' sizes."""
         spent: dict[tuple[str, tuple[str, ...]], int] = {}
+        for param, macs in self.uneven.items():
+            rows, columns = (self.slots(param, dim) for dim in (0, 1))
+            whole = self._whole(rows)
+            if whole is not None and not any(root in self.place for root in self.roots(columns)):
+                spent[param.rpartition(".")[0], (whole,)] = macs
         for product in self.follower.products:
             found = tuple(dict.fromkeys(name for slots in product.slots if (name := self._whole(slots)) is not None))
             if found:
@@ -252,79 +262,10 @@ class Traced:
 
     def _whole(self, slots: Tensor) -> str | None:
         """The group whose units lie along an axis, if those of one group do and nothing else."""
-        places = {self.place.get(root) for root in self._roots(slots)}
+        places = {self.place.get(root) for root in self.roots(slots)}
         groups = {place[0] for place in places if place is not None}
         alone = bool((slots > STATIC).all()) and None not in places and len(groups) == 1
         return groups.pop() if alone else None
-
-    def _count_attributes(self, known: frozenset[str] | None) -> None:
-        """Whole numbers in modules that count the units of one group, so that they can be set anew after a cut."""
-        counted: set[int] = set()
-        sizes = {group.id: group.units for group in self.groups}
-        kinds = {group.id: group.kind for group in self.groups}
-        sure: set[tuple[str, str, int]] = set()
-        # What a statement names is what it counts by; of numbers that merely are the same nothing is known.
-        for width in sorted(self.follower.widths, key=lambda w: not w.named):
-            author = self.model.get_submodule(width.author)
-            group = None if isinstance(author, LAYERS) else self._counted(width, sizes)
-            if group is None:
-                continue
-            each, found = width.length // sizes[group], []
-            for key, value in numbers(author):
-                tells = ("head" in key and "dim" not in key) == (kinds[group] == "head" and each == 1)
-                one = kinds[group] == "head" and any(part in key for part in OF_ONE_HEAD)
-                if value == width.length and tells and not one:
-                    found.append(key)
-            named = [key for key in found if key in width.named]
-            place = width.author, group, width.length
-            if named:
-                sure.add(place)
-            for key in named or ([] if place in sure else found):
-                name = f"{width.author}.{key}".removeprefix(".")
-                if known is None or name in known:
-                    self.counts.setdefault(name, (group, each))
-                    counted.add(id(width))
-            for key, shape in shapes(author):
-                name = f"{width.author}.{key}[{width.axis}]".removeprefix(".")
-                if shape == width.shape and (known is None or name in known):
-                    self.counts.setdefault(name, (group, each))
-
-        lost = (width for width in self.follower.widths if width.must and id(width) not in counted)
-        self.untold = {width.module for width in lost if self._cuttable(width)}
-
-    def _counted(self, width: Width, sizes: Mapping[str, int]) -> str | None:
-        """The group of which all units, and nothing else, lie along an axis, each as often; None if there is none."""
-        if width.module in self.policy.whole or width.module in self.policy.still:
-            return None
-        places = [self.place.get(root) for root in self._roots(width.slots)]
-        times = Counter(place for place in places if place is not None)
-        groups = {place[0] for place in times}
-        if len(groups) != 1 or None in places or len(set(times.values())) != 1:
-            return None
-        group = groups.pop()
-        return group if len(times) == sizes[group] and width.length % sizes[group] == 0 else None
-
-    def _cuttable(self, width: Width) -> bool:
-        return any(root in self.place for root in self._roots(width.slots))
-
-    def _told(self) -> dict[str, dict[str, int]]:
-        """What the model says of its widths, see `conventions`."""
-
-        def read(layer: str) -> Tensor | None:
-            first, length = self.units.slots.get((f"{layer}.weight", 1), (0, 0))
-            return torch.arange(first, first + length) if length else None
-
-        found = {}
-        sizes = {group.id: group.units for group in self.groups}
-        for name, slots in told(self.model, self.follower.outputs, read):
-            units = Counter(self.place[root] for root in self._roots(slots) if root in self.place)
-            entries = Counter[str]()
-            for (group, _), times in units.items():
-                entries[group] += times
-            even = all(times * sizes[group] == entries[group] for (group, _), times in units.items())
-            if entries and even and name not in self.counts:
-                found[name] = {group: count // sizes[group] for group, count in entries.items()}
-        return found
 
     def _explain(self) -> None:
         """Why the outputs of a layer stay whole."""

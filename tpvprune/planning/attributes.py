@@ -1,0 +1,106 @@
+"""What a model's attributes say of its widths: which have to be set anew after a cut, and which tell others of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from tpvprune.multihead import Heads
+from tpvprune.planning.conventions import told
+from tpvprune.planning.follower import numbers, shapes
+from tpvprune.planning.seen import Width
+
+if TYPE_CHECKING:
+    from tpvprune.planning.traced import Traced
+
+# Set anew by `layers.refresh`.
+LAYERS = (_ConvNd, nn.Linear, nn.Embedding, _NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU, Heads)
+OF_ONE_HEAD = ("head_dim", "dim_head", "head_size", "head_channels", "d_head", "dim_per_head")
+
+
+def counted_attributes(traced: Traced, known: frozenset[str] | None) -> tuple[dict[str, tuple[str, int]], set[str]]:
+    """Whole numbers in modules that count the units of one group, so that they can be set anew after a cut.
+
+    Args:
+        traced: its groups are known.
+        known: the only ones to look at; None for all.
+
+    Returns:
+        By name of the number its group and how often each unit counts, and the modules in which a length that has to be
+        told is not.
+    """
+    counts: dict[str, tuple[str, int]] = {}
+    counted: set[int] = set()
+    sizes = {group.id: group.units for group in traced.groups}
+    kinds = {group.id: group.kind for group in traced.groups}
+    sure: set[tuple[str, str, int]] = set()
+    # What a statement names is what it counts by; of numbers that merely are the same nothing is known.
+    for width in sorted(traced.follower.widths, key=lambda w: not w.named):
+        author = traced.model.get_submodule(width.author)
+        group = None if isinstance(author, LAYERS) else _counted(traced, width, sizes)
+        if group is None:
+            continue
+        each, found = width.length // sizes[group], []
+        for key, value in numbers(author):
+            tells = ("head" in key and "dim" not in key) == (kinds[group] == "head" and each == 1)
+            one = kinds[group] == "head" and any(part in key for part in OF_ONE_HEAD)
+            if value == width.length and tells and not one:
+                found.append(key)
+        named = [key for key in found if key in width.named]
+        place = width.author, group, width.length
+        if named:
+            sure.add(place)
+        for key in named or ([] if place in sure else found):
+            name = f"{width.author}.{key}".removeprefix(".")
+            if known is None or name in known:
+                counts.setdefault(name, (group, each))
+                counted.add(id(width))
+        for key, shape in shapes(author):
+            name = f"{width.author}.{key}[{width.axis}]".removeprefix(".")
+            if shape == width.shape and (known is None or name in known):
+                counts.setdefault(name, (group, each))
+
+    lost = (width for width in traced.follower.widths if width.must and id(width) not in counted)
+    return counts, {width.module for width in lost if _cuttable(traced, width)}
+
+
+def _counted(traced: Traced, width: Width, sizes: Mapping[str, int]) -> str | None:
+    """The group of which all units, and nothing else, lie along an axis, each as often; None if there is none."""
+    if width.module in traced.policy.whole or width.module in traced.policy.still:
+        return None
+    places = [traced.place.get(root) for root in traced.roots(width.slots)]
+    times = Counter(place for place in places if place is not None)
+    groups = {place[0] for place in times}
+    if len(groups) != 1 or None in places or len(set(times.values())) != 1:
+        return None
+    group = groups.pop()
+    return group if len(times) == sizes[group] and width.length % sizes[group] == 0 else None
+
+
+def _cuttable(traced: Traced, width: Width) -> bool:
+    return any(root in traced.place for root in traced.roots(width.slots))
+
+
+def told_widths(traced: Traced) -> dict[str, dict[str, int]]:
+    """What the model says of its widths, see `conventions`."""
+
+    def read(layer: str) -> Tensor | None:
+        slots = traced.slots(f"{layer}.weight", 1)
+        return slots if len(slots) else None
+
+    found = {}
+    sizes = {group.id: group.units for group in traced.groups}
+    for name, slots in told(traced.model, traced.follower.outputs, read):
+        units = Counter(traced.place[root] for root in traced.roots(slots) if root in traced.place)
+        entries = Counter[str]()
+        for (group, _), times in units.items():
+            entries[group] += times
+        even = all(times * sizes[group] == entries[group] for (group, _), times in units.items())
+        if entries and even and name not in traced.counts:
+            found[name] = {group: count // sizes[group] for group, count in entries.items()}
+    return found
