@@ -25,9 +25,9 @@ from tpvprune.processes import from_first, of_all, process
 from tpvprune.recovery.reconstruct import Reconstruct, reconstruct
 from tpvprune.report import compare
 from tpvprune.scores import Scores
-from tpvprune.scoring.collect import kept_scores
 from tpvprune.scoring.criteria import Criterion, score
 from tpvprune.scoring.losses import JBR
+from tpvprune.scoring.shares import kept_scores
 from tpvprune.scoring.tpv import TPV
 from tpvprune.surgery.removal import apply
 from tpvprune.types import Graph

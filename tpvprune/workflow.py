@@ -48,9 +48,9 @@ from tpvprune.runfolder import (
 )
 from tpvprune.schedule import hold_zeros, plan_for
 from tpvprune.scores import Scores
-from tpvprune.scoring.collect import kept_scores
 from tpvprune.scoring.criteria import predicted_kl, score
 from tpvprune.scoring.registry import criterion_named
+from tpvprune.scoring.shares import kept_scores
 from tpvprune.sections import SparsifySection
 from tpvprune.surgery.removal import apply
 from tpvprune.types import Graph, read_json

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -20,6 +19,7 @@ from tpvprune.errors import InputError, PlanError
 from tpvprune.processes import of_all, process
 from tpvprune.scores import Scores, Sensitivities, Settled
 from tpvprune.scoring.engine import Watched, digest_of_all, gathered_rows, reduced, weights_digest
+from tpvprune.scoring.shares import finish, share_of
 from tpvprune.tally import Tally
 from tpvprune.types import Graph
 from tpvprune.version import __version__
@@ -141,7 +141,7 @@ def collect(
         DataError: `save` holds scores of other batches.
         InputError: `until` or `start` under several processes.
     """
-    rank, world = process()
+    world = process()[1]
     if world > 1 and until is not None:
         raise InputError("until= looks at the scores after every batch, which several processes cannot; leave it out")
     if world > 1 and start is not None:
@@ -149,7 +149,7 @@ def collect(
     if save is not None and start is not None:
         raise InputError("give start= or save=, not both: a file that exists is gone on with")
     made_of = {"weights": weights_digest(model), "settings": _settings(criterion)}
-    own = None if save is None else _own(Path(save), rank, world)
+    own = None if save is None else share_of(Path(save))
     start, tally, watched = _begun(own, start, criterion, batches, graph, made_of)
     skip, rows, fresh = watched.skip, _Rows.of(start), 0
     cap = getattr(criterion, "cap", 0)
@@ -202,39 +202,8 @@ def collect(
         about = {**result.manifest, "data": digest_of_all(watched.digests[skip + fresh])}
         held = gathered_rows(result.sensitivities, rows.counted, cap)
         result = replace(result, sensitivities=held, manifest=about)
-    if save is not None and rank == 0:
-        result.save(save, exact=exact)
-    of_all(None)  # no share goes before the result is there
-    if own is not None and world > 1:
-        own.unlink(missing_ok=True)
-    if save is not None and rank == 0:
-        for left in _parts(Path(save)):
-            left.unlink(missing_ok=True)
+    finish(result, None if save is None else Path(save), exact)
     return result
-
-
-def kept_scores(state: Path, model: nn.Module, what: str) -> Path:
-    """Where scores are kept that a state on disk is made of next, beside it.
-
-    Each model and number of processes has a file of its own: no other could go on with it.
-
-    Args:
-        state: what the scores are for.
-        model: the model they are of.
-        what: which scores of that state.
-    """
-    return state.with_name(f"{state.name}.{what}-{process()[1]}-{weights_digest(model)[:12]}.safetensors")
-
-
-def _own(save: Path, rank: int, world: int) -> Path:
-    """Where a process keeps the scores of its share until all are done."""
-    return save if world == 1 else save.with_name(f"{save.stem}.{rank}-of-{world}{save.suffix}")
-
-
-def _parts(save: Path) -> set[Path]:
-    """Shares that processes have kept, however many these were."""
-    named = re.compile(rf"{re.escape(save.stem)}\.\d+-of-\d+{re.escape(save.suffix)}")
-    return {path for path in save.parent.iterdir() if named.fullmatch(path.name)}
 
 
 def _begun(
