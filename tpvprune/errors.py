@@ -3,6 +3,7 @@
     TpvpruneError                 anything below; the CLI exits 1
     ├── InputError (ValueError)   the caller can mend it; the CLI exits 2
     │   ├── ModelError            unknown model, wrong arguments, output of a kind the head cannot read
+    │   │   └── UnseenError       what units do cannot be told from what layers are given
     │   ├── CheckpointError       weights missing, corrupt, of other shapes, or in need of code execution
     │   ├── DataError             images or batches missing, empty, unreadable, of another shape
     │   ├── RecipeError           a recipe's file, key, value or override
@@ -26,6 +27,10 @@ class InputError(TpvpruneError, ValueError):
 
 class ModelError(InputError):
     """The model is unknown, cannot be built, or returns something that cannot be scored."""
+
+
+class UnseenError(ModelError):
+    """What units do to the outputs cannot be told, sample by sample, from what layers are given."""
 
 
 class CheckpointError(InputError):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
@@ -33,11 +33,15 @@ class ThroughLayers(TorchFunctionMode):
 
     Attributes:
         led: whether any function has run as a layer so far.
+        beside: layers whose weights went into functions that are no run of the layer.
+        plain: layers that have run with their weight as it is, and not with something made of it.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.led = False
+        self.beside: list[nn.Module] = []
+        self.plain: list[nn.Module] = []
         layers = (m for m in model.modules() if isinstance(m, (nn.Linear, _ConvNd)))
         self._layers: dict[int, list[nn.Module]] = {}
         for layer in layers:
@@ -52,17 +56,37 @@ class ThroughLayers(TorchFunctionMode):
             return func(*args, **kwargs) if found is None else found
         names = READS.get(func)
         if names is None:
-            return func(*args, **kwargs)
+            found = func(*args, **kwargs)
+            if isinstance(found, (Tensor, tuple, list)):  # and not a weight's shape or kind
+                self._note([*args, *kwargs.values()])
+            return found
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        users = self._layers.get(id(given.get("weight")), [])
+        users = [user for user in self._layers.get(id(given.get("weight")), ()) if user.weight is given["weight"]]
+        self.plain += [user for user in users if _runs(user)]
         layer: Any = users[0] if len(users) == 1 else None  # of a shared weight nobody knows whose it is here
-        if layer is None or layer.weight is not given["weight"] or _runs(layer) or not _alike(layer, given):
+        if layer is None or _runs(layer) or not _alike(layer, given):
+            self._note([given.get("weight")])
             return func(*args, **kwargs)
         self.led = True
         out, bias = layer(given["input"]), given.get("bias")
         if bias is None or bias is layer.bias:
             return out
         return out + (bias if isinstance(layer, nn.Linear) else bias.reshape(-1, *[1] * (layer.weight.ndim - 2)))
+
+    def _note(self, given: list[Any]) -> None:
+        """Remember whose weights are among what a function is given, unless one of these layers runs."""
+        for value in given:
+            if isinstance(value, (list, tuple)):
+                self._note(list(value))
+            elif isinstance(value, nn.Parameter) and id(value) in self._layers:
+                users = [layer for layer in self._layers[id(value)] if layer.weight is value]
+                if not any(_runs(layer) for layer in users):
+                    self.beside += users
+
+
+def read_by(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a layer reads of what it is called with."""
+    return args[0] if args else kwargs["input"]
 
 
 def _runs(layer: nn.Module) -> bool:

@@ -57,6 +57,8 @@ class Small(nn.Module):
         if full and self.where == "cpu":
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: you tried to")
         y = self.inner(x)
+        if full and self.where == "after":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return _Backward.apply(y) if full and self.where == "backward" else y
 
 
@@ -137,6 +139,17 @@ def test_single_weights_in_parts(engine: str) -> None:
     whole = tp.score(model, data("conv_bn"), graph, tp.TPV(engine=engine, probes=2))
     model.room = 3
     assert_same(tp.score(model, data("conv_bn"), graph, tp.TPV(engine=engine, probes=2)), whole)
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_compensated_scores_in_parts(weights: bool) -> None:
+    model, graph = small("conv_bn")
+    graph = tp.weight_graph(model) if weights else graph
+    whole = tp.score(model, data("conv_bn"), graph, tp.TPV(compensated=True))
+    model.room, model.where = 3, "after"  # what was seen until then does not count
+    found = tp.score(model, data("conv_bn"), graph, tp.TPV(compensated=True))
+    for key, value in whole.values.items():
+        assert gap(found.values[key], value) <= SUMS * float(value.abs().max()), key
 
 
 def test_factored_scores_in_parts_are_the_same() -> None:

@@ -10,7 +10,7 @@ import torch
 import tpvprune as tp
 from tests import tolerances
 from tests.helpers import assert_scores_close, built
-from tpvprune.scoring import activations
+from tpvprune.scoring import taps
 
 ENGINES = ("auto", "batched", "per_sample")
 
@@ -28,16 +28,14 @@ def test_channels_last_gives_the_same_scores(residual):
 @pytest.mark.parametrize("entries", [1, 7, 50, 10**9])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_products_are_summed_the_same_in_pieces(entries: int, layout: torch.memory_format, monkeypatch):
-    monkeypatch.setattr(activations, "IN_CACHE", entries)
+    monkeypatch.setattr(taps, "IN_CACHE", entries)
     generator = torch.Generator().manual_seed(0)
     value, grad = (torch.randn(6, 5, 3, 4, generator=generator, dtype=torch.float64) for _ in range(2))
     wanted = torch.einsum("bchw,bchw->bc", value, grad)
-    found = activations._reduce(
-        "x", value.contiguous(memory_format=layout), grad.contiguous(memory_format=layout), 1, 3
-    )
+    found = taps._reduce("x", value.contiguous(memory_format=layout), grad.contiguous(memory_format=layout), 1, 3)
     torch.testing.assert_close(found, wanted.reshape(3, 2, 5).sum(1))
     rows, slopes = value.flatten(1, 2), grad.flatten(1, 2)
-    found = activations._reduce("x", rows, slopes, -1, 6)
+    found = taps._reduce("x", rows, slopes, -1, 6)
     torch.testing.assert_close(found, (rows * slopes).sum(1))
 
 
@@ -59,6 +57,6 @@ def test_autocast_stays_close(name: str, engine: str):
 
 def test_half_precision_products_do_not_overflow():
     value = torch.full((1, 2, 300), 60.0, dtype=torch.float16)
-    found = activations._reduce("x", value, value, 1, 1)
+    found = taps._reduce("x", value, value, 1, 1)
     assert found.dtype == torch.float32
     assert torch.equal(found, torch.full((1, 2), 60.0**2 * 300))

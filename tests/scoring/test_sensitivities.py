@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import tpvprune as tp
 from tests import reference, tolerances
-from tests.cases import example, randomise
 from tests.helpers import built, random_gone
 from tpvprune.scoring.engine import stream
 
@@ -285,23 +284,3 @@ def test_where_they_cannot_be_kept_they_are_refused(settings: Mapping[str, str])
 def test_single_weights_have_none() -> None:
     with pytest.raises(tp.InputError, match="sensitivities"):
         kept(tp.TPV(sensitivities=5), tp.weight_graph(built("mlp").model))
-
-
-class Bare(nn.Module):
-    """A product with a layer's weight that only a trace sees."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.first(x).tanh() @ self.last.weight.t() + self.last.bias
-
-
-def test_readers_that_are_not_called_are_told_not_left_out() -> None:
-    model, x = randomise(Bare()), example(6, 4)
-    graph = tp.trace(model, x)
-    with pytest.raises(tp.errors.ModelError, match=r"weight of 'last' without calling it.*engine='batched'"):
-        tp.score(model, [x], graph)
-    scores = tp.score(model, [x], graph, tp.TPV(engine="batched"))
-    assert float(scores.values["first"].min()) > 0

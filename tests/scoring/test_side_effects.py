@@ -347,17 +347,3 @@ def test_outputs_that_cannot_be_scored_are_refused(mlp, after: Any, match: str) 
     graph = tp.trace(Wrapped(lambda y: y), mlp.inputs)
     with pytest.raises(tp.ModelError, match=match):
         tp.score(Wrapped(after), [mlp.inputs], graph)
-
-
-def test_a_layout_without_samples_outermost_is_refused() -> None:
-    class SequenceFirst(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.fc = nn.Linear(5, 6), nn.Linear(6, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.fc(self.up(x.transpose(0, 1)).relu()).mean(0)
-
-    model, x = SequenceFirst(), torch.randn(4, 3, 5)
-    with pytest.raises(tp.ModelError, match="samples outermost"):
-        tp.score(model, [x], tp.trace(model, x), tp.TPV(head="logits"))

@@ -9,7 +9,8 @@ the cotangents of different samples are independent.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import reduce
 from typing import Any, NamedTuple
@@ -20,10 +21,15 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from tpvprune.batches import Outputs, Selector, device_of, evaluation_mode, finite_outputs
-from tpvprune.errors import ModelError, PlanError
+from tpvprune.errors import ModelError, PlanError, UnseenError
 from tpvprune.members import Group
-from tpvprune.reads import ThroughLayers
+from tpvprune.reads import ThroughLayers, read_by
+from tpvprune.scoring.layout import sample_axes, unclear
+from tpvprune.scoring.raw import check_raw, raw_readers
+from tpvprune.scoring.taps import Map, Sink, Tap
 from tpvprune.types import Graph
+
+logger = logging.getLogger(__name__)
 
 
 def tensors(outputs: Outputs) -> list[Tensor]:
@@ -36,75 +42,6 @@ def backward(output: Outputs, cotangent: Outputs, wanted: list[Tensor], keep_gra
     pairs = [(o, u) for o, u in zip(tensors(output), tensors(cotangent), strict=True) if o.requires_grad]
     ends, seeds = [o for o, _ in pairs], [u for _, u in pairs]
     return torch.autograd.grad(ends, wanted, seeds, retain_graph=keep_graph, allow_unused=True)
-
-
-Map = Callable[[Tensor, int, range], Tensor]
-"""What a layer's input, its channel axis and the numbers of its samples are turned into."""
-
-IN_CACHE = 2**22  # entries of a product held at once: few enough to be fast, enough for few calls
-
-
-class _Sink:
-    """Adds up, per tapped layer and sample, `value * gradient` over positions."""
-
-    def __init__(self) -> None:
-        self.numbers = range(0)
-        self.sums: dict[str, Tensor] = {}
-        self.maps: Mapping[str, Map] = {}
-
-    def add(self, key: str, value: Tensor, grad: Tensor, axis: int | None) -> None:
-        if key in self.maps and axis is not None:
-            value = self.maps[key](value, axis, self.numbers)
-        part = _reduce(key, value, grad, axis, len(self.numbers))
-        self.sums[key] = self.sums[key] + part if key in self.sums else part
-
-
-def _reduce(key: str, value: Tensor, grad: Tensor, axis: int | None, batch: int) -> Tensor:
-    """`(batch, channels)`: products summed over all positions, half precision in float32; no axis is one channel."""
-    if value.shape[0] % batch:
-        raise ModelError(
-            f"layer {key!r} sees {value.shape[0]} rows for {batch} samples; per-sample scores need a layout "
-            "with the samples outermost"
-        )
-    if axis is None:
-        return _dot(value.reshape(batch, -1), grad.reshape(batch, -1), (1,)).unsqueeze(1)
-    if axis == 1 and value.ndim > 2:
-        rows = _dot(value, grad, tuple(range(2, value.ndim)))
-        return rows if len(rows) == batch else rows.reshape(batch, -1, rows.shape[1]).sum(1)
-    channels = value.shape[-1]
-    return _dot(value.reshape(batch, -1, channels), grad.reshape(batch, -1, channels), (1,))
-
-
-def _dot(value: Tensor, grad: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """`(value * grad).sum(dims)` that reads each tensor once: products stay in the processor's cache."""
-    half = value.dtype in (torch.float16, torch.bfloat16)
-
-    def products(v: Tensor, g: Tensor) -> Tensor:
-        return ((v.float() if half else v) * g).sum(dims)  # one of two in float32 is enough for all to be
-
-    size = max(1, IN_CACHE * len(value) // max(1, value.numel()))
-    if value.device.type != "cpu" or len(value) <= size:
-        return products(value, grad)
-    return torch.cat([products(v, g) for v, g in zip(value.split(size), grad.split(size), strict=True)])
-
-
-class _Tap(torch.autograd.Function):
-    """The identity, which reports value times gradient when the backward pass comes through."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, value: Tensor, sink: _Sink, key: str, axis: int | None, copy: bool, less: Tensor | None = None
-    ) -> Tensor:
-        # The sink and plain tensors only: a closure over graph tensors would leak the whole graph.
-        ctx.save_for_backward(value if less is None else value - less)
-        ctx.sink, ctx.key, ctx.axis = sink, key, axis
-        return value.clone() if copy else value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        (value,) = ctx.saved_tensors
-        ctx.sink.add(ctx.key, value, grads[0], ctx.axis)
-        return grads[0], None, None, None, None, None
 
 
 _LAYERS = (_ConvNd, nn.Linear, nn.Embedding)
@@ -164,11 +101,12 @@ class Tapped:
         maps: Mapping[str, Map] | None = None,
     ) -> None:
         self.model, self.graph, self.over = model, graph, over
-        self.sink = _Sink()
+        self.sink = Sink()
         self.sink.maps = {f"in:{layer}": function for layer, function in (maps or {}).items()}
         self.inputs: dict[str, nn.Module] = {}
         self.outputs: dict[str, nn.Module] = {}
         self.left_out: set[str] = set()
+        self._copies = self._told = False
         modules = dict(model.named_modules(remove_duplicate=False))
         for member in (m for g in graph.groups for m in g.members if m.role != "work"):
             module = modules.get(member.layer)
@@ -181,11 +119,12 @@ class Tapped:
                     self.outputs[member.layer] = module
                 else:
                     self.left_out.add(member.param)
+        self._raw = raw_readers(model, graph)
         self.blocks = {g.id: modules[g.id] for g in graph.groups if g.kind == "block"}
         self._modules, self._parameters = list(modules.values()), list(model.parameters())
         device = device_of(model)
         self._parts = {group.id: self._parts_of(group, device) for group in graph.groups}
-        self._through, self._by_hand = ThroughLayers(model), True
+        self._through, self._by_hand, self._idle = ThroughLayers(model), True, False
 
     @contextmanager
     def __call__(self) -> Iterator[Tapped]:
@@ -198,12 +137,13 @@ class Tapped:
                 for parameter in trained:
                     parameter.requires_grad_(False)
                 for name, module in self.inputs.items():
-                    handles.append(module.register_forward_pre_hook(self._on_input(f"in:{name}", channel_axis(module))))
+                    tap = self._on_input(f"in:{name}", channel_axis(module))
+                    handles.append(module.register_forward_pre_hook(tap, with_kwargs=True))
                 for name, module in self.outputs.items():
                     key, fused = f"out:{name}", _fused_activation(module)
                     if fused is not None:
                         tap = self._on_input(key, channel_axis(module), copy=True)
-                        handles.append(fused.register_forward_pre_hook(tap))
+                        handles.append(fused.register_forward_pre_hook(tap, with_kwargs=True))
                     else:
                         handles.append(module.register_forward_hook(self._on_output(key, channel_axis(module))))
                 for name, module in self.blocks.items():
@@ -215,26 +155,58 @@ class Tapped:
             for parameter in trained:
                 parameter.requires_grad_(True)
 
-    def _root(self, value: Tensor) -> Tensor:
+    def run(self, work: Callable[[Tapped], Any], generators: Sequence[torch.Generator] = ()) -> Any:
+        """What `work` gives with taps on; once more, on copies, where the model writes into what a tap has seen.
+
+        Args:
+            work: a forward pass and backward passes.
+            generators: put back before it is tried again.
+        """
+        states = [generator.get_state() for generator in generators]
+        try:
+            with self() as taps:
+                return work(taps)
+        except RuntimeError as error:
+            if self._copies or "modified by an inplace operation" not in str(error):
+                raise
+            error.__traceback__ = None  # its frames hold the graph
+        self._copies = True
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+        with self() as taps:
+            return work(taps)
+
+    def _root(self, key: str, value: Tensor, last: bool = False) -> Tensor:
         """The gradient starts at the first tap: nothing before it is worth a backward pass."""
-        if value.requires_grad:
+        if not torch.is_grad_enabled():
+            self._blind.append(key.partition(":")[2])
+            return value
+        self._shapes.append((key, value.shape, last))
+        if self.roots and value.requires_grad:
             return value
         root = value.detach().requires_grad_(True)
         self.roots.append(root)
         return root
 
     def _on_input(self, key: str, axis: int, copy: bool = False) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            self._reached.add(key)
-            return _Tap.apply(self._root(args[0]), self.sink, key, axis, copy), *args[1:]
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self._idle:
+                return None
+            value = read_by(args, kwargs)
+            if self._copies:
+                value = value.clone()
+            tapped = Tap.apply(self._root(key, value, axis == -1), self.sink, key, axis, copy)
+            return ((tapped, *args[1:]), kwargs) if args else ((), {**kwargs, "input": tapped})
 
         return hook
 
     def _on_output(self, key: str, axis: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            root = self._root(output)
+            if self._idle:
+                return output
+            root = self._root(key, output, axis == -1)
             # A copy, because an in-place activation may follow.
-            tapped: Tensor = _Tap.apply(root, self.sink, key, axis, True)
+            tapped: Tensor = Tap.apply(root, self.sink, key, axis, True)
             # The slope of a PReLU acts below zero only.
             return torch.where(args[0] > 0, root, tapped) if isinstance(module, nn.PReLU) else tapped
 
@@ -242,7 +214,9 @@ class Tapped:
 
     def _on_block(self, key: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            tapped: Tensor = _Tap.apply(self._root(output), self.sink, key, None, True, args[0].detach())
+            if self._idle:
+                return output
+            tapped: Tensor = Tap.apply(self._root(key, output, True), self.sink, key, None, True, args[0].detach())
             return tapped
 
         return hook
@@ -259,28 +233,54 @@ class Tapped:
             ModelError: a layer that reads units was not called.
             NonFiniteError: the outputs hold NaN or infinity; names the first module that made them.
         """
+        if self._raw:
+            check_raw(self, self._raw, inputs[:1], select)
+            self._raw = {}
         self.sink.numbers = range(first, first + len(inputs))
-        output, idle = self._pass(inputs, select)
+        output, idle = self.passed(inputs, select)
         if idle is not None and not self._by_hand:  # this batch goes another way than the first
             self._by_hand = True
-            output, idle = self._pass(inputs, select)
+            output, idle = self.passed(inputs, select)
         self._by_hand = self._through.led  # watching every function takes time, and few models need it
-        if idle is not None:
+        if self._blind:
             raise ModelError(
-                f"the model multiplies with the weight of {idle!r} without calling it: what it reads is not seen; "
+                f"{self._blind[0]!r} runs under torch.no_grad() inside the model, so that what its units do to the "
+                "outputs cannot be seen; take that out of forward"
+            )
+        beside = next((name for name, module in self.inputs.items() if module in self._through.beside), idle)
+        if beside is not None:
+            raise UnseenError(
+                f"the model multiplies with the weight of {beside!r} without calling it: what it reads is not seen; "
                 "score with TPV(engine='batched')"
             )
         if not any(value.requires_grad for value in tensors(output)):
             raise ModelError("no layer of the graph is on the way to the model's output")
+        self._find_samples(inputs)
         return output
 
-    def _pass(self, inputs: Tensor, select: Selector) -> tuple[Outputs, str | None]:
+    def _find_samples(self, inputs: Tensor) -> None:
+        """Where they lie in what is tapped, if that is not clear from shapes."""
+        asked = {key for key, shape, last in self._shapes if unclear(shape, len(inputs), last)} - set(self.sink.axes)
+        if not asked:
+            return
+        places = {f"in:{name}": (module, False) for name, module in self.inputs.items()}
+        places |= {f"out:{name}": (module, True) for name, module in self.outputs.items()}
+        places |= {f"block:{name}": (module, True) for name, module in self.blocks.items()}
+        self._idle = True
+        try:
+            self.sink.axes |= sample_axes(self.model, {key: places[key] for key in asked}, inputs)
+        finally:
+            self._idle = False
+
+    def passed(self, inputs: Tensor, select: Selector) -> tuple[Outputs, str | None]:
         """Outputs, and the name of a layer that reads units and was not called."""
         self.roots: list[Tensor] = []
-        self._reached: set[str] = set()
+        self._blind: list[str] = []
+        self._shapes: list[tuple[str, torch.Size, bool]] = []
         with torch.enable_grad(), self._through if self._by_hand else nullcontext():
-            output = finite_outputs(self.model, inputs, select)
-        return output, next((name for name in self.inputs if f"in:{name}" not in self._reached), None)
+            output = finite_outputs(self.model, inputs.detach(), select)
+        reached = {key for key, _, _ in self._shapes}
+        return output, next((name for name in self.inputs if f"in:{name}" not in reached), None)
 
     def backward(self, output: Outputs, cotangent: Outputs, keep_graph: bool) -> dict[str, list[Tensor]]:
         """Per group and member layer, sensitivities `(batch, units)` of `cotangent . output`.
@@ -291,6 +291,13 @@ class Tapped:
         """
         self.sink.sums = {}
         backward(output, cotangent, self.roots, keep_graph)
+        lost = sorted({key.partition(":")[2] for key, *_ in self._shapes if key not in self.sink.sums})
+        if lost and not self._told:
+            self._told = True
+            logger.warning(
+                "the outputs do not depend on what %s read, or a detach() hides it: units there score zero",
+                ", ".join(lost),
+            )
         zeros = self.roots[0].new_zeros(len(self.sink.numbers), 1)
         return {group.id: self._of_group(group, zeros) for group in self.graph.groups}
 

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.batches import Batch
-from tpvprune.errors import NonFiniteError
+from tpvprune.errors import NonFiniteError, UnseenError
 from tpvprune.members import Member
 from tpvprune.scoring.activations import channel_axis
 from tpvprune.scoring.moments import WIDEST, Moments, damped_inverse, together, watch
+from tpvprune.scoring.raw import raw_readers
 from tpvprune.types import Graph
 
 logger = logging.getLogger(__name__)
@@ -61,11 +62,13 @@ class Residual:
             axis: of its channels.
             numbers: of the samples.
         """
+        value = value if value.dtype == torch.float64 else value.float()
         found = torch.empty_like(value)
-        for half in (0, 1):
-            rows = _of_half(value.movedim(axis, -1), numbers, half)
-            left = (rows - self.means[half].to(rows)) @ self.matrices[half].to(rows)
-            _of_half(found.movedim(axis, -1), numbers, half).copy_(left)
+        with torch.autocast(value.device.type, enabled=False):
+            for half in (0, 1):
+                rows = _of_half(value.movedim(axis, -1), numbers, half)
+                left = (rows - self.means[half].to(rows)) @ self.matrices[half].to(rows)
+                _of_half(found.movedim(axis, -1), numbers, half).copy_(left)
         return found
 
 
@@ -87,6 +90,9 @@ def residuals(model: nn.Module, batches: Iterable[Batch], graph: Graph, ridges: 
         graph: of channels and heads.
         ridges: what may be added to a covariance's diagonal, as a share of its mean; per layer the one that leaves
             least of the samples it was not made of is taken.
+
+    Raises:
+        UnseenError: a layer has the samples of a batch in an order of its own.
     """
     channels = _channels(model, graph)
     wide = [name for name, count in channels.items() if count > WIDEST]
@@ -99,8 +105,15 @@ def residuals(model: nn.Module, batches: Iterable[Batch], graph: Graph, ridges: 
         for half, held in enumerate(moments[name]):
             held.add(_of_half(value, numbers, half).flatten(0, -2))
 
-    watch(model, batches, [(name, model.get_submodule(name)) for name in moments], see)
+    held = [half for pair in moments.values() for half in pair]
+    unseen: UnseenError | None = None
+    try:
+        watch(model, batches, [(name, model.get_submodule(name)) for name in moments], see, held, apart=True)
+    except UnseenError as error:
+        unseen = error
     even, odd = (together({name: pair[half] for name, pair in moments.items()}, model) for half in (0, 1))
+    if unseen is not None:  # not before: other processes wait for the sums of this one
+        raise unseen
     moments = {name: (even[name], odd[name]) for name in moments}
     return {
         name: _residual(model, graph, name, *halves, ridges)
@@ -110,8 +123,9 @@ def residuals(model: nn.Module, batches: Iterable[Batch], graph: Graph, ridges: 
 
 
 def _channels(model: nn.Module, graph: Graph) -> dict[str, int]:
-    """How many channels each layer that reads units reads."""
-    members = [member for group in graph.groups for member in group.of_role("consume")]
+    """How many channels each linear layer or convolution that reads units reads."""
+    raw = raw_readers(model, graph)
+    members = [m for group in graph.groups for m in group.of_role("consume") if m.layer not in raw]
     return {m.layer: graph.shapes[m.param][m.axis] * _groups(model.get_submodule(m.layer)) for m in members}
 
 
@@ -267,8 +281,8 @@ def left_later(
     found, channels = {}, _channels(model, graph)
     for group in graph.groups:
         members = [member for member in group.of_role("consume") if member.layer in maps]
-        if any(channels[member.layer] > WIDEST for member in group.of_role("consume")):
-            members = []  # of what such a layer loses nothing is known but what each unit costs alone
+        if any(channels.get(member.layer, WIDEST + 1) > WIDEST for member in group.of_role("consume")):
+            members = []  # of what such a layer loses, or no layer, nothing is known but what each unit costs alone
         reads = [_Reads(model, member, group.units, maps[member.layer]) for member in members]
         score = alone[group.id].double().cpu()
         found[group.id] = (_in_turn(score, reads) if reads else score).to(alone[group.id])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from tpvprune.batches import Batch, Progress
-from tpvprune.errors import InputError, PlanError
+from tpvprune.errors import InputError, PlanError, UnseenError
 from tpvprune.plan import Plan
 from tpvprune.processes import process
 from tpvprune.scores import Scores, Settled
@@ -18,6 +19,8 @@ from tpvprune.scoring.collect import Streaming, collect
 from tpvprune.scoring.heads import Softmax
 from tpvprune.scoring.tpv import TPV
 from tpvprune.types import Graph, fingerprint
+
+logger = logging.getLogger(__name__)
 
 
 class Criterion(Protocol):
@@ -37,7 +40,7 @@ def predicted_kl(
     plan: Plan,
     progress: Progress | None = None,
 ) -> float | None:
-    """KL(dense || pruned) in nats that a plan is predicted to cost, to first order; None where outputs have no KL.
+    """KL(dense || pruned) in nats that a plan is predicted to cost, to first order; None where that cannot be told.
 
     Args:
         criterion: a `TPV` predicts with its own settings, any other (or None) with those of `TPV()`.
@@ -49,7 +52,11 @@ def predicted_kl(
     tpv = criterion if isinstance(criterion, TPV) else TPV()
     if not (tpv.head == "softmax" or isinstance(tpv.head, Softmax)):
         return None
-    return tpv.drift(model, batches, plan, progress)[0] / 2
+    try:
+        return tpv.drift(model, batches, plan, progress)[0] / 2
+    except UnseenError as error:
+        logger.warning("%s; the drift of the plan is not predicted", str(error).partition(";")[0])
+        return None
 
 
 def score(

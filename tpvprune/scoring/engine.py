@@ -128,6 +128,18 @@ class Watched:
             self._ahead.extend(itertools.islice(self._rest, 1))
         return bool(self._ahead)
 
+    def ahead(self) -> Batch | None:
+        """The batch to come, which is still to be read; None at the end.
+
+        Raises:
+            DataError: see `pending`.
+        """
+        return self._ahead[0] if self.pending() else None
+
+    def put_back(self, batch: Batch) -> None:
+        """Give the batch that was given last, or is the next one, as the next one."""
+        self._ahead = [batch]
+
     def _read(self) -> Iterator[Batch]:
         count = 0
         for batch in self.batches:

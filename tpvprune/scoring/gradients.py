@@ -26,8 +26,9 @@ from tpvprune.batches import evaluation_mode
 from tpvprune.errors import ModelError, PlanError
 from tpvprune.members import Member
 from tpvprune.patches import patches
-from tpvprune.reads import ThroughLayers
+from tpvprune.reads import ThroughLayers, read_by
 from tpvprune.scoring.blocks import refuse_blocks
+from tpvprune.scoring.layout import outermost, sample_axes, unclear
 from tpvprune.scoring.perturb import Perturbation, moments_of
 from tpvprune.types import Graph
 
@@ -95,15 +96,38 @@ def sides(model: nn.Module, graph: Graph, perturbation: Perturbation, over: str)
 
 @contextmanager
 def only(model: nn.Module, wanted: Sequence[str]) -> Iterator[list[Tensor]]:
-    """Eval mode, and gradients for these parameters alone; put back at the end."""
+    """Eval mode, and gradients for these parameters alone; put back at the end.
+
+    Raises:
+        ModelError: at the end, where a module that owns one was run without gradients.
+    """
     flags = [(p, p.requires_grad) for p in model.parameters()]
     named = dict(model.named_parameters())
+    owners = {name.rpartition(".")[0] for name in wanted}
+    blind: list[str] = []
+    begun = [True]  # whether the pass as a whole has gradients
+
+    def begin(*_: Any) -> None:
+        begun[0] = torch.is_grad_enabled()
+
+    def hook(name: str) -> Any:
+        return lambda *_: blind.append(name) if begun[0] and not torch.is_grad_enabled() else None
+
+    handles = [model.register_forward_pre_hook(begin)]
+    handles += [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in owners]
     try:
         with evaluation_mode(model):
             for parameter, _ in flags:
                 parameter.requires_grad_(False)
             yield [named[name].requires_grad_(True) for name in wanted]
+        if blind:
+            raise ModelError(
+                f"{blind[0]!r} runs under torch.no_grad() inside the model, so that what its weights do to the outputs "
+                "cannot be seen; take that out of forward, or leave it out"
+            )
     finally:
+        for handle in handles:
+            handle.remove()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 
@@ -151,7 +175,7 @@ class Captured:
 
     Attributes:
         calls: per layer, the module of each call.
-        inputs: per layer, the input of each call.
+        inputs: per layer, the input of each call, samples outermost.
         outputs: per layer, the output of each call, to take gradients at.
     """
 
@@ -161,6 +185,10 @@ class Captured:
         self.inputs: dict[str, list[Tensor]] = {}
         self.outputs: dict[str, list[Tensor]] = {}
         self.users = with_sharing(model, layers)
+        self._axes: dict[int, int] = {}
+        self._idle = False
+        self._through = ThroughLayers(model)
+        self._blind: list[str] = []
         for name, module in self.users:
             if not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
                 raise ModelError(
@@ -174,9 +202,10 @@ class Captured:
         self.calls = {name: [] for name in self.layers}
         self.inputs = {name: [] for name in self.layers}
         self.outputs = {name: [] for name in self.layers}
-        handles = [module.register_forward_hook(self._hook(name)) for name, module in self.users]
+        self._through, self._blind = ThroughLayers(self.model), []
+        handles = [module.register_forward_hook(self._hook(name), with_kwargs=True) for name, module in self.users]
         try:
-            with ThroughLayers(self.model):
+            with self._through:
                 yield self
         finally:
             for handle in handles:
@@ -184,25 +213,70 @@ class Captured:
             self.calls, self.inputs, self.outputs = {}, {}, {}
 
     def _hook(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            if self._idle:
+                return output
+            if not torch.is_grad_enabled():
+                self._blind.append(name)
             if not output.requires_grad:
                 output = output.detach().requires_grad_(True)
             self.calls[name].append(module)
-            self.inputs[name].append(args[0].detach())
+            self.inputs[name].append(read_by(args, kwargs).detach())
             self.outputs[name].append(output)
             return output.clone()  # an in-place activation may follow
 
         return hook
 
-    def ends(self) -> tuple[list[str], list[Tensor]]:
+    def _find_samples(self, inputs: Tensor) -> None:
+        """Where they lie in what layers read, if that is not clear from shapes."""
+        asked = {
+            id(module)
+            for name in self.layers
+            for module, value in zip(self.calls[name], self.inputs[name], strict=True)
+            if unclear(value.shape, len(inputs), isinstance(module, nn.Linear)) and id(module) not in self._axes
+        }
+        if asked:
+            users = enumerate(self.users)
+            places = {f"{number}:{name}": (module, False) for number, (name, module) in users if id(module) in asked}
+            self._idle = True
+            try:
+                axes = sample_axes(self.model, places, inputs)
+            finally:
+                self._idle = False
+            self._axes |= {id(module): axes.get(key, 0) for key, (module, _) in places.items()}
+        for name in self.layers:
+            values = zip(self.calls[name], self.inputs[name], strict=True)
+            self.inputs[name] = [outermost(value, self.axis(module)) for module, value in values]
+
+    def axis(self, module: nn.Module) -> int:
+        """The axis that samples lie along in what a layer reads and gives."""
+        return self._axes.get(id(module), 0)
+
+    def ends(self, inputs: Tensor) -> tuple[list[str], list[Tensor]]:
         """Layer and output of every call, in order.
 
+        Args:
+            inputs: `(batch, ...)`, of the pass.
+
         Raises:
-            ModelError: a layer was not called: it is not used, or its weight is used without it.
+            ModelError: a layer was not called: it is not used, or its weight is used without it; or its weight is made
+                another one before it is used; or it runs without gradients, or has the samples in an order of its own.
         """
         idle = next((name for name in self.layers if not self.outputs[name]), None)
         if idle is not None:
             raise ModelError(f"the forward pass does not call {idle!r}; leave it out, or use engine='batched'")
+        if self._blind:
+            raise ModelError(
+                f"{self._blind[0]!r} runs under torch.no_grad() inside the model, so that what its weights do to the "
+                "outputs cannot be seen; take that out of forward, or leave it out"
+            )
+        for name, module in self.users:
+            if module in self._through.beside or (module in self.calls[name] and module not in self._through.plain):
+                raise ModelError(
+                    f"the weight of {name!r} goes into more than a product with what the layer reads, as where it is "
+                    "normalised first; use engine='batched'"
+                )
+        self._find_samples(inputs)
         names = [name for name in self.layers for _ in self.outputs[name]]
         return names, [output for name in self.layers for output in self.outputs[name]]
 
@@ -217,7 +291,7 @@ class Captured:
         calls: list[Any] = self.calls[name]
         weight = calls[0].weight
         columns = [by_sample(patches(c, _wide(x)), batch) for c, x in zip(calls, self.inputs[name], strict=True)]
-        rows = [positions(c, slope, batch) for c, slope in zip(calls, slopes, strict=True)]
+        rows = [positions(c, outermost(s, self.axis(c)), batch) for c, s in zip(calls, slopes, strict=True)]
         size = max(1, CHUNK // weight.numel())
         for start in range(0, batch, size):
             part = slice(start, min(batch, start + size))

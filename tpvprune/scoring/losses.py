@@ -242,12 +242,14 @@ class Jacobian(_FromLoss):
         for inputs, batch in model_batches(model, batches, "score", progress):
 
             def run(part: slice, inputs: Tensor = inputs, batch: Batch = batch) -> Tensor:
-                with tapped() as taps:
+                def slopes(taps: Tapped) -> dict[str, list[Tensor]]:
                     output = taps.forward(inputs[part], self.output)
                     if isinstance(output, dict):
                         raise ModelError(f"criterion {self.label} needs one output; name it with output='key'")
                     slope = _loss_slope(_logits(output.detach(), self.label), _labels(batch, output, part, self.label))
-                    found = taps.backward(output, slope, keep_graph=False)
+                    return taps.backward(output, slope, keep_graph=False)
+
+                found = tapped.run(slopes)
                 return torch.cat([torch.stack(own).double().sum(0) for own in found.values()], 1).square()
 
             yield Observation(Tally.of_units(torch.cat(parts(len(inputs), run)), sizes))

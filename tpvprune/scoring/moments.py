@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from tpvprune.batches import Batch, device_of, evaluation_mode, inputs_of
 from tpvprune.processes import of_all, process
-from tpvprune.reads import ThroughLayers
-from tpvprune.scoring.engine import global_number
+from tpvprune.reads import ThroughLayers, read_by
+from tpvprune.scoring.engine import Parts, global_number
+from tpvprune.scoring.layout import outermost, sample_axes, unclear
 
 WIDEST = 8192  # inputs of a layer whose covariances, ten of them at a time, have room in 6 GB
 SAMPLES = 2560  # covariances of a few thousand channels are known well enough from these, at many positions each
@@ -29,8 +31,13 @@ class Moments:
         """Add rows."""
         rows = rows if rows.dtype == torch.float64 else rows.float()
         self.rows += rows.shape[-2]
-        self.total = self.total + rows.sum(-2).double()
-        self.square = self.square + (rows.mT @ rows).double()
+        with torch.autocast(rows.device.type, enabled=False):  # a covariance in half precision is none
+            self.total = self.total + rows.sum(-2).double()
+            self.square = self.square + (rows.mT @ rows).double()
+
+    def back_to(self, other: Moments) -> None:
+        """Forget what was added since `other` was copied from this."""
+        self.rows, self.total, self.square = other.rows, other.total, other.square
 
     def to(self, device: torch.device | str) -> Moments:
         """The sums on another device."""
@@ -50,33 +57,69 @@ class Moments:
         return mean, self.square / self.rows - mean.unsqueeze(-1) * mean.unsqueeze(-2)
 
 
+class _UnclearError(RuntimeError):
+    """Shapes do not tell where the samples lie."""
+
+
 def watch(
     model: nn.Module,
     batches: Iterable[Batch],
     layers: Iterable[tuple[str, nn.Module]],
     see: Callable[[str, nn.Module, Tensor, range], None],
+    held: Sequence[Moments],
+    apart: bool,
 ) -> None:
-    """One forward pass over the first `SAMPLES` samples.
+    """One forward pass over the first `SAMPLES` samples, in parts where memory runs out.
 
     Args:
         model: any module.
         batches: its inputs; a process among several may have none.
         layers: names, and modules of the model.
         see: told the name and the module of each layer that is called, what it is given and the numbers of the samples.
-    """
-    numbers, seen, layers = range(0), 0, list(layers)
+        held: what it adds to.
+        apart: whether samples have to be told apart; they come outermost then.
 
-    def hook(name: str) -> Any:
-        return lambda module, args: see(name, module, args[0].detach(), numbers)
+    Raises:
+        UnseenError: they cannot be.
+    """
+    numbers, seen, layers, parts = range(0), 0, list(layers), Parts()
+    places = {f"{number}:{name}": (module, False) for number, (name, module) in enumerate(layers)}
+    axes: dict[str, int] = {}
+
+    def hook(name: str, place: str) -> Any:
+        def given(module: nn.Module, args: Any, kwargs: Any) -> None:
+            value = read_by(args, kwargs).detach()
+            if apart and place not in axes and unclear(value.shape, len(numbers), isinstance(module, nn.Linear)):
+                raise _UnclearError
+            see(name, module, outermost(value, axes.get(place, 0)), numbers)
+
+        return given
+
+    def passed(inputs: Tensor) -> None:
+        # Hooks are on for the pass alone: what gives the batches may use the model too.
+        with evaluation_mode(model), torch.no_grad(), ThroughLayers(model), ExitStack() as hooks:
+            for (name, module), place in zip(layers, places, strict=True):
+                hooks.enter_context(module.register_forward_pre_hook(hook(name, place), with_kwargs=True))
+            model(inputs)
 
     for local, batch in enumerate(batches):
         inputs, first = inputs_of(batch).to(device_of(model)), global_number(local)
-        numbers = range(first, first + len(inputs))
-        # Hooks are on for the pass alone: what gives the batches may use the model too.
-        with evaluation_mode(model), torch.no_grad(), ThroughLayers(model), ExitStack() as hooks:
-            for name, module in layers:
-                hooks.enter_context(module.register_forward_pre_hook(hook(name)))
-            model(inputs)
+
+        def run(part: slice, inputs: Tensor = inputs, first: int = first) -> None:
+            nonlocal numbers
+            numbers = range(first + part.start, first + part.stop)
+            before = [copy.copy(moments) for moments in held]
+            while True:
+                try:
+                    return passed(inputs[part])
+                except RuntimeError as error:
+                    for moments, saved in zip(held, before, strict=True):
+                        moments.back_to(saved)
+                    if not isinstance(error, _UnclearError):
+                        raise
+                axes.update(dict.fromkeys(places, 0) | sample_axes(model, places, inputs[part]))
+
+        parts(len(inputs), run)
         seen += len(inputs)
         if seen >= SAMPLES // process()[1]:
             break

@@ -79,7 +79,7 @@ def parts_of_inputs(
             for cut in cuts[name]:
                 moments[f"{name}/{cut.start}"].add(columns[..., cut])
 
-    watch(model, batches, users, see)
+    watch(model, batches, users, see, list(moments.values()), apart=False)
     moments = together(moments, model)
     return {name: [Part(cut, moments[f"{name}/{cut.start}"]) for cut in own] for name, own in cuts.items()}
 

@@ -13,8 +13,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from tpvprune.batches import Batch, Progress, evaluation_mode, model_inputs
 from tpvprune.errors import ModelError, NonFiniteError
-from tpvprune.members import Group
-from tpvprune.reads import ThroughLayers
+from tpvprune.members import Group, Member
+from tpvprune.reads import ThroughLayers, read_by
 from tpvprune.scores import Scores
 from tpvprune.scoring.activations import channel_axis
 from tpvprune.scoring.blocks import refuse_blocks
@@ -24,6 +24,8 @@ from tpvprune.scoring.gradients import Side, with_sharing
 from tpvprune.tally import Tally
 from tpvprune.types import Graph
 
+UNSEEN = "is not seen; take a criterion of gradients, as TPV(engine='batched'), or of weights alone"
+
 
 @contextmanager
 def _inputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
@@ -32,8 +34,8 @@ def _inputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, list[
     handles = []
 
     def hook(name: str) -> Any:
-        def seen(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            value = args[0].detach()
+        def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            value = read_by(args, kwargs).detach()
             value = value if value.dtype == torch.float64 else value.float()
             rows = value.movedim(channel_axis(module), -1).reshape(len(value), -1, value.shape[channel_axis(module)])
             ones = torch.full((len(rows), rows.shape[2]), float(rows.shape[1]), device=rows.device)
@@ -42,12 +44,17 @@ def _inputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, list[
 
         return seen
 
-    for name, module in with_sharing(model, dict.fromkeys(layers)):
+    users = with_sharing(model, dict.fromkeys(layers))
+    for name, module in users:
         if isinstance(module, (nn.Linear, _ConvNd)):
-            handles.append(module.register_forward_pre_hook(hook(name)))
+            handles.append(module.register_forward_pre_hook(hook(name), with_kwargs=True))
+    through = ThroughLayers(model)
     try:
-        with ThroughLayers(model):
+        with through:
             yield found
+        beside = next((name for name, module in users if module in through.beside), None)
+        if beside is not None:
+            raise ModelError(f"the model uses the weight of {beside!r} without calling it, and what it reads {UNSEEN}")
     finally:
         for handle in handles:
             handle.remove()
@@ -115,13 +122,11 @@ class Variance(_FromActivations):
         if group.kind == "weight":
             raise ModelError(f"criterion variance scores channels, not single weights ({group.id!r})")
         parts = []
-        for member in group.of_role("consume"):
-            if member.layer in moments:
-                count, total, square = moments[member.layer]
-                spread = square / count - (total / count).square()
-                entries = _channels(member.entries(group.units), len(spread), model, member.layer)
-                parts.append(spread[entries].mean(1))
-        return torch.stack(parts).mean(0).clamp(min=0) if parts else torch.zeros(group.units, dtype=torch.float64)
+        for member, (count, total, square) in _read(group, moments):
+            spread = square / count - (total / count).square()
+            entries = _channels(member.entries(group.units), len(spread), model, member.layer)
+            parts.append(spread[entries].mean(1))
+        return torch.stack(parts).mean(0).clamp(min=0)
 
 
 @dataclass(frozen=True)
@@ -134,11 +139,9 @@ class Wanda(_FromActivations):
     def _of(self, model: nn.Module, group: Group, moments: Mapping[str, Tensor]) -> Tensor:
         total = torch.zeros(group.units, dtype=torch.float64)
         parameters = dict(model.named_parameters())
-        for member in group.of_role("consume"):
-            if member.layer not in moments:
-                continue
+        for member, (_, _, square) in _read(group, moments):
             weight = parameters[member.param].detach().double().abs()
-            norm = moments[member.layer][2].sqrt().to(weight.device)
+            norm = square.sqrt().to(weight.device)
             layer: Any = model.get_submodule(member.layer)
             if getattr(layer, "transposed", False):  # input channels come first
                 read = norm.unsqueeze(1)
@@ -149,6 +152,16 @@ class Wanda(_FromActivations):
             effect = weight * read.reshape(*read.shape, *(1,) * (weight.ndim - 2))
             total += Side(group.id, group.units, member, weight.ndim, None, None).fold(effect).cpu()
         return total
+
+
+def _read(group: Group, moments: Mapping[str, Tensor]) -> Iterator[tuple[Member, Tensor]]:
+    """What reads the units, and the moments `(3, channels)` of what it is given."""
+    for member in group.of_role("consume"):
+        if member.layer not in moments:
+            raise ModelError(
+                f"{member.param!r} reads units of {group.id!r} outside of a layer, and what it reads {UNSEEN}"
+            )
+        yield member, moments[member.layer]
 
 
 def _channels(entries: Tensor, channels: int, model: nn.Module, layer: str) -> Tensor:

@@ -11,9 +11,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tpvprune.batches import Batch, Progress, Selector, evaluation_mode, finite_outputs, model_inputs, repeatable
+from tpvprune.batches import (
+    Batch,
+    Progress,
+    Selector,
+    evaluation_mode,
+    finite_outputs,
+    model_inputs,
+    repeatable,
+)
 from tpvprune.budget import n_of_m
-from tpvprune.errors import InputError, PlanError
+from tpvprune.errors import InputError, PlanError, UnseenError
 from tpvprune.plan import Plan
 from tpvprune.scores import Scores
 from tpvprune.scoring.activations import Tapped
@@ -54,7 +62,8 @@ class TPV:
         perturbation: "removal", "rounding", "isotropic", or a `Perturbation`.
         engine: "activations" (removal of channels and heads; exact per sample, no weight gradient), or over
             weight gradients "batched", "per_sample" or "factored" (an approximation); "auto" takes the first where
-            it can, "factored" for compensated single weights and "batched" elsewhere.
+            it can, "factored" for compensated single weights and "batched" elsewhere, also for a model whose layers do
+            not show what units do (a warning says so).
         sensitivities: keep the per-sample effects of at most this many samples, which a plan is judged by as a
             whole; 0 keeps none. None: 1280 where they can be kept (removal of channels and heads), else none.
         reference: the model that drift is measured from, where that is not the one scored: the dense original,
@@ -169,11 +178,24 @@ class TPV:
     ) -> Iterator[Observation]:
         """One observation a batch, by the engine that fits."""
         self._check(graph)
-        engine = self._engine(graph)
+        engine, later = self._engine(graph), None
         if engine == "activations":
-            yield from self._from_activations(model, batches, graph, first, progress)
-            return
-        _, later = self._ahead(model, batches, graph, first)
+            watched, begun = batches if isinstance(batches, Watched) else Watched(batches), False
+            batch = watched.ahead()
+            try:
+                for seen in self._from_activations(model, watched, graph, first, progress):
+                    begun = True
+                    yield seen
+                return
+            except UnseenError as error:
+                if self.engine != "auto" or self.sensitivities or batch is None or begun:
+                    raise
+                less = "sensitivities and compensation" if self.compensated else "sensitivities"
+                logger.warning("%s; scored by gradients of weights, without %s", str(error).partition(";")[0], less)
+            watched.put_back(batch)
+            engine, batches = "batched", watched
+        else:
+            _, later = self._ahead(model, batches, graph, first)
         for seen in gradient_observations(
             model,
             batches,
@@ -310,9 +332,10 @@ class TPV:
         if self.reference is not None:
             with evaluation_mode(self.reference), torch.no_grad():
                 wanted = finite_outputs(self.reference, inputs, self.output)
-        totals: dict[str, Tensor] = {}
-        rows: list[Tensor] = []
-        with tapped() as taps:
+
+        def effects_of(taps: Tapped) -> tuple[dict[str, Tensor], list[Tensor]]:
+            totals: dict[str, Tensor] = {}
+            rows: list[Tensor] = []
             output = taps.forward(inputs, self.output, number)
             fixed = detached(output)
             slope = None if wanted is None else drift_slope(probing.head, fixed, wanted)
@@ -326,6 +349,9 @@ class TPV:
                 effects = taps.backward(output, slope, keep_graph=False)
                 # Drift grows by (slope . change) twice over in units of TPV, and removal is minus the effect.
                 totals["linear"] = -2 * torch.cat([parts[0] for parts in effects.values()], 1).double()
+            return totals, rows
+
+        totals, rows = tapped.run(effects_of, generators)
         linear = totals.pop("linear", None)
         out = {name: total / probing.count for name, total in totals.items()}
         if rows:

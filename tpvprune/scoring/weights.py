@@ -24,6 +24,7 @@ from tpvprune.scoring.gradients import (
     score_gradient,
     sides,
 )
+from tpvprune.scoring.layout import outermost
 from tpvprune.scoring.perturb import Perturbation
 from tpvprune.scoring.probing import Probing, detached
 from tpvprune.tally import Tally
@@ -53,7 +54,7 @@ def gradient_observations(
     if engine == "factored" and any(group.kind != "weight" for group in graph.groups):
         raise InputError("engine='factored' scores single weights; give a graph from weight_graph")
     work: Any = {"batched": _batched, "per_sample": _per_sample, "factored": _factored}[engine]
-    splitter = Parts()
+    splitter, captured = Parts(), None if engine == "batched" else Captured(model, list(layers_of(parts)))
     for local, inputs in enumerate(model_inputs(model, batches, "score", progress)):
         generators = probing.generators(first + local)
         signs = _signs(probing, first + local, len(inputs))
@@ -61,7 +62,7 @@ def gradient_observations(
         def run(
             part: slice, inputs: Tensor = inputs, generators: list[torch.Generator] = generators, signs: Tensor = signs
         ) -> Any:
-            return work(model, inputs[part], parts, probing, generators, over, signs[part])
+            return work(model, inputs[part], parts, probing, generators, over, captured or signs[part])
 
         found = splitter(len(inputs), run, generators)
         if engine == "batched":
@@ -133,7 +134,7 @@ def _per_sample(
     probing: Probing,
     generators: list[torch.Generator],
     over: str,
-    signs: Tensor,
+    captured: Captured,
 ) -> Tally:
     """The tally of one part of a batch, a row a sample.
 
@@ -147,14 +148,13 @@ def _per_sample(
         for side in own:
             homes.setdefault(side.group, set()).add(name)
     alone = all(len(names) == 1 for names in homes.values())
-    captured = Captured(model, list(layers))
     like = next(model.parameters())
     kind = torch.float64 if like.dtype == torch.float64 else torch.float32
     probes = list[dict[str, list[Tensor]]]()
     with only(model, []), captured() as seen, torch.enable_grad():
         output = finite_outputs(model, inputs, probing.output)
         _check_reached(output)
-        names, ends = seen.ends()
+        names, ends = seen.ends(inputs)
         for cotangent, last in probing.cotangents(detached(output), generators):
             slopes: dict[str, list[Tensor]] = {name: [] for name in layers}
             found = backward(output, cotangent, ends, keep_graph=not last)
@@ -199,12 +199,11 @@ def _factored(
     probing: Probing,
     generators: list[torch.Generator],
     over: str,
-    signs: Tensor,
+    captured: Captured,
 ) -> Tally:
     """The tally of the two factors of every weight, one row for the part."""
     batch, layers = len(inputs), layers_of(parts)
     sums: dict[str, Tensor] = {}
-    captured = Captured(model, list(layers))
 
     def add(key: str, value: Tensor) -> None:
         sums[key] = sums[key] + value if key in sums else value
@@ -212,14 +211,14 @@ def _factored(
     with only(model, []), captured() as seen, torch.enable_grad():
         output = finite_outputs(model, inputs, probing.output)
         _check_reached(output)
-        names, ends = seen.ends()
+        names, ends = seen.ends(inputs)
         calls = [module for name in layers for module in seen.calls[name]]
         for name in layers:
             add(f"{layers[name]}#read", factor_of_inputs(seen.calls[name], seen.inputs[name], batch))
         for cotangent, last in probing.cotangents(detached(output), generators):
             found = backward(output, cotangent, ends, keep_graph=not last)
             for name, module, end, slope in zip(names, calls, ends, found, strict=True):
-                slope = torch.zeros_like(end) if slope is None else slope.detach()
+                slope = outermost(torch.zeros_like(end) if slope is None else slope.detach(), seen.axis(module))
                 add(f"{layers[name]}#written", factor_of_slopes(module, slope, batch) / probing.count)
     rows = {key: (value / batch).unsqueeze(0).flatten(1) for key, value in sums.items()}
     return Tally.of_rows(rows, stands_for=batch)

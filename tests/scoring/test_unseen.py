@@ -1,0 +1,271 @@
+"""Models whose layers do not show, sample by sample, what units do: told, refused, or scored in another way."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from timm.layers import StdConv2d
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import tpvprune as tp
+from tests import reference, tolerances
+from tests.cases import example, randomise
+from tests.helpers import assert_scores_close, gap
+
+EXACT: dict[str, Any] = {"head": "logits", "probes": "exact"}
+
+
+def linears(*sizes: tuple[int, int]) -> list[nn.Linear]:
+    return [nn.Linear(*size) for size in sizes]
+
+
+class Own(nn.Module):
+    """Two weights of its own, of which the second reads what is inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = linears((5, 6), (6, 4))
+        self.one, self.two = (nn.Parameter(torch.zeros(6, 6)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.gelu(F.gelu(F.gelu(self.first(x)) @ self.one) @ self.two))
+
+
+class Inside(nn.Module):
+    """As `Own`, in a module of its own, whose input is not what the second weight reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = (nn.Parameter(torch.zeros(6, 6)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x @ self.one) @ self.two
+
+
+class ByHand(nn.Module):
+    """A product with a layer's weight that only a trace sees, alone or beside the layer's own."""
+
+    def __init__(self, called: bool) -> None:
+        super().__init__()
+        self.called = called
+        self.first, self.middle, self.last = linears((5, 6), (6, 7), (7, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.first(x))
+        by_hand = x.tanh() @ self.middle.weight.t()
+        return self.last((self.middle(x) + by_hand if self.called else by_hand).tanh())
+
+
+class Views(nn.Module):
+    """Two views of each sample in one batch, one after all of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = linears((5, 6), (6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = self.last(torch.tanh(self.first(torch.cat([x, -x])))).chunk(2)
+        return one + other
+
+
+UNSEEN = {
+    "root's own": Own,
+    "a module's own": lambda: nn.Sequential(nn.Linear(5, 6), nn.GELU(), Inside(), nn.GELU(), nn.Linear(6, 4)),
+    "by hand": lambda: ByHand(False),
+    "by hand too": lambda: ByHand(True),
+    "views": Views,
+}
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_is_not_seen_is_scored_by_gradients_and_said(
+    name: str, compensated: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, x = randomise(UNSEEN[name]()), example(12, 5)
+    batches = [x[:5], x[5:8], x[8:]]
+    graph = tp.trace(model, x[:1])
+    wanted = tp.score(model, batches, graph, tp.TPV(engine="batched", **EXACT))
+    with caplog.at_level(logging.WARNING):
+        found = tp.score(
+            model, iter(batches) if not compensated else batches, graph, tp.TPV(compensated=compensated, **EXACT)
+        )
+    assert "scored by gradients of weights" in caplog.text
+    assert found.samples == 12
+    assert found.sensitivities is None
+    assert_scores_close(found.values, wanted.values, tolerances.EXACT)
+    # One sample a batch is exact, signs or not.
+    singly = tp.score(model, x.split(1), graph, tp.TPV(engine="batched", **EXACT))
+    assert_scores_close(singly.values, reference.tpv(model, x, graph, "logits", "consume"), tolerances.EXACT)
+    for refused in (tp.TPV(engine="activations"), tp.TPV(sensitivities=5)):
+        with pytest.raises(tp.ModelError, match="engine='batched'"):
+            tp.score(model, batches, graph, refused)
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_its_drift_is_not_predicted_and_it_is_pruned(name: str) -> None:
+    model, x = randomise(UNSEEN[name]()), example(12, 5)
+    pruned = tp.prune(model, [x], tp.Budget(macs=0.8))
+    assert pruned.report.drift["predicted_kl"] is None
+    assert pruned.plan.macs <= 0.8 * pruned.plan.graph.macs()
+
+
+class Transposed(nn.Module):
+    """A layer under another name, with its weight transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(6, 7)), nn.Parameter(torch.zeros(7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+def test_a_module_that_does_what_layers_do_is_seen() -> None:
+    model, x = (
+        randomise(nn.Sequential(nn.Linear(5, 6), nn.GELU(), Transposed(), nn.GELU(), nn.Linear(7, 4))),
+        example(9, 5),
+    )
+    graph = tp.trace(model, x[:1])
+    assert {group.id for group in graph.groups} == {"0", "2"}
+    found = tp.score(model, [x], graph, tp.TPV(**EXACT))
+    assert found.sensitivities is not None
+    assert_scores_close(found.values, reference.tpv(model, x, graph, "logits", "consume"), tolerances.EXACT)
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    whole = tp.score(model, [example(60, 5)], graph, tp.TPV(compensated=True))
+    assert float(whole.values["2"].min()) >= 0
+
+
+@pytest.mark.parametrize("name", ["root's own", "by hand", "by hand too"])
+@pytest.mark.parametrize("criterion", [tp.Wanda(), tp.Variance()], ids=["wanda", "variance"])
+def test_statistics_of_what_is_not_seen_are_refused(name: str, criterion: Any) -> None:
+    model, x = randomise(UNSEEN[name]()), example(12, 5)
+    with pytest.raises(tp.ModelError, match=r"is not seen; take a criterion of gradients"):
+        tp.score(model, [x], tp.trace(model, x[:1]), criterion)
+
+
+class TimeMajor(nn.Module):
+    """Sequences with time before samples, as PyTorch's own modules have them unless told otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.layer = nn.Linear(5, 8), nn.TransformerEncoderLayer(8, 2, 6, dropout=0.0)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.layer(self.up(x.transpose(0, 1)).relu())).mean(0)
+
+
+@pytest.mark.parametrize("time", [3, 4, 6, 8])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_time_before_samples_is_told_from_them(time: int, batch: int) -> None:
+    model, x = randomise(TimeMajor()), example(8, time, 5)
+    graph = tp.trace(model, x[:1])
+    wanted = tp.score(model, x.split(1), graph, tp.TPV(**EXACT))
+    found = tp.score(model, x.split(batch), graph, tp.TPV(**EXACT))
+    assert_scores_close(found.values, wanted.values, tolerances.EXACT)
+    wanted, found = (tp.score(model, x.split(size), graph, tp.TPV(compensated=True, **EXACT)) for size in (1, 8))
+    assert_scores_close(found.values, wanted.values, tolerances.EXACT)
+    weights = tp.weight_graph(model, layers=("up", "layer.linear1", "layer.linear2"))
+    for engine in ("per_sample", "factored"):
+        criterion = tp.TPV(engine=engine, **EXACT)
+        wanted, found = (tp.score(model, x.split(size), weights, criterion) for size in (1, batch))
+        assert_scores_close(found.values, wanted.values, tolerances.EXACT)
+
+
+class Frozen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = linears((5, 6), (6, 7), (7, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = F.gelu(self.middle(F.gelu(self.first(x))))
+        return self.last(x)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [tp.TPV(), tp.TPV(engine="batched"), tp.TPV(compensated=True), tp.JBR(confidence=0.0), tp.Taylor(), tp.Jacobian()],
+    ids=lambda criterion: criterion.label,
+)
+def test_a_part_without_gradients_is_refused(criterion: Any) -> None:
+    model, x = randomise(Frozen()), example(6, 5)
+    with pytest.raises(tp.ModelError, match=r"'(first|middle)' runs under torch.no_grad\(\) inside the model"):
+        tp.score(model, [(x, torch.zeros(6, dtype=torch.int64))], tp.trace(model, x[:1]), criterion)
+    with pytest.raises(tp.ModelError, match="'first' runs under"):
+        tp.score(model, [x], tp.weight_graph(model), tp.TPV(engine="per_sample"))
+
+
+@pytest.mark.parametrize("settings", [{"engine": "per_sample"}, {"engine": "factored"}, {"compensated": True}], ids=str)
+def test_a_weight_that_is_normalised_first_is_refused_where_its_layer_is_taken_for_linear(settings: Any) -> None:
+    model = randomise(nn.Sequential(StdConv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(64, 3)))
+    x, graph = example(3, 2, 4, 4), tp.weight_graph(model)
+    with pytest.raises(tp.ModelError, match=r"weight of '0' goes into more than a product.*engine='batched'"):
+        tp.score(model, [x], graph, tp.TPV(**settings))
+
+
+class Keywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = linears((5, 6), (6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(input=self.first(input=x).tanh())
+
+
+class Writes(nn.Module):
+    """Writes into what a layer has read."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.first, self.middle, self.last = linears((5, 6), (6, 6), (6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = 2 * self.first(x)
+        more = self.middle(x)
+        if self.in_place:
+            x += more
+        else:
+            x = x + more
+        return self.last(x.tanh())
+
+
+@pytest.mark.parametrize("criterion", [tp.TPV(probes=2), tp.TPV(compensated=True), tp.Jacobian()], ids=str)
+def test_what_layers_are_called_with_and_writing_in_place_change_nothing(criterion: Any) -> None:
+    x, labels = example(12, 5), torch.arange(12) % 4
+    plain = randomise(nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)))
+    words = Keywords()
+    words.first, words.last = plain[0], plain[2]
+    one, other = randomise(Writes(True)), randomise(Writes(False))
+    for model, like in ((words, plain), (one, other)):
+        found, wanted = (
+            tp.score(net, [(x, labels), (x + 1, labels)], tp.trace(net, x[:1]), criterion) for net in (model, like)
+        )
+        for got, expected in zip(found.values.values(), wanted.values.values(), strict=True):
+            assert gap(got, expected) <= tolerances.EXACT * float(expected.max())
+
+
+def test_inputs_with_gradients_give_the_same() -> None:
+    model, x = randomise(nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4))), example(12, 5)
+    graph = tp.trace(model, x[:1])
+    wanted, found = (tp.score(model, [given], graph) for given in (x, x.clone().requires_grad_()))
+    assert torch.equal(wanted.values["0"], found.values["0"])
+
+
+def test_compensated_scores_under_autocast_are_those_of_half_precision_passes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 5))
+    batches = list(torch.randn(640, 6).split(32))
+    graph = tp.trace(model, batches[0][:1])
+    wanted = tp.score(model, batches, graph, tp.TPV(compensated="alone"))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = tp.score(model, batches, graph, tp.TPV(compensated="alone"))
+    for name, value in wanted.values.items():
+        assert bool(((found.values[name] / value).log().abs() < 0.5).all()), name

@@ -1,0 +1,89 @@
+"""Where the samples of a batch lie in what layers read and give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpvprune.batches import evaluation_mode
+from tpvprune.errors import UnseenError
+from tpvprune.reads import ThroughLayers, read_by
+
+Places = Mapping[str, tuple[nn.Module, bool]]
+"""By name a module, and whether its output is meant or its input."""
+
+
+def unclear(shape: torch.Size, batch: int, last: bool) -> bool:
+    """Whether a tensor of a batch of several samples may have them elsewhere than outermost, one after the other.
+
+    Args:
+        shape: of the tensor.
+        batch: samples in the batch.
+        last: whether channels come last, so that there may be something before the samples, as time.
+    """
+    return batch > 1 and (shape[0] != batch or (last and len(shape) > 2 and shape[1] == batch))
+
+
+def sample_axes(model: nn.Module, places: Places, inputs: Tensor) -> dict[str, int]:
+    """The axis that the samples lie along in a layer's input or output: 0, in which each may have several rows, or 1.
+
+    Two samples are run together, and then the second one twice: what has changed belongs to the first.
+
+    Args:
+        model: any module; its hooks run.
+        places: where to look; those that a pass does not reach are left out.
+        inputs: `(batch, ...)` of two samples or more.
+
+    Raises:
+        UnseenError: a layer has its samples in another order, or what it reads of one depends on others.
+    """
+    other = next((n for n in range(1, len(inputs)) if not torch.equal(inputs[n], inputs[0])), 1)
+    one, same = (_seen(model, places, inputs[[first, other]]) for first in (0, other))
+    found = {}
+    for name, calls in one.items():
+        fits = [
+            axis for axis in (0, 1) if all(_apart(*pair, axis) for pair in zip(calls, same.get(name, ()), strict=True))
+        ]
+        if not fits:
+            raise UnseenError(
+                f"{name.partition(':')[2] or name!r} has the samples of a batch in an order of its own, or mixes them, "
+                "and what each of them says cannot be told apart; score with TPV(engine='batched'), or batches of one"
+            )
+        found[name] = fits[0]
+    return found
+
+
+def _seen(model: nn.Module, places: Places, inputs: Tensor) -> dict[str, list[Tensor]]:
+    found: dict[str, list[Tensor]] = {}
+
+    def hook(name: str, after: bool) -> Any:
+        def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            value = output if after else read_by(args, kwargs)
+            found.setdefault(name, []).append(value.detach().clone())  # it may be written into later
+
+        return keep
+
+    handles = [m.register_forward_hook(hook(n, after), with_kwargs=True) for n, (m, after) in places.items()]
+    try:
+        with evaluation_mode(model), torch.no_grad(), ThroughLayers(model):
+            model(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _apart(one: Tensor, same: Tensor, axis: int) -> bool:
+    """Whether all that differs between two runs lies in the first half along an axis."""
+    if one.shape != same.shape or one.ndim < axis + 2 or one.shape[axis] % 2:
+        return False
+    differs = (one != same) & ~(one.isnan() & same.isnan())
+    return not bool(differs.unflatten(axis, (2, -1)).select(axis, 1).any())
+
+
+def outermost(value: Tensor, axis: int) -> Tensor:
+    """A view with the samples first."""
+    return value.transpose(0, axis) if axis else value
