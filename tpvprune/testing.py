@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.batches import Batch
+from tpvprune.errors import InputError
 from tpvprune.scoring.criteria import Criterion
 from tpvprune.scoring.heads import Head
-from tpvprune.scoring.perturb import Perturbation
+from tpvprune.scoring.perturb import Perturbation, moments_of
 from tpvprune.types import Graph
 
 DRAWS = 4000
@@ -65,30 +66,19 @@ def check_perturbation(perturbation: Perturbation, name: str, weight: Tensor) ->
         weight: of any shape.
 
     Raises:
-        AssertionError: the moments are no pair of tensors (or None) that broadcast to the weight, are not finite or
-            not repeatable, the variance is below zero, or the weight or the global random state was changed.
+        AssertionError: the moments are no pair of tensors (or numbers, or None) that broadcast to the weight, are not
+            finite or not repeatable, the variance is below zero, or the weight or the global random state was changed.
     """
     given, random = weight.detach().clone(), torch.get_rng_state()
-    moments = perturbation.moments(name, given)
+    try:
+        moments = moments_of(perturbation, name, given)
+    except InputError as error:
+        raise AssertionError(str(error)) from None
     assert torch.equal(given, weight.detach()), "the weight was changed"
     assert torch.equal(random, torch.get_rng_state()), "the global random state was used; moments are no draws"
-    assert isinstance(moments, tuple), "moments are a pair: mean and variance"
-    assert len(moments) == 2, "moments are a pair: mean and variance"
-    for kind, moment, again in zip(("mean", "variance"), moments, perturbation.moments(name, given), strict=True):
-        if moment is None:
-            assert again is None, f"the {kind} does not repeat"
-            continue
-        assert isinstance(moment, Tensor), f"the {kind} is a {type(moment).__name__}; give a tensor, or None for zero"
-        try:
-            moment.expand(weight.shape)
-        except RuntimeError:
-            raise AssertionError(
-                f"the {kind} of shape {tuple(moment.shape)} does not broadcast to the weight's {tuple(weight.shape)}"
-            ) from None
-        assert bool(torch.isfinite(moment).all()), f"the {kind} is not finite"
-        assert kind == "mean" or bool((moment >= 0).all()), "the variance is below zero"
-        assert again is not None, f"the {kind} does not repeat"
-        assert torch.equal(moment, again), f"the {kind} does not repeat"
+    for kind, moment, again in zip(("mean", "variance"), moments, moments_of(perturbation, name, given), strict=True):
+        same = again is None if moment is None else again is not None and torch.equal(moment, again)
+        assert same, f"the {kind} does not repeat"
 
 
 def check_criterion(criterion: Criterion, model: nn.Module, batches: Iterable[Batch], graph: Graph) -> None:
