@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tpvprune as tp
 from tests import tolerances
@@ -44,6 +44,20 @@ def test_rounding_varies_as_much_as_real_rounding_errors(bits: int, per: str) ->
     shape = () if per == "tensor" else (4, 1, 1)
     assert variance.shape == shape
     torch.testing.assert_close(variance.flatten(), errors, rtol=tolerances.MEASURED_VARIANCE, atol=0)
+
+
+def test_a_channel_of_a_transposed_convolution_is_one_that_it_reads() -> None:
+    generator = torch.Generator().manual_seed(2)
+    layer = nn.ConvTranspose2d(3, 5, 2).double()
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator, dtype=torch.float64))
+    rounded_layer = tp.analysis.quantise(layer, 3, per="channel")
+    variance = tp.Rounding(3, "channel").moments("weight", layer.weight.detach())[1]
+    for number, inputs in enumerate(layer.weight.detach()):
+        wanted = rounded(inputs, 3)
+        torch.testing.assert_close(rounded_layer.weight[number], wanted, rtol=tolerances.EXACT, atol=tolerances.EXACT)
+        step = float(inputs.max() - inputs.min()) / 7
+        assert float(variance[number]) == pytest.approx(step**2 / 12, rel=tolerances.EXACT)
 
 
 def test_a_vector_has_one_step() -> None:

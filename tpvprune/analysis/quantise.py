@@ -24,7 +24,7 @@ def quantise(model: nn.Module, bits: int | Mapping[str, int], *, per: Per = "cha
         model: the model; it is left as it was.
         bits: 1 to 16 for every weight of two dimensions or more, or by parameter name. Parameters that are not named
             stay as they are.
-        per: one range a "tensor", or one an output "channel".
+        per: one range a "tensor", or one a "channel": a slice along the first dimension, as `Rounding` has it.
 
     Raises:
         InputError: the bits are out of range, or name a parameter that the model lacks.

@@ -53,7 +53,8 @@ class Rounding:
 
     Attributes:
         bits: 1 to 16.
-        per: one range for the whole "tensor", or one for each output "channel" (the first dimension).
+        per: one range for the whole "tensor", or one for each "channel": a slice along the weight's first
+            dimension, which is an output channel; of a transposed convolution, an input channel.
     """
 
     bits: int = 8
@@ -66,7 +67,7 @@ class Rounding:
             raise InputError(f"per={self.per!r} must be 'tensor' or 'channel'")
 
     def moments(self, name: str, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """`(None, step^2 / 12)`, one step a tensor or an output channel."""
+        """`(None, step^2 / 12)`, one step a tensor or a slice along the first dimension."""
         if self.per == "tensor" or weight.ndim < 2:
             spread = weight.max() - weight.min()
         else:
