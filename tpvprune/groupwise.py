@@ -19,7 +19,7 @@ from tpvprune.plan import Plan
 from tpvprune.planning.widths import costs_of, floors_of
 from tpvprune.report import compare
 from tpvprune.scores import Scores
-from tpvprune.scoring.criteria import check_model, score
+from tpvprune.scoring.criteria import check_groups, check_model, score
 from tpvprune.scoring.engine import Watched, weights_digest
 from tpvprune.scoring.tpv import TPV
 from tpvprune.surgery.removal import apply
@@ -64,7 +64,8 @@ def sensitivity(
     """
     wanted = checked_shares(shares)
     check_model(model, graph)
-    _check_groups(graph)
+    check_groups(graph)
+    _check_kinds(graph)
     if held_out is not None:
         repeatable(held_out, "every group is measured on them")
     earlier = SensitivityCurves.load(save) if save is not None and Path(save).is_file() else None
@@ -102,10 +103,7 @@ def checked_shares(shares: Sequence[float]) -> tuple[float, ...]:
     return tuple(sorted({float(share) for share in shares}, reverse=True))
 
 
-def _check_groups(graph: Graph) -> None:
-    if not graph.groups:
-        why = "; ".join(dict.fromkeys(graph.skipped.values())) or "it has no layer that could be"
-        raise PlanError(f"nothing of this model can be pruned, so there is no curve ({why})")
+def _check_kinds(graph: Graph) -> None:
     loose = next((group.id for group in graph.groups if group.kind == "weight"), None)
     if loose is not None:
         raise PlanError(f"the units of {loose!r} are single weights, which cannot be cut out; trace the model")

@@ -37,7 +37,8 @@ class Graph:
         reuse: multiply-adds per entry of a tensor and example. A convolution's weight is used once per
             output position, a linear layer's once per row.
         model_id: fingerprint of the architecture (names and shapes), see `fingerprint`.
-        skipped: modules whose outputs cannot be pruned, with the reason.
+        skipped: modules whose outputs cannot be pruned, or whose weights are no units of a `weight_graph`, with the
+            reason. A parameter that belongs to the model itself stands under its own name.
         itemsize: bytes per entry of every tensor in `shapes` that is kept in memory; what no group touches besides
             parameters stands under `#rest`.
         counts: whole numbers among the attributes of modules that count entries of a group's units, by qualified

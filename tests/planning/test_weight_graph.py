@@ -92,6 +92,54 @@ def test_weights_made_of_other_parameters_are_left_out_with_a_reason() -> None:
         tp.weight_graph(model, layers=["0"])
 
 
+class Mixed(nn.Module):
+    """Matrices of many kinds of layers; one that is both an embedding and a linear layer is offered as the latter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lstm = nn.Embedding(5, 4), nn.LSTM(4, 6, 2)
+        self.place, self.shift = nn.Parameter(torch.zeros(1, 3, 6)), nn.Parameter(torch.zeros(6))
+        self.attn, self.norm = nn.MultiheadAttention(6, 2), nn.LayerNorm(6)
+        self.far = nn.MultiheadAttention(6, 2, kdim=3)
+        self.normed = weight_norm(nn.Embedding(3, 4))
+        self.fc, self.names = nn.Linear(6, 5), nn.Embedding(5, 6)
+        self.names.weight = self.fc.weight
+
+
+def test_matrices_of_other_layers_are_left_out_with_a_reason() -> None:
+    model = Mixed()
+    graph = tp.weight_graph(model)
+    assert [group.id for group in graph.groups] == ["attn.out_proj.weight", "far.out_proj.weight", "fc.weight"]
+    told = {
+        "place": ("Mixed", "place"),
+        "embed": ("Embedding", "weight"),
+        "lstm": ("LSTM", "weight_ih_l0, weight_hh_l0, weight_ih_l1, weight_hh_l1"),
+        "attn": ("MultiheadAttention", "in_proj_weight"),
+        "far": ("MultiheadAttention", "q_proj_weight, k_proj_weight, v_proj_weight"),
+        "normed": ("ParametrizedEmbedding", "weight"),
+    }
+    assert graph.skipped == {
+        name: f"{kind} is no convolution or linear layer, whose weights alone are units ({keys})"
+        for name, (kind, keys) in told.items()
+    }
+    units = {id(model.get_parameter(group.id)) for group in graph.groups}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and id(parameter) not in units:
+            assert name in graph.skipped or name.split(".")[0] in graph.skipped
+    assert tp.Graph.from_json(graph.to_json()).skipped == graph.skipped
+
+
+def test_where_a_pattern_meets_none_the_reason_is_told() -> None:
+    with pytest.raises(
+        tp.ModelError, match=r"'lstm' matches none of the layers attn\.out_proj.*\('lstm': LSTM is no conv"
+    ):
+        tp.weight_graph(Mixed(), layers=["lstm"])
+    with pytest.raises(
+        tp.ModelError, match=r"'\*' matches no layer: no weight of the model is a unit \('0': Embedding is"
+    ):
+        tp.weight_graph(nn.Sequential(nn.Embedding(4, 3)))
+
+
 def test_a_graph_is_saved_and_loaded(tmp_path) -> None:
     graph = tp.weight_graph(built("mlp").model, (2, 2), ["0"])
     graph.save(tmp_path / "graph.json")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tpvprune as tp
 from tests import tolerances
@@ -45,6 +46,20 @@ def test_rounding_varies_as_much_as_real_rounding_errors(bits: int, per: str) ->
     torch.testing.assert_close(variance.flatten(), errors, rtol=tolerances.MEASURED_VARIANCE, atol=0)
 
 
+def test_a_channel_of_a_transposed_convolution_is_one_that_it_reads() -> None:
+    generator = torch.Generator().manual_seed(2)
+    layer = nn.ConvTranspose2d(3, 5, 2).double()
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator, dtype=torch.float64))
+    rounded_layer = tp.analysis.quantise(layer, 3, per="channel")
+    variance = tp.Rounding(3, "channel").moments("weight", layer.weight.detach())[1]
+    for number, inputs in enumerate(layer.weight.detach()):
+        wanted = rounded(inputs, 3)
+        torch.testing.assert_close(rounded_layer.weight[number], wanted, rtol=tolerances.EXACT, atol=tolerances.EXACT)
+        step = float(inputs.max() - inputs.min()) / 7
+        assert float(variance[number]) == pytest.approx(step**2 / 12, rel=tolerances.EXACT)
+
+
 def test_a_vector_has_one_step() -> None:
     vector = torch.tensor([-1.0, 0.5, 2.0])
     for per in ("tensor", "channel"):
@@ -80,8 +95,8 @@ def test_wrong_settings_are_refused(make, match: str) -> None:
 class Given:
     """Whatever it was made with."""
 
-    mean: Tensor | None = None
-    variance: Tensor | None = None
+    mean: Tensor | float | None = None
+    variance: Tensor | float | None = None
 
     def moments(self, name, weight):
         return self.mean, self.variance
@@ -102,6 +117,12 @@ def test_moments_come_at_the_shape_and_type_of_the_weight() -> None:
     assert mean.dtype == variance.dtype == torch.float64
     assert variance[2].eq(2).all()
     assert moments_of(Given(), "w", WEIGHT) == (None, None)
+    for half in (0.5, np.float32(0.5)):
+        mean, variance = moments_of(Given(half, 2), "w", WEIGHT)
+        assert torch.equal(mean, torch.full_like(WEIGHT, 0.5))
+        assert torch.equal(variance, torch.full_like(WEIGHT, 2))
+    with pytest.raises(tp.InputError, match=r"^Given: the perturbation's mean of 'w' is a ndarray; give a tensor"):
+        moments_of(Given(np.ones(2)), "w", WEIGHT)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +132,7 @@ def test_moments_come_at_the_shape_and_type_of_the_weight() -> None:
         (Given(variance=torch.ones(1, 3, 4, 2)), r"variance of 'w' has shape \(1, 3, 4, 2\)"),
         (Given(mean=torch.tensor(torch.nan)), "mean of 'w' is not finite"),
         (Given(variance=torch.tensor(torch.inf)), "variance of 'w' is not finite"),
-        (Given(variance=torch.tensor([0.0, -1e-9])), "variance of 'w' is not finite, or below zero"),
+        (Given(variance=torch.tensor([0.0, -1e-9])), "variance of 'w' is below zero"),
     ],
 )
 def test_wrong_moments_are_refused_by_name(own: Given, match: str, mlp) -> None:
@@ -129,6 +150,7 @@ def test_the_perturbations_keep_their_promise(name: str, weight: Tensor) -> None
     check_perturbation(PERTURBATIONS[name](), "w", weight)
     check_perturbation(tp.Rounding(4, "channel"), "w", weight)
     check_perturbation(Given(torch.ones(()), torch.ones(1)), "w", weight)
+    check_perturbation(Given(-0.1, 2), "w", weight)
 
 
 class Changes:
@@ -155,7 +177,8 @@ class Drifts:
         (Changes(), "the weight was changed"),
         (Draws(), "global random state"),
         (Drifts(), "mean does not repeat"),
-        (Given(0.5), "mean is a float"),
+        (Given("half"), "mean of 'w' is a str; give a tensor, a number, or None"),
+        (Given(-1, [2]), "variance of 'w' is a list of 1"),
         (Given(torch.ones(5)), "does not broadcast"),
         (Given(None, -torch.ones(())), "below zero"),
     ],
@@ -165,10 +188,40 @@ def test_wrong_perturbations_are_caught(own, phrase: str) -> None:
         check_perturbation(own, "w", WEIGHT.clone())
 
 
-def test_a_pair_is_asked_for() -> None:
-    class Single:
-        def moments(self, name, weight):
-            return weight
+@dataclass(frozen=True)
+class Returns:
+    what: object
 
-    with pytest.raises(AssertionError, match="a pair"):
-        check_perturbation(Single(), "w", WEIGHT)
+    def moments(self, name, weight):
+        return weight if self.what == "weight" else self.what
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("weight", r"a tensor of shape \(2, 3\)"),  # of two rows, which are no mean and variance
+        (0.5, "a float"),
+        (None, "a NoneType"),
+        ((torch.ones(()),), "a tuple of 1"),
+        ((None, None, None), "a tuple of 3"),
+        ([None, torch.ones(())], "a list of 2"),
+    ],
+)
+def test_a_pair_is_asked_for(what: object, told: str, mlp) -> None:
+    own, match = Returns(what), rf"Returns: the moments of '{{}}' are {told}, no pair; return \(mean, variance\)"
+    with pytest.raises(tp.InputError, match=match.format("w")):
+        moments_of(own, "w", torch.ones(2, 3))
+    with pytest.raises(AssertionError, match=match.format("w")):
+        check_perturbation(own, "w", torch.ones(2, 3))
+    if what != "weight":
+        with pytest.raises(tp.InputError, match=match.format("2.weight")):
+            tp.score(mlp.model, [mlp.inputs], mlp.graph, tp.TPV(perturbation=own))
+
+
+def test_a_number_scores_as_a_tensor_of_it_does(mlp) -> None:
+    scores = [
+        tp.score(mlp.model, [mlp.inputs], mlp.graph, tp.TPV(perturbation=Given(*moments)))
+        for moments in ((0.5, 2), (torch.tensor(0.5), torch.full((1,), 2.0)))
+    ]
+    for name, value in scores[0].values.items():
+        assert torch.equal(value, scores[1].values[name])

@@ -148,7 +148,7 @@ def advise(
         graph: from `trace`.
         drift: KL from the dense model in nats, at most, as predicted.
         bits: widths a weight may be rounded to, besides being left alone.
-        per: one range a "tensor", or one an output "channel".
+        per: one range a "tensor", or one a "channel": a slice along the first dimension, as `Rounding` has it.
         cost: what is made small.
         scores: of the model, in nats and with sensitivities; made with `TPV()` if left out.
         seed: of cotangents.

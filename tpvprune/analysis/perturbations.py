@@ -81,7 +81,7 @@ class RandomGrid:
 
     Attributes:
         bits: 1 to 16.
-        per: one range for the whole "tensor", or one for each output "channel" (the first dimension).
+        per: one range for the whole "tensor", or one for each "channel", as `Rounding` has it.
     """
 
     bits: int = 8

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
@@ -19,7 +19,8 @@ TRANSPOSED = "transposed"  # in the signature of a group: its weight holds the i
 def weight_graph(model: nn.Module, block: tuple[int, int] = (1, 1), layers: Sequence[str] = ("*",)) -> Graph:
     """A graph whose units are weights, or blocks of them, of convolutions and linear layers.
 
-    No forward pass is made, so multiply-adds are not counted. Scores over it are for masks: nothing can be cut.
+    No forward pass is made, so multiply-adds are not counted. Scores over it are for masks: nothing can be cut. Other
+    parameters of two dimensions or more are no units; `Graph.skipped` names their layers, with the reason.
 
     Args:
         model: any module.
@@ -38,12 +39,15 @@ def weight_graph(model: nn.Module, block: tuple[int, int] = (1, 1), layers: Sequ
                 found[name] = module
             else:
                 skipped[name] = "its weight is computed from other parameters"
+    skipped |= _others(model, {id(module.weight) for module in found.values()}, skipped)
     chosen: dict[str, nn.Module] = {}
     for pattern in layers:
         meant = matcher(pattern)
         hits = {name: module for name, module in found.items() if meant(name)}
         if not hits:
-            raise ModelError(f"{pattern!r} matches none of the layers {', '.join(found)}")
+            why = "; ".join(f"{layer!r}: {why}" if layer else why for layer, why in skipped.items() if meant(layer))
+            told = f"none of the layers {', '.join(found)}" if found else "no layer: no weight of the model is a unit"
+            raise ModelError(f"{pattern!r} matches {told}{why and f' ({why})'}")
         chosen |= hits
     groups: dict[str, Group] = {}
     for module in chosen.values():
@@ -71,3 +75,27 @@ def weight_graph(model: nn.Module, block: tuple[int, int] = (1, 1), layers: Sequ
         model_id=fingerprint((name, tuple(tensor.shape)) for name, tensor in everything),
         skipped=skipped,
     )
+
+
+def _others(model: nn.Module, offered: Collection[int], told: Collection[str]) -> dict[str, str]:
+    """Layers, and parameters of the model itself, that hold other matrices, each with the reason they are no units.
+
+    Args:
+        model: any module.
+        offered: ids of the parameters that are units.
+        told: layers of which a reason is known.
+    """
+    keys: dict[str, dict[str, None]] = {}  # in their order, each once
+    kinds: dict[str, str] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or id(parameter) in offered:
+            continue
+        layer, computed, rest = name.partition("parametrizations.")  # whose names follow the weight's
+        layer, key = (layer.rstrip("."), rest.split(".")[0]) if computed else name.rpartition(".")[::2]
+        if layer not in told:
+            kinds[layer or key] = type(model.get_submodule(layer)).__name__
+            keys.setdefault(layer or key, {})[key] = None
+    return {
+        name: f"{kind} is no convolution or linear layer, whose weights alone are units ({', '.join(keys[name])})"
+        for name, kind in kinds.items()
+    }

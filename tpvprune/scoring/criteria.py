@@ -21,6 +21,7 @@ from tpvprune.scoring.tpv import TPV
 from tpvprune.types import Graph, fingerprint
 
 logger = logging.getLogger(__name__)
+REASONS = 3  # why nothing can be pruned, that are told
 
 
 class Criterion(Protocol):
@@ -92,13 +93,14 @@ def score(
         exact: `save` keeps sensitivities in full precision, in twice the room; see `Scores.save`.
 
     Raises:
-        PlanError: the graph was traced from another model, or `start` is of another criterion.
+        PlanError: the graph has no group or was traced from another model, or `start` is of another criterion.
         DataError: there is no batch, one holds no tensor, labels are needed and missing, or `save` holds scores of
             other batches.
         NonFiniteError: the model gives NaN or infinity.
         InputError: the criterion does not learn from batches one by one, and `start` or `until` is given.
     """
     check_model(model, graph)
+    check_groups(graph)
     criterion = criterion or TPV()
     if isinstance(criterion, Streaming):
         how: dict[str, Any] = {"start": start, "until": until, "save": save, "exact": exact}
@@ -128,3 +130,18 @@ def check_model(model: nn.Module, graph: Graph) -> None:
         wrong = next((n for n, s in graph.shapes.items() if "#" not in n and have.get(n) != s), None)
         detail = f": {wrong!r} is {have.get(wrong)}, the graph says {graph.shapes[wrong]}" if wrong else ""
         raise PlanError(f"the graph was traced from another {type(model).__name__}{detail}; trace this model first")
+
+
+def check_groups(graph: Graph) -> None:
+    """Refuse a graph of a model of which nothing can leave.
+
+    Raises:
+        PlanError: it has no group; the first of the reasons are told.
+    """
+    if graph.groups:
+        return
+    reasons: dict[str, str] = {}
+    for layer, why in graph.skipped.items():
+        reasons.setdefault(why, f"{layer!r}: {why}" if layer else why)
+    told = "; ".join(list(reasons.values())[:REASONS]) or "it has no layer that could be"
+    raise PlanError(f"nothing of this model can be pruned, its graph has no groups; see graph.skipped ({told})")

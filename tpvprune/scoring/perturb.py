@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from numbers import Real
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,8 +23,11 @@ from tpvprune.errors import InputError
 class Perturbation(Protocol):
     """What a perturbation offers; `testing.check_perturbation` checks one of your own."""
 
-    def moments(self, name: str, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Mean and variance of what is added to `weight`, each of a shape that broadcasts to it; None is zero.
+    def moments(self, name: str, weight: Tensor) -> tuple[Tensor | float | None, Tensor | float | None]:
+        """Mean and variance of what is added to `weight`: a tuple of two.
+
+        Each is a tensor of a shape that broadcasts to the weight's, a number that holds for all of it, or None for
+        zero.
 
         Args:
             name: qualified name of the parameter.
@@ -49,7 +53,8 @@ class Rounding:
 
     Attributes:
         bits: 1 to 16.
-        per: one range for the whole "tensor", or one for each output "channel" (the first dimension).
+        per: one range for the whole "tensor", or one for each "channel": a slice along the weight's first
+            dimension, which is an output channel; of a transposed convolution, an input channel.
     """
 
     bits: int = 8
@@ -62,7 +67,7 @@ class Rounding:
             raise InputError(f"per={self.per!r} must be 'tensor' or 'channel'")
 
     def moments(self, name: str, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """`(None, step^2 / 12)`, one step a tensor or an output channel."""
+        """`(None, step^2 / 12)`, one step a tensor or a slice along the first dimension."""
         if self.per == "tensor" or weight.ndim < 2:
             spread = weight.max() - weight.min()
         else:
@@ -112,19 +117,41 @@ def moments_of(perturbation: Perturbation, name: str, weight: Tensor) -> tuple[T
     """The moments, checked and at the weight's shape.
 
     Raises:
-        InputError: a moment has another shape, is not finite, or a variance is below zero.
+        InputError: they are no tuple of two, a moment is neither a tensor nor a number, has another shape or is not
+            finite, or a variance is below zero.
     """
-    out = []
-    for kind, moment in zip(("mean", "variance"), perturbation.moments(name, weight), strict=True):
-        if moment is not None:
-            try:
-                moment = moment.to(weight).expand(weight.shape)
-            except RuntimeError:
-                raise InputError(
-                    f"the perturbation's {kind} of {name!r} has shape {tuple(moment.shape)}, the weight "
-                    f"{tuple(weight.shape)}"
-                ) from None
-            if not bool(torch.isfinite(moment).all()) or (kind == "variance" and bool((moment < 0).any())):
-                raise InputError(f"the perturbation's {kind} of {name!r} is not finite, or below zero")
-        out.append(moment)
-    return out[0], out[1]
+    given: Any = perturbation.moments(name, weight)
+    who = type(perturbation).__name__
+    if not isinstance(given, tuple) or len(given) != 2:
+        raise InputError(f"{who}: the moments of {name!r} are {_told(given)}, no pair; return (mean, variance)")
+    mean, variance = (
+        None if moment is None else _moment(f"{who}: the perturbation's {kind} of {name!r}", moment, weight)
+        for kind, moment in zip(("mean", "variance"), given, strict=True)
+    )
+    if variance is not None and bool((variance < 0).any()):
+        raise InputError(f"{who}: the perturbation's variance of {name!r} is below zero; give squares")
+    return mean, variance
+
+
+def _moment(what: str, moment: Any, weight: Tensor) -> Tensor:
+    """One moment at the weight's shape."""
+    if isinstance(moment, Real):
+        moment = torch.tensor(float(moment))
+    if not isinstance(moment, Tensor):
+        raise InputError(f"{what} is {_told(moment)}; give a tensor, a number, or None for zero")
+    try:
+        moment = moment.to(weight).expand(weight.shape)
+    except RuntimeError:
+        raise InputError(
+            f"{what} has shape {tuple(moment.shape)}, the weight {tuple(weight.shape)}: it does not broadcast"
+        ) from None
+    if not bool(torch.isfinite(moment).all()):
+        raise InputError(f"{what} is not finite")
+    return moment
+
+
+def _told(given: Any) -> str:
+    if isinstance(given, Tensor):
+        return f"a tensor of shape {tuple(given.shape)}"
+    sized = f" of {len(given)}" if isinstance(given, (tuple, list)) else ""
+    return f"a {type(given).__name__}{sized}"
