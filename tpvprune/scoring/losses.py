@@ -56,6 +56,7 @@ class _FromLoss:
 
     probes: int = 1
     seed: int = 0
+    labelled = False
 
     @property
     def label(self) -> str:
@@ -121,6 +122,7 @@ class Taylor(_BatchLoss):
     """
 
     output: Selector = None
+    labelled = True
 
     def _targets(self, model: nn.Module, batch: Batch, inputs: Tensor, output: Tensor, part: slice) -> Tensor:
         return _labels(batch, output, part, self.label)
@@ -172,6 +174,7 @@ class Fisher(_FromLoss):
 
     seed: int = 0
     output: Selector = None
+    labelled = True
 
     def observe(
         self, model: nn.Module, batches: Iterable[Batch], graph: Graph, first: int, progress: Progress | None
@@ -221,6 +224,7 @@ class Jacobian(_FromLoss):
 
     output: Selector = None
     over: Literal["consume", "all"] = "all"
+    labelled = True
 
     def __post_init__(self) -> None:
         if self.over not in ("consume", "all"):
