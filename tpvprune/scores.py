@@ -82,8 +82,8 @@ class Scores:
     """Importance of every unit: what the outputs are predicted to move when it alone is removed.
 
     Attributes:
-        values: float64 `(units,)` per group (of weights: of the model's type). For `TPV` with the softmax head,
-            half of a value is nats of KL.
+        values: float64 `(units,)` per group (of weights: of the model's type, float32 at least). For `TPV` with the
+            softmax head, half of a value is nats of KL.
         stderr: standard error of each value, same shapes; None where the criterion has none.
         criterion: how they were made, in words.
         samples: examples seen.

@@ -34,6 +34,11 @@ def stream(seed: int, batch: int, probe: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+def wide(value: Tensor) -> Tensor:
+    """Half precision as float32."""
+    return value if value.dtype == torch.float64 else value.float()
+
+
 def global_number(batch: int) -> int:
     """Number of a process's batch among the batches of all processes, which take them in turns."""
     rank, world = process()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tpvprune.errors import InputError
+from tpvprune.scoring.engine import wide
 
 
 @runtime_checkable
@@ -109,12 +110,12 @@ def perturbation_named(perturbation: str | Perturbation) -> Perturbation:
 
 
 def moments_of(perturbation: Perturbation, name: str, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The moments, checked and at the weight's shape.
+    """The moments, checked and at the weight's shape; of a weight in half precision in float32, where they have room.
 
     Raises:
         InputError: a moment has another shape, is not finite, or a variance is below zero.
     """
-    out = []
+    out, weight = [], wide(weight)
     for kind, moment in zip(("mean", "variance"), perturbation.moments(name, weight), strict=True):
         if moment is not None:
             try:
