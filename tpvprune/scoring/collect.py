@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from tpvprune.batches import Batch, Progress
+from tpvprune.batches import Batch, Progress, on_one_tensor
 from tpvprune.errors import InputError
 from tpvprune.processes import of_all, process
 from tpvprune.scores import Scores, Sensitivities, Settled
@@ -143,8 +143,24 @@ def collect(
     Raises:
         PlanError: `start` is of another criterion, model or seed.
         DataError: `save` holds scores of other batches.
-        InputError: `until` or `start` under several processes.
+        ModelError: the model is not called on one tensor, or was made inside `torch.inference_mode()`.
+        InputError: `until` or `start` under several processes; `until` with a criterion without standard errors.
     """
+    with on_one_tensor(model):
+        return _collect(criterion, model, batches, graph, progress, start, until, save, exact)
+
+
+def _collect(
+    criterion: Streaming,
+    model: nn.Module,
+    batches: Iterable[Batch],
+    graph: Graph,
+    progress: Progress | None,
+    start: Scores | None,
+    until: Settled | None,
+    save: str | PathLike[str] | None,
+    exact: bool,
+) -> Scores:
     world = process()[1]
     if world > 1 and until is not None:
         raise InputError("until= looks at the scores after every batch, which several processes cannot; leave it out")
@@ -158,7 +174,7 @@ def collect(
     skip, rows, fresh = watched.skip, _Rows.of(start), 0
     cap = getattr(criterion, "cap", 0)
     later: Later | None = None
-    saved, took = time.monotonic(), 0.0
+    saved, took, has_errors = time.monotonic(), 0.0, False
 
     def state(done: int, whole: bool = True) -> Scores:
         held = rows.result(graph, -(-cap // world))
@@ -176,7 +192,16 @@ def collect(
             took = saved - began  # scores that depend on each other take long to make, those of many weights to write
 
     def settled(done: int) -> bool:
-        return until is not None and tally.total >= until.least and until.reached(state(done))
+        nonlocal has_errors
+        if until is None or (tally.total < until.least and (has_errors or tally.rows < 2)):
+            return False
+        found = state(done)
+        has_errors = found.stderr is not None
+        if not has_errors and tally.rows > 1:
+            raise InputError(
+                f"{criterion.label} has no standard errors, by which until= would know when to stop; leave it out"
+            )
+        return until.reached(found)
 
     try:
         # A process without a batch to score has others to wait for it; one alone is told that there is none.

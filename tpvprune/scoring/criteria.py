@@ -92,11 +92,16 @@ def score(
         DataError: there is no batch, one holds no tensor, labels are needed and missing, or `save` holds scores of
             other batches (or labels, where they are read).
         NonFiniteError: the model gives NaN or infinity.
-        InputError: the criterion does not learn from batches one by one, and `start` or `until` is given; batches
-            would be added to compensated scores.
+        ModelError: the model is not called on one tensor, or was made inside `torch.inference_mode()`.
+        InputError: what is given as the criterion is none; the criterion does not learn from batches one by one, and
+            `start` or `until` is given, or has no standard errors, and `until` is; batches would be added to
+            compensated scores.
     """
     check_model(model, graph)
-    criterion = criterion or TPV()
+    criterion = TPV() if criterion is None else criterion
+    if isinstance(criterion, type) or not callable(getattr(criterion, "measure", None)):
+        given = f"the class {criterion.__name__}" if isinstance(criterion, type) else f"{criterion!r}"
+        raise InputError(f"criterion={given} is no criterion; give one that is made, as tp.TPV() or tp.L1()")
     if isinstance(criterion, Streaming):
         how: dict[str, Any] = {"start": start, "until": until, "save": save, "exact": exact}
         return collect(criterion, model, batches, graph, progress=progress, **how)

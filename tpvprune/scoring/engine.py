@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpvprune.batches import Batch, inputs_of, labels_of, length_of
+from tpvprune.batches import Batch, filled_inputs, labels_of, length_of
 from tpvprune.errors import DataError, InputError
 from tpvprune.processes import of_all, process
 from tpvprune.scores import Sensitivities
@@ -154,7 +154,7 @@ class Watched:
     def _read(self) -> Iterator[Batch]:
         count = 0
         for batch in self.batches:
-            self.digests.append(self._digest(self.digests[-1], batch))
+            self.digests.append(self._digest(self.digests[-1], batch, count))
             count += 1
             if count > self.skip:
                 yield batch
@@ -167,16 +167,16 @@ class Watched:
                 "they were made of, or save to another file"
             )
 
-    def _digest(self, before: str, batch: Batch) -> str:
+    def _digest(self, before: str, batch: Batch, number: int) -> str:
         """A fingerprint of a batch and all before it."""
-        inputs, told = inputs_of(batch), labels_of(batch) if self.labelled else None
+        inputs, told = filled_inputs(batch, number), labels_of(batch) if self.labelled else None
         found = _hash(before, tuple(inputs.shape), _entries(inputs))
         return found if told is None else _hash(found, tuple(told.shape), told.detach().double())
 
 
 def _entries(inputs: Tensor) -> Tensor:
     """Evenly spaced entries of every sample, `(samples, entries)` in float64."""
-    flat = inputs.detach().reshape(len(inputs), -1) if len(inputs) else inputs.detach().reshape(1, -1)
+    flat = inputs.detach().reshape(len(inputs), -1)
     stride = max(1, flat.shape[1] // _FINGERPRINT)
     return flat[:, ::stride].double()
 
