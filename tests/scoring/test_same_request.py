@@ -291,3 +291,20 @@ def test_batches_past_those_that_say_what_compensates_are_added(
     tp.score(model, data(2), graph, criterion, save=tmp_path / "s")
     done = tp.score(model, data(4), graph, criterion, save=tmp_path / "s")
     assert_same_state(done.values, tp.score(model, data(4), graph, criterion).values)
+
+
+# The same batches once more
+
+
+def test_batches_that_are_added_twice_are_warned_of(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    model, graph = built("mlp").model, built("mlp").graph
+    first = tp.score(model, data(3), graph, save=tmp_path / "s")
+    for start in (first, tp.Scores.load(tmp_path / "s")):
+        for batches, told in ((data(3), 1), (data(5), 1), (data(2), 0), (data(5)[3:], 0)):
+            caplog.clear()
+            assert tp.score(model, batches, graph, start=start).tally.batches == 3 + len(batches)
+            found = [record.getMessage() for record in caplog.records]
+            assert sum("the first 3 of these batches, which now count twice" in one for one in found) == told
+    caplog.clear()
+    tp.score(model, data(5), graph, save=tmp_path / "s")
+    assert not caplog.records

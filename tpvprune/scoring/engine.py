@@ -114,6 +114,7 @@ class Watched:
         self.digests = [""] if skip else [expected]
         self.ahead = ""
         self._expected = expected
+        self._afresh = ""
         self._rest = self._read()
         self._ahead: list[Batch] = []
 
@@ -156,6 +157,8 @@ class Watched:
         for batch in self.batches:
             self.digests.append(self._digest(self.digests[-1], batch, count))
             count += 1
+            if self._expected and not self.skip:
+                self._warn_of_again(batch, count - 1)
             if count > self.skip:
                 yield batch
             elif count == self.skip and self.digests[-1] != self._expected:
@@ -165,6 +168,16 @@ class Watched:
             raise DataError(
                 f"the saved scores are of {self.skip} {what} other than those these begin with; give the {what} "
                 "they were made of, or save to another file"
+            )
+
+    def _warn_of_again(self, batch: Batch, number: int) -> None:
+        """Say so where batches that are added begin with those that are there."""
+        self._afresh = self._digest(self._afresh, batch, number)
+        if self._afresh == self._expected:
+            logger.warning(
+                "the scores given as start= are of the first %d of these batches, which now count twice; leave them "
+                "out, or use save=, which does",
+                number + 1,
             )
 
     def _digest(self, before: str, batch: Batch, number: int) -> str:
