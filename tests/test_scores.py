@@ -237,6 +237,18 @@ def test_a_file_cut_short_is_refused(tmp_path) -> None:
             tp.Scores.load(tmp_path / "cut")
 
 
+def test_a_file_with_other_bytes_is_refused(tmp_path) -> None:
+    full_scores().save(tmp_path / "s")
+    whole = (tmp_path / "s").read_bytes()
+    begin = 8 + int.from_bytes(whole[:8], "little")  # after the header
+    for first, last in ((len(whole) - 40, len(whole)), (begin, begin + 40), (begin + 100, begin + 101)):
+        changed = bytes(255 - byte for byte in whole[first:last])
+        (tmp_path / "bad").write_bytes(whole[:first] + changed + whole[last:])
+        with pytest.raises(tp.PlanError, match=r"damaged.*score again"):
+            tp.Scores.load(tmp_path / "bad")
+    tp.Scores.load(damaged(tmp_path))  # one that says nothing of its bytes
+
+
 @pytest.mark.parametrize("rows", [torch.ones(6, 4), torch.ones(6)])
 def test_sensitivities_have_a_column_a_unit(rows: torch.Tensor) -> None:
     with pytest.raises(tp.PlanError, match="5 columns"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -52,11 +53,28 @@ def inputs_of(batch: Batch, key: str | None = None) -> Tensor:
     return item
 
 
+def filled_inputs(batch: Batch, number: int, key: str | None = None) -> Tensor:
+    """`inputs_of`, of at least one sample.
+
+    Args:
+        batch: see `inputs_of`.
+        number: of the batch, from 0.
+        key: see `inputs_of`.
+
+    Raises:
+        DataError: there is no sample in it.
+    """
+    inputs = inputs_of(batch, key)
+    if not len(inputs):
+        raise DataError(f"batch {number} (from 0) holds no sample, shape {tuple(inputs.shape)}; leave such batches out")
+    return inputs
+
+
 def labels_of(batch: Batch) -> Tensor | None:
     """The second item of a tuple or dict batch if it is a tensor; None otherwise."""
     items = list(batch.values()) if isinstance(batch, Mapping) else batch
     if isinstance(items, Sequence) and len(items) > 1 and isinstance(items[1], Tensor):
-        return items[1]
+        return _plain(items[1])
     return None
 
 
@@ -120,13 +138,18 @@ def model_inputs(
     return (inputs for inputs, _ in model_batches(model, batches, stage, progress, key))
 
 
+def _plain(value: Tensor) -> Tensor:
+    """A copy that gradients can be taken past, of what was made inside `torch.inference_mode()`."""
+    return value.clone() if value.is_inference() else value
+
+
 def model_batches(
     model: nn.Module, batches: Iterable[Batch], stage: str, progress: Progress | None = None, key: str | None = None
 ) -> Iterator[tuple[Tensor, Batch]]:
     """`model_inputs`, each with the batch it came from."""
     device, total, count = device_of(model), length_of(batches), 0
     for batch in batches:
-        yield inputs_of(batch, key).to(device, non_blocking=True), batch
+        yield _plain(filled_inputs(batch, count, key)).to(device, non_blocking=True), batch
         count += 1
         if progress:
             progress(stage, count, total)
@@ -218,6 +241,35 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
     finally:
         for module in itertools.chain(*training):
             module.training = True
+
+
+@contextmanager
+def on_one_tensor(model: nn.Module) -> Iterator[None]:
+    """Outside of inference mode, and with errors of PyTorch that come of the model as it was given in plain words.
+
+    Raises:
+        ModelError: the model is not called on one tensor, or its weights were made inside `torch.inference_mode()`.
+    """
+    try:
+        with torch.inference_mode(False):
+            yield
+    except TypeError as error:
+        try:
+            inspect.signature(model.forward).bind(None)
+        except TypeError as wrong:
+            raise ModelError(
+                f"{type(model).__name__} is not called on one tensor ({wrong}); wrap it in a module that takes the "
+                "input alone and gives the other arguments itself"
+            ) from error
+        raise
+    except RuntimeError as error:
+        made = next((name for name, p in [*model.named_parameters(), *model.named_buffers()] if p.is_inference()), None)
+        if made is None:
+            raise
+        raise ModelError(
+            f"{made!r} of {type(model).__name__} was made inside torch.inference_mode(), and no gradient goes past "
+            "it; make or load the model outside of that"
+        ) from error
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
@@ -82,8 +83,8 @@ class Scores:
     """Importance of every unit: what the outputs are predicted to move when it alone is removed.
 
     Attributes:
-        values: float64 `(units,)` per group (of weights: of the model's type). For `TPV` with the softmax head,
-            half of a value is nats of KL.
+        values: float64 `(units,)` per group (of weights: of the model's type, float32 at least). For `TPV` with the
+            softmax head, half of a value is nats of KL.
         stderr: standard error of each value, same shapes; None where the criterion has none.
         criterion: how they were made, in words.
         samples: examples seen.
@@ -196,7 +197,7 @@ class Scores:
             memory = value.untyped_storage().data_ptr()
             tensors[key] = value.clone() if memory in held else value  # the format refuses shared memory
             held.add(memory)
-        write_bytes(path, save(tensors, metadata={"tpvprune": json.dumps(about)}))
+        write_bytes(path, save(tensors, metadata={"tpvprune": json.dumps(about), "checksum": _checksum(tensors)}))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Scores:
@@ -209,11 +210,14 @@ class Scores:
             raise PlanError(f"no scores at {path}; run the score stage first")
         try:
             with safe_open(str(path), framework="pt") as file:
-                about = json.loads((file.metadata() or {}).get("tpvprune", "{}"))
+                told = file.metadata() or {}
+                about = json.loads(told.get("tpvprune", "{}"))
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
         except (SafetensorError, ValueError) as error:
             raise PlanError(f"{path} is no scores file: {error}") from error
         check_format(about, SCORES_FORMAT, f"scores {path}")
+        if "checksum" in told and told["checksum"] != _checksum(tensors):  # files of earlier versions have none
+            raise PlanError(f"scores {path} are damaged: they are not what was written; score again")
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {k[len(prefix) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{prefix}/")}
@@ -260,6 +264,15 @@ class Settled:
     def reached(self, scores: Scores) -> bool:
         """Whether these scores are settled."""
         return scores.samples >= self.least and bool(scores.summary(self.cut, self.share)["settled"])
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Of names and values."""
+    found = 0
+    for name in sorted(tensors):
+        found = zlib.crc32(name.encode(), found)
+        found = zlib.crc32(tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, found)
+    return f"{found:08x}"
 
 
 def _ranks(values: Tensor) -> Tensor:

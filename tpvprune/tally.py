@@ -40,12 +40,13 @@ class Tally:
         """The tally of one batch.
 
         Args:
-            values: `(rows, entries)` per key.
+            values: `(rows, entries)` per key. Half precision is summed in float32: a sum of its own would stand still
+                after a few hundred batches.
             stands_for: samples each row stands for.
         """
         sums, rows = {}, 0
         for key, value in values.items():
-            rows, y = len(value), value * stands_for
+            rows, y = len(value), (value if value.dtype == torch.float64 else value.float()) * stands_for
             total = y.sum(0)
             even = y[::2].sum(0)
             sums[key] = torch.stack([even, total - even, y.square().sum(0), total * stands_for]).cpu()

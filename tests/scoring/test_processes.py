@@ -140,6 +140,21 @@ def refused(rank: int, folder: str) -> dict[str, str]:
     return told | {"left": " ".join(sorted(path.name for path in save.parent.glob("refused.*")))}
 
 
+def added_to(rank: int, folder: str, lost: int | None) -> str:
+    """What the processes say where a batch more would compensate; one of them may have no share any more."""
+    save = Path(folder, f"added{lost}.safetensors")
+    stopped("compensated", rank, save)
+    if lost == rank:
+        save.with_name(f"{save.stem}.{rank}-of-{WORLD}.safetensors").unlink()
+    torch.distributed.barrier()
+    more = [*data(5), *data(1)][rank::WORLD]
+    try:
+        tp.score(built("mlp").model, more, graph_of("compensated"), tp.TPV(compensated=True), save=save)
+    except tp.InputError as error:
+        return str(error)
+    return "nothing"
+
+
 def work(rank: int, folder: str) -> None:
     """What each process does; what it found is left in the folder."""
     torch.set_num_threads(1)
@@ -165,6 +180,7 @@ def work(rank: int, folder: str) -> None:
     found["resumed"] = {name: resumed(name, rank, folder) for name in RESUMED}
     found["one lost"] = [resumed("compensated", rank, folder, lost) for lost in range(WORLD)]
     found["shares refused"] = refused(rank, folder)
+    found["added to"] = [added_to(rank, folder, lost) for lost in (None, *range(WORLD))]
     found["saves"] = saves(rank, folder, collecting.SAVE_EVERY)
     found["saves, kept"] = saves(rank, folder, -1.0)
     Path(folder, f"found{rank}").write_bytes(pickle.dumps(found))
@@ -281,6 +297,12 @@ def test_a_share_that_is_lost_is_scored_anew(lost: int, found: Any) -> None:
         _, counted, scores = one["one lost"][lost]
         assert counted == (len(data(5)[rank::WORLD]) if rank == lost else 1 - rank)
         assert_same_state(scores.values, one["compensated"].values)
+
+
+def test_compensated_scores_are_added_to_by_none(found: Any) -> None:
+    for one in found[1]:
+        for told in one["added to"]:
+            assert "what compensates what would change; score anew" in told
 
 
 def test_shares_of_something_else_are_refused_by_all(found: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -100,9 +102,20 @@ def test_the_cut_is_what_has_to_be_clear() -> None:
     assert clear < close
 
 
-def test_scores_without_an_error_never_settle() -> None:
+@pytest.mark.parametrize("criterion", [tp.Variance(), tp.Wanda(), tp.TPV(engine="factored")], ids=lambda c: c.label)
+def test_scores_without_an_error_are_not_waited_for(criterion, tmp_path) -> None:
     # The variance of an activation is no mean over samples, and has no standard error.
-    assert scored(easy(), criterion=tp.Variance(), until=tp.Settled(share=0.5, least=1)).samples == 640
+    model = easy()
+    graph = tp.trace(model, torch.zeros(1, 6, dtype=torch.float64))
+    graph = tp.weight_graph(model) if criterion == tp.TPV(engine="factored") else graph
+    for least in (1, 10**6):
+        model.calls = 0
+        with pytest.raises(tp.InputError, match=r"has no standard errors.*leave it out"):
+            tp.score(model, itertools.cycle(data()), graph, criterion, until=tp.Settled(share=0.5, least=least))
+        assert model.calls <= 2
+    tp.score(model, data(3), graph, criterion, save=tmp_path / "s")
+    with pytest.raises(tp.InputError, match="has no standard errors"):
+        tp.score(model, data(), graph, criterion, until=tp.Settled(), save=tmp_path / "s")
     assert not tp.Settled().reached(tp.Scores({"a": torch.ones(3)}, None, "", 999, 1, 0, ""))
 
 

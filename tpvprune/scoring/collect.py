@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
@@ -14,11 +14,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from tpvprune.batches import Batch, Progress
-from tpvprune.errors import InputError, PlanError
+from tpvprune.batches import Batch, Progress, on_one_tensor
+from tpvprune.errors import InputError
 from tpvprune.processes import of_all, process
 from tpvprune.scores import Scores, Sensitivities, Settled
-from tpvprune.scoring.engine import Watched, digest_of_all, gathered_rows, reduced, weights_digest
+from tpvprune.scoring.engine import Watched, digest_of_all, gathered_rows, reduced
+from tpvprune.scoring.resume import check_start, made_of
 from tpvprune.scoring.shares import finish, share_of
 from tpvprune.tally import Tally
 from tpvprune.types import Graph
@@ -50,7 +51,10 @@ class Observation:
 
 @runtime_checkable
 class Streaming(Protocol):
-    """A criterion whose scores follow from sums over batches."""
+    """A criterion whose scores follow from sums over batches.
+
+    One that reads labels says so by an attribute `labelled`, True. Batches with other labels are other batches to it.
+    """
 
     @property
     def probes(self) -> int | str:
@@ -139,8 +143,24 @@ def collect(
     Raises:
         PlanError: `start` is of another criterion, model or seed.
         DataError: `save` holds scores of other batches.
-        InputError: `until` or `start` under several processes.
+        ModelError: the model is not called on one tensor, or was made inside `torch.inference_mode()`.
+        InputError: `until` or `start` under several processes; `until` with a criterion without standard errors.
     """
+    with on_one_tensor(model):
+        return _collect(criterion, model, batches, graph, progress, start, until, save, exact)
+
+
+def _collect(
+    criterion: Streaming,
+    model: nn.Module,
+    batches: Iterable[Batch],
+    graph: Graph,
+    progress: Progress | None,
+    start: Scores | None,
+    until: Settled | None,
+    save: str | PathLike[str] | None,
+    exact: bool,
+) -> Scores:
     world = process()[1]
     if world > 1 and until is not None:
         raise InputError("until= looks at the scores after every batch, which several processes cannot; leave it out")
@@ -148,17 +168,17 @@ def collect(
         raise InputError("start= is for one process: several would each add to it; score anew, or in one process")
     if save is not None and start is not None:
         raise InputError("give start= or save=, not both: a file that exists is gone on with")
-    made_of = {"weights": weights_digest(model), "settings": _settings(criterion)}
+    request = made_of(criterion, model, graph)
     own = None if save is None else share_of(Path(save))
-    start, tally, watched = _begun(own, start, criterion, batches, graph, made_of)
+    start, tally, watched = _begun(own, start, criterion, batches, graph, request)
     skip, rows, fresh = watched.skip, _Rows.of(start), 0
     cap = getattr(criterion, "cap", 0)
     later: Later | None = None
-    saved, took = time.monotonic(), 0.0
+    saved, took, has_errors = time.monotonic(), 0.0, False
 
     def state(done: int, whole: bool = True) -> Scores:
         held = rows.result(graph, -(-cap // world))
-        about = _manifest(watched.digests[done], tally, world) | made_of
+        about = _manifest(watched, done, tally, world) | request
         if start is not None and not fresh and world == 1:  # nothing new was seen, nor what `later` is made of
             return replace(start, sensitivities=held, manifest=about)
         return _scores(criterion, model, graph, tally, held, about, later if whole else None)
@@ -172,7 +192,16 @@ def collect(
             took = saved - began  # scores that depend on each other take long to make, those of many weights to write
 
     def settled(done: int) -> bool:
-        return until is not None and tally.total >= until.least and until.reached(state(done))
+        nonlocal has_errors
+        if until is None or (tally.total < until.least and (has_errors or tally.rows < 2)):
+            return False
+        found = state(done)
+        has_errors = found.stderr is not None
+        if not has_errors and tally.rows > 1:
+            raise InputError(
+                f"{criterion.label} has no standard errors, by which until= would know when to stop; leave it out"
+            )
+        return until.reached(found)
 
     try:
         # A process without a batch to score has others to wait for it; one alone is told that there is none.
@@ -212,18 +241,19 @@ def _begun(
     criterion: Streaming,
     batches: Iterable[Batch],
     graph: Graph,
-    made_of: Mapping[str, Any],
+    request: Mapping[str, Any],
 ) -> tuple[Scores | None, Tally, Watched]:
     """What a scoring goes on from: all processes do, or all raise, before there is anything to wait for."""
-    tally, watched, refused = Tally(), Watched(batches), None
-    world = process()[1]
+    labelled, world = getattr(criterion, "labelled", False), process()[1]
+    tally, watched, refused = Tally(), Watched(batches, labelled=labelled), None
     try:
         if own is not None and own.is_file():
             start = Scores.load(own)
         if start is not None:
-            tally = _check_start(start, criterion, graph, made_of)
+            tally = check_start(start, criterion, graph, request)
             skip = 0 if own is None else tally.batches
-            watched = Watched(batches, skip, str(start.manifest.get("data", "")))
+            watched = Watched(batches, skip, str(start.manifest.get("data", "")), labelled)
+            watched.ahead = str(start.manifest.get("ahead", ""))
             if world > 1:
                 watched.pending()
     except InputError as error:
@@ -232,44 +262,6 @@ def _begun(
         if found is not None:
             raise found
     return start, tally, watched
-
-
-def _check_start(start: Scores, criterion: Streaming, graph: Graph, made_of: Mapping[str, Any]) -> Tally:
-    wanted = (criterion.label, criterion.seed, criterion.probes, graph.model_id)
-    given = (start.criterion, start.seed, start.probes, start.model_id)
-    if wanted != given:
-        raise PlanError(
-            f"batches cannot be added: the scores are {given}, the request is {wanted}; score anew, or to another file"
-        )
-    if start.manifest.get("weights", made_of["weights"]) != made_of["weights"]:
-        raise PlanError(
-            "batches cannot be added: the scores are of a model with other weights; score anew, or to another file"
-        )
-    had, has = start.manifest.get("settings", {}), made_of["settings"]
-    changed = [f"{name}={had[name]!r}, not {has[name]!r}" for name in has if had.get(name, has[name]) != has[name]]
-    if changed:
-        raise PlanError(
-            f"batches cannot be added: the scores were made with {'; '.join(changed)}; score anew, or to another file"
-        )
-    if start.tally is None:
-        raise PlanError("batches cannot be added to scores that hold no sums; score anew, or to another file")
-    return start.tally
-
-
-def _settings(criterion: Any, prefix: str = "") -> dict[str, Any]:
-    """The settings of a criterion, and of what it is made of, that can be written down."""
-    found: dict[str, Any] = {}
-    for setting in fields(criterion) if is_dataclass(criterion) else ():
-        name, value = prefix + setting.name, getattr(criterion, setting.name)
-        if name in ("engine", "sensitivities"):  # its words name an engine that matters, and rows can be cut
-            continue
-        if isinstance(value, nn.Module):
-            found[name] = weights_digest(value)
-        elif value is None or isinstance(value, (bool, int, float, str)):
-            found[name] = value
-        else:
-            found |= _settings(value, f"{name}.")
-    return found
 
 
 def _scores(
@@ -305,8 +297,9 @@ def _scores(
     )
 
 
-def _manifest(digest: str, tally: Tally, world: int) -> dict[str, Any]:
-    return {"data": digest, "batches": tally.batches, "processes": world, "versions": dict(_versions())}
+def _manifest(watched: Watched, done: int, tally: Tally, world: int) -> dict[str, Any]:
+    about = {"data": watched.digests[done], "batches": tally.batches, "processes": world}
+    return about | ({"ahead": watched.ahead} if watched.ahead else {}) | {"versions": dict(_versions())}
 
 
 @cache

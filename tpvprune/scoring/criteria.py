@@ -86,22 +86,31 @@ def score(
         progress: called as `progress("score", batches_done, batches_to_do)`.
         start: earlier scores that these batches are added to.
         until: stop as soon as the ranking is settled.
-        save: a file that the scores are saved to, on the way too. One that exists and holds scores of the same kind
-            is gone on with: batches it has seen are read and left out. Several processes each keep their share beside
-            it (`NAME.0-of-2.safetensors`) until the scores of all are there, and go on with that. A criterion that
-            does not learn from batches one by one is saved at the end alone.
+        save: a file that the scores are saved to, on the way too. One that exists is gone on with: batches it has seen
+            are read and left out. What it is of must be what is asked for: units, weights, and settings, functions by
+            their name, code and the values they close over (not by what they call, or by global variables).
+            Several processes each keep their share beside it (`NAME.0-of-2.safetensors`) until the scores of all are
+            there, and go on with that. A criterion that does not learn from batches one by one is saved at the end
+            alone.
         exact: `save` keeps sensitivities in full precision, in twice the room; see `Scores.save`.
 
     Raises:
-        PlanError: the graph has no group or was traced from another model, or `start` is of another criterion.
+        PlanError: the graph has no group or was traced from another model, or `start` or `save` holds scores of other
+            units, weights or settings.
         DataError: there is no batch, one holds no tensor, labels are needed and missing, or `save` holds scores of
-            other batches.
+            other batches (or labels, where they are read).
         NonFiniteError: the model gives NaN or infinity.
-        InputError: the criterion does not learn from batches one by one, and `start` or `until` is given.
+        ModelError: the model is not called on one tensor, or was made inside `torch.inference_mode()`.
+        InputError: what is given as the criterion is none; the criterion does not learn from batches one by one, and
+            `start` or `until` is given, or has no standard errors, and `until` is; batches would be added to
+            compensated scores.
     """
     check_model(model, graph)
     check_groups(graph)
-    criterion = criterion or TPV()
+    criterion = TPV() if criterion is None else criterion
+    if isinstance(criterion, type) or not callable(getattr(criterion, "measure", None)):
+        given = f"the class {criterion.__name__}" if isinstance(criterion, type) else f"{criterion!r}"
+        raise InputError(f"criterion={given} is no criterion; give one that is made, as tp.TPV() or tp.L1()")
     if isinstance(criterion, Streaming):
         how: dict[str, Any] = {"start": start, "until": until, "save": save, "exact": exact}
         return collect(criterion, model, batches, graph, progress=progress, **how)

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpvprune.batches import Batch, inputs_of, labels_of, length_of
-from tpvprune.errors import DataError
+from tpvprune.batches import Batch, filled_inputs, labels_of, length_of
+from tpvprune.errors import DataError, InputError
 from tpvprune.processes import of_all, process
 from tpvprune.scores import Sensitivities
 from tpvprune.tally import Tally
@@ -32,6 +32,11 @@ def stream(seed: int, batch: int, probe: int) -> torch.Generator:
     """The random numbers of one probe of one batch."""
     digest = hashlib.sha256(f"{seed}/{batch}/{probe}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def wide(value: Tensor) -> Tensor:
+    """Half precision as float32."""
+    return value if value.dtype == torch.float64 else value.float()
 
 
 def global_number(batch: int) -> int:
@@ -96,15 +101,20 @@ class Watched:
         batches: any iterable.
         skip: batches done before, which are read and not given again.
         expected: the digest those had; "" to begin a chain.
+        labelled: whether labels count as the inputs do.
 
     Attributes:
         digests: of the inputs of the first n batches, n from 0; changes with any of them, or their order.
+        ahead: digest of the batches, of all processes, that a pass before this one has looked at, by a former run if
+            not yet by this one; "" if none did.
     """
 
-    def __init__(self, batches: Iterable[Batch], skip: int = 0, expected: str = "") -> None:
-        self.batches, self.skip = batches, skip
+    def __init__(self, batches: Iterable[Batch], skip: int = 0, expected: str = "", labelled: bool = False) -> None:
+        self.batches, self.skip, self.labelled = batches, skip, labelled
         self.digests = [""] if skip else [expected]
+        self.ahead = ""
         self._expected = expected
+        self._afresh = ""
         self._rest = self._read()
         self._ahead: list[Batch] = []
 
@@ -118,6 +128,20 @@ class Watched:
         while self.pending():
             yield self._ahead.pop()
 
+    def looked_ahead(self, other: Watched) -> None:
+        """Note which batches a pass before this one has looked at.
+
+        Raises:
+            InputError: the former run, which this one goes on from, had looked at others. All processes raise, or none.
+        """
+        found = digest_of_all(other.digests[-1])
+        if any(of_all(self.ahead not in ("", found))):
+            raise InputError(
+                "batches cannot be added to compensated scores: what compensates what would change; score anew, or to "
+                "another file"
+            )
+        self.ahead = found
+
     def pending(self) -> bool:
         """Whether there is a batch to come.
 
@@ -128,7 +152,7 @@ class Watched:
             self._ahead.extend(itertools.islice(self._rest, 1))
         return bool(self._ahead)
 
-    def ahead(self) -> Batch | None:
+    def peek(self) -> Batch | None:
         """The batch to come, which is still to be read; None at the end.
 
         Raises:
@@ -143,22 +167,41 @@ class Watched:
     def _read(self) -> Iterator[Batch]:
         count = 0
         for batch in self.batches:
-            self.digests.append(_digest(self.digests[-1], inputs_of(batch)))
+            self.digests.append(self._digest(self.digests[-1], batch, count))
             count += 1
+            if self._expected and not self.skip:
+                self._warn_of_again(batch, count - 1)
             if count > self.skip:
                 yield batch
             elif count == self.skip and self.digests[-1] != self._expected:
                 break
         if self.skip and (count < self.skip or self.digests[self.skip] != self._expected):
+            what = "batches, or labels," if self.labelled else "batches"
             raise DataError(
-                f"the saved scores are of {self.skip} batches other than those these begin with; give the batches "
+                f"the saved scores are of {self.skip} {what} other than those these begin with; give the {what} "
                 "they were made of, or save to another file"
             )
+
+    def _warn_of_again(self, batch: Batch, number: int) -> None:
+        """Say so where batches that are added begin with those that are there."""
+        self._afresh = self._digest(self._afresh, batch, number)
+        if self._afresh == self._expected:
+            logger.warning(
+                "the scores given as start= are of the first %d of these batches, which now count twice; leave them "
+                "out, or use save=, which does",
+                number + 1,
+            )
+
+    def _digest(self, before: str, batch: Batch, number: int) -> str:
+        """A fingerprint of a batch and all before it."""
+        inputs, told = filled_inputs(batch, number), labels_of(batch) if self.labelled else None
+        found = _hash(before, tuple(inputs.shape), _entries(inputs))
+        return found if told is None else _hash(found, tuple(told.shape), told.detach().double())
 
 
 def _entries(inputs: Tensor) -> Tensor:
     """Evenly spaced entries of every sample, `(samples, entries)` in float64."""
-    flat = inputs.detach().reshape(len(inputs), -1) if len(inputs) else inputs.detach().reshape(1, -1)
+    flat = inputs.detach().reshape(len(inputs), -1)
     stride = max(1, flat.shape[1] // _FINGERPRINT)
     return flat[:, ::stride].double()
 
@@ -166,11 +209,6 @@ def _entries(inputs: Tensor) -> Tensor:
 def _hash(before: str, shape: tuple[int, ...], entries: Tensor) -> str:
     data = entries.cpu().contiguous().numpy().tobytes()
     return hashlib.sha256(before.encode() + str(shape).encode() + data).hexdigest()
-
-
-def _digest(before: str, inputs: Tensor) -> str:
-    """A fingerprint of a batch and all before it."""
-    return _hash(before, tuple(inputs.shape), _entries(inputs))
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tpvprune.errors import ModelError
+from tpvprune.scoring.engine import wide
 
 
 @runtime_checkable
@@ -39,11 +40,6 @@ def _rademacher(like: Tensor, generator: torch.Generator) -> Tensor:
     # Drawn on the CPU, so that a seed means the same on every device.
     bits = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8)
     return (bits.to(like.device) * 2 - 1).to(like.dtype)
-
-
-def _wide(output: Tensor) -> Tensor:
-    """Half precision as float32."""
-    return output if output.dtype == torch.float64 else output.float()
 
 
 @dataclass(frozen=True)
@@ -142,7 +138,7 @@ class Margin:
 
     @staticmethod
     def _others(output: Tensor) -> tuple[Tensor, Tensor]:
-        logits = _wide(_logits(output, "margin"))
+        logits = wide(_logits(output, "margin"))
         top = logits.argmax(1, keepdim=True)
         return top, logits.scatter(1, top, -torch.inf).softmax(1)
 
@@ -165,7 +161,7 @@ class Cosine:
 
     @staticmethod
     def _onto_sphere(output: Tensor, vector: Tensor) -> Tensor:
-        flat, u = (_wide(value).reshape(len(output), -1) for value in (output, vector))
+        flat, u = (wide(value).reshape(len(output), -1) for value in (output, vector))
         length = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
         if bool((length == 0).any()):
             raise ModelError("the cosine head met an embedding of length zero; use head='logits' for such outputs")
@@ -268,7 +264,7 @@ def _logits(output: Any, name: str) -> Tensor:
 
 
 def _probabilities(output: Tensor, name: str) -> Tensor:
-    return _wide(_logits(output, name)).softmax(1)
+    return wide(_logits(output, name)).softmax(1)
 
 
 HEADS: dict[str, type] = {

@@ -28,9 +28,10 @@ from tpvprune.errors import DataError, InputError, ModelError
 from tpvprune.scores import Scores
 from tpvprune.scoring.activations import Tapped, backward
 from tpvprune.scoring.collect import Observation, collect
-from tpvprune.scoring.engine import Parts, global_number, labels, stream
-from tpvprune.scoring.gradients import Side, only, score_gradient, sides
+from tpvprune.scoring.engine import Parts, global_number, labels, stream, wide
+from tpvprune.scoring.gradients import Side, only, sides
 from tpvprune.scoring.perturb import Isotropic, Removal
+from tpvprune.scoring.weights import row_of
 from tpvprune.tally import Tally
 from tpvprune.types import Graph
 
@@ -56,6 +57,7 @@ class _FromLoss:
 
     probes: int = 1
     seed: int = 0
+    labelled = False
 
     @property
     def label(self) -> str:
@@ -91,21 +93,20 @@ class _BatchLoss(_FromLoss):
 
             def run(part: slice, inputs: Tensor = inputs, batch: Batch = batch) -> tuple[dict[str, Tensor], int]:
                 with only(model, names) as wanted, torch.enable_grad():
-                    output = _logits(finite_output(model, inputs[part], self.output), self.label)  # type: ignore[attr-defined]
+                    made = finite_output(model, inputs[part], self.output)  # type: ignore[attr-defined]
+                    output = wide(_logits(made, self.label))
                     targets = self._targets(model, batch, inputs[part], output.detach(), part)
                     used = int((targets >= 0).sum())
                     loss = F.cross_entropy(output, targets, reduction="sum") if used else 0 * output.sum()
                     found = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
-                return {name: gradient.detach() for name, gradient in zip(names, found, strict=True)}, used
+                return {name: gradient.detach()[None] for name, gradient in zip(names, found, strict=True)}, used
 
             done = parts(len(inputs), run)
             used = sum(count for _, count in done)
             if not used:  # nothing was seen, which is not the same as a gradient of zero
                 yield Observation(Tally(batches=1))
                 continue
-            whole = {name: sum(one[name] for one, _ in done) / used for name in names}
-            units = score_gradient(whole, members, coherent=False)
-            rows = {name: value.unsqueeze(0) for name, value in units.items()}
+            rows = row_of([one for one, _ in done], members, coherent=False, shared=used)
             yield Observation(Tally.of_rows(rows, stands_for=len(inputs)))
 
 
@@ -121,6 +122,7 @@ class Taylor(_BatchLoss):
     """
 
     output: Selector = None
+    labelled = True
 
     def _targets(self, model: nn.Module, batch: Batch, inputs: Tensor, output: Tensor, part: slice) -> Tensor:
         return _labels(batch, output, part, self.label)
@@ -153,7 +155,7 @@ class JBR(_BatchLoss):
         if self.reference is not None:
             with evaluation_mode(self.reference), torch.no_grad():
                 output = _logits(finite_output(self.reference, inputs, self.output), self.label)
-        most, top = output.softmax(1).max(1)
+        most, top = wide(output).softmax(1).max(1)
         return torch.where(most > self.confidence, top, -100)
 
 
@@ -172,6 +174,7 @@ class Fisher(_FromLoss):
 
     seed: int = 0
     output: Selector = None
+    labelled = True
 
     def observe(
         self, model: nn.Module, batches: Iterable[Batch], graph: Graph, first: int, progress: Progress | None
@@ -180,7 +183,9 @@ class Fisher(_FromLoss):
         shaped = sides(model, graph, Isotropic(1.0), "all")
         parameters = dict(model.named_parameters())
         members = {
-            name: [Side(s.group, s.units, s.member, s.ndim, None, parameters[name].detach().square()) for s in own]
+            name: [
+                Side(s.group, s.units, s.member, s.ndim, None, wide(parameters[name].detach()).square()) for s in own
+            ]
             for name, own in shaped.items()
             if name.rpartition(".")[2] != "bias"
         }
@@ -197,13 +202,12 @@ class Fisher(_FromLoss):
                     signs = torch.randint(0, 2, (len(slope), 1), generator=generator).to(slope) * 2 - 1
                     found = backward(output, slope * signs, wanted, keep_graph=False)
                 return {
-                    n: torch.zeros_like(p) if g is None else g for n, p, g in zip(names, wanted, found, strict=True)
+                    n: torch.zeros_like(p)[None] if g is None else g[None]
+                    for n, p, g in zip(names, wanted, found, strict=True)
                 }
 
             done = parts(len(inputs), run, [generator])
-            whole = {name: sum(one[name] for one in done) for name in names}
-            units = score_gradient(whole, members, coherent=False)
-            rows = {name: value.unsqueeze(0) / len(inputs) for name, value in units.items()}
+            rows = {name: v / len(inputs) for name, v in row_of(done, members, coherent=False).items()}
             yield Observation(Tally.of_rows(rows, stands_for=len(inputs)))
 
 
@@ -221,6 +225,7 @@ class Jacobian(_FromLoss):
 
     output: Selector = None
     over: Literal["consume", "all"] = "all"
+    labelled = True
 
     def __post_init__(self) -> None:
         if self.over not in ("consume", "all"):

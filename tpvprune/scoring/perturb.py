@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tpvprune.errors import InputError
+from tpvprune.scoring.engine import wide
 
 
 @runtime_checkable
@@ -114,12 +115,13 @@ def perturbation_named(perturbation: str | Perturbation) -> Perturbation:
 
 
 def moments_of(perturbation: Perturbation, name: str, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The moments, checked and at the weight's shape.
+    """The moments, checked and at the weight's shape; of a weight in half precision in float32, where they have room.
 
     Raises:
         InputError: they are no tuple of two, a moment is neither a tensor nor a number, has another shape or is not
             finite, or a variance is below zero.
     """
+    weight = wide(weight)
     given: Any = perturbation.moments(name, weight)
     who = type(perturbation).__name__
     if not isinstance(given, tuple) or len(given) != 2:

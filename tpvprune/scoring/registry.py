@@ -29,7 +29,7 @@ CRITERIA: dict[str, type] = {
     "variance": Variance,
     "wanda": Wanda,
 }
-LABELLED = ("taylor", "fisher", "jacobian")
+LABELLED = tuple(name for name, kind in CRITERIA.items() if getattr(kind, "labelled", False))
 
 
 def criterion_named(name: str, settings: Mapping[str, Any] | None = None) -> Criterion:

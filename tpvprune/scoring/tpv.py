@@ -122,7 +122,10 @@ class TPV:
     @property
     def cap(self) -> int:
         """Samples whose effects are kept, where they can be kept."""
-        if self.over != "consume" or (self.compensated and self.sensitivities is None):
+        removal = isinstance(perturbation_named(self.perturbation), Removal)
+        if self.over != "consume" or self.engine not in ("auto", "activations") or not removal:
+            return 0
+        if self.compensated and self.sensitivities is None:
             return 0  # before a refit, channels that are cheap alone leave better than those that are cheap together
         return SENSITIVITIES if self.sensitivities is None else self.sensitivities
 
@@ -181,7 +184,7 @@ class TPV:
         engine, later = self._engine(graph), None
         if engine == "activations":
             watched, begun = batches if isinstance(batches, Watched) else Watched(batches), False
-            batch = watched.ahead()
+            batch = watched.peek()
             try:
                 for seen in self._from_activations(model, watched, graph, first, progress):
                     begun = True
@@ -280,11 +283,24 @@ class TPV:
         if first and not (isinstance(batches, Watched) and batches.skip):
             raise InputError("batches cannot be added to compensated scores: what compensates what would change")
         repeatable(source, "compensated scores read them twice")
+        looked = Watched(source)
+        maps: dict[str, Residual] | None = None
+        later: Later | None = None
+        unseen: UnseenError | None = None
         if _of_weights(graph):
-            parts = parts_of_inputs(model, source, graph, self.compensated)
-            return None, partial(rows_in_turn, model, graph, parts, self.compensated)
-        maps = residuals(model, source, graph, RIDGES)
-        return maps, partial(left_later, model, graph, maps) if self.compensated is True else None
+            parts = parts_of_inputs(model, looked, graph, self.compensated)
+            later = partial(rows_in_turn, model, graph, parts, self.compensated)
+        else:
+            try:
+                maps = residuals(model, looked, graph, RIDGES)
+                later = partial(left_later, model, graph, maps) if self.compensated is True else None
+            except UnseenError as error:
+                unseen = error
+        if isinstance(batches, Watched):
+            batches.looked_ahead(looked)  # which processes do together
+        if unseen is not None:
+            raise unseen
+        return maps, later
 
     def _per_batch(
         self,

@@ -12,7 +12,7 @@ from tpvprune.batches import Batch, Outputs, Progress, finite_outputs, model_inp
 from tpvprune.errors import InputError, ModelError
 from tpvprune.scoring.activations import backward, tensors
 from tpvprune.scoring.collect import Observation
-from tpvprune.scoring.engine import Parts, global_number, stream
+from tpvprune.scoring.engine import Parts, global_number, stream, wide
 from tpvprune.scoring.gradients import (
     Captured,
     Side,
@@ -117,14 +117,31 @@ def _check_reached(output: Tensor | dict[str, Tensor]) -> None:
         raise ModelError("no weight of the graph is on the way to the model's output")
 
 
+def row_of(
+    found: Sequence[Mapping[str, Tensor]], parts: Mapping[str, Sequence[Side]], coherent: bool, shared: int = 1
+) -> dict[str, Tensor]:
+    """What the gradient of a whole batch says of every unit, `(1, units)` per group, to be summed over batches.
+
+    Single weights, which are many, in their own type, others in float64; nothing is squared in half precision.
+
+    Args:
+        found: gradients of each part of the batch, `(draws, *weight)` per parameter; squares of draws are added up.
+        parts: from `sides`.
+        coherent: see `score_gradient`.
+        shared: what the gradients are divided by.
+    """
+    whole = {name: sum(wide(one[name]) for one in found) / shared for name in found[0]}
+    loose = {side.group for own in parts.values() for side in own if side.member.dim is None}
+    units = score_gradient(whole, parts, coherent)  # type: ignore[arg-type]
+    return {group: (v if group in loose else v.double()).sum(0, keepdim=True) for group, v in units.items()}
+
+
 def _of_gradients(
     found: list[dict[str, Tensor]], parts: Mapping[str, Sequence[Side]], probing: Probing, batch: int, over: str
 ) -> Tally:
     """The square of a batch's whole gradient over its size: one row that stands for the batch."""
-    whole = {name: sum(one[name] for one in found) for name in found[0]}
-    units = score_gradient(whole, parts, over == "consume")  # type: ignore[arg-type]
-    rows = {group: value.sum(0, keepdim=True) / (probing.count * batch) for group, value in units.items()}
-    return Tally.of_rows(rows, stands_for=batch)
+    rows = row_of(found, parts, over == "consume")
+    return Tally.of_rows({group: v / (probing.count * batch) for group, v in rows.items()}, stands_for=batch)
 
 
 def _per_sample(
@@ -149,7 +166,8 @@ def _per_sample(
             homes.setdefault(side.group, set()).add(name)
     alone = all(len(names) == 1 for names in homes.values())
     like = next(model.parameters())
-    kind = torch.float64 if like.dtype == torch.float64 else torch.float32
+    many = any(side.member.dim is None for own in parts.values() for side in own)
+    kind = torch.float32 if many and like.dtype != torch.float64 else torch.float64
     probes = list[dict[str, list[Tensor]]]()
     with only(model, []), captured() as seen, torch.enable_grad():
         output = finite_outputs(model, inputs, probing.output)
@@ -171,7 +189,7 @@ def _per_sample(
                         tally[group] = tally.get(group, Tally()) + Tally.of_rows({group: value.to(kind)})
             one = next(iter(tally.values()))
             return Tally({g: t.sums[g] for g, t in tally.items()}, one.samples, one.squares, one.rows, 1)
-        values = {group: torch.zeros(batch, count, dtype=kind, device=like.device) for group, count in units.items()}
+        values = {g: torch.zeros(batch, count, dtype=torch.float64, device=like.device) for g, count in units.items()}
         for slopes in probes:
             gradients = {
                 name: torch.cat([g for _, g in seen.sample_gradients(layer, slopes[layer], batch)])
