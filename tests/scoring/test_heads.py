@@ -73,7 +73,12 @@ def test_heads_of_classes_refuse_outputs_that_are_no_logits(head: Head, shape: t
     for call in (lambda o: head.cotangent(o, torch.Generator()), lambda o: list(head.exact(o))):
         with pytest.raises(tp.ModelError, match=told):
             call(torch.zeros(shape))
-        lost = r"needs one tensor, the model returns 'a', 'b', 'unused'; .*output='key'"
+
+
+@pytest.mark.parametrize("head", [tp.Softmax(), tp.Probabilities(), tp.Margin(), tp.Logits(), tp.Cosine()])
+def test_heads_of_one_output_refuse_several(head: Head) -> None:
+    lost = rf"{type(head).__name__.lower()} head needs one tensor, the model returns 'a', 'b', 'unused'; .*output='key'"
+    for call in (lambda o: head.cotangent(o, torch.Generator()), lambda o: list(head.exact(o))):
         with pytest.raises(tp.ModelError, match=lost):
             call(BOTH)
 

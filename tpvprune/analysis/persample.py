@@ -22,6 +22,7 @@ from tpvprune.batches import evaluation_mode, finite_outputs, plain_attention, s
 from tpvprune.errors import ModelError
 from tpvprune.patches import patches
 from tpvprune.scoring.activations import backward
+from tpvprune.scoring.engine import wide
 from tpvprune.scoring.gradients import by_sample, only, positions, with_sharing
 from tpvprune.scoring.heads import Head
 from tpvprune.scoring.probing import detached
@@ -184,7 +185,7 @@ def _of_product(
         size = max(1, min(TOGETHER, CACHED // weight.numel()))
         for start in range(0, batch, size):
             part = slice(start, min(batch, start + size))
-            total = sum(_convolved(module, _wide(value[part]), _wide(slope[part])) for module, value, slope in calls)
+            total = sum(_convolved(module, wide(value[part]), wide(slope[part])) for module, value, slope in calls)
             assert isinstance(total, Tensor)
             moved, noise = _energies(total, mean, variance)
             yield part, moved, noise
@@ -199,9 +200,9 @@ def _of_product(
         columns = []
         for module, value, _ in calls:
             if even:
-                columns.append(patches(module, _wide(value[part])))
+                columns.append(patches(module, wide(value[part])))
             else:
-                columns.append(by_sample(patches(module, _wide(value)), batch)[part])
+                columns.append(by_sample(patches(module, wide(value)), batch)[part])
         if ghost:
             assert variance is not None
             d, x = torch.cat([row[part] for row in rows], 3), torch.cat(columns, 3)
@@ -306,7 +307,3 @@ def _rest(
         one_, other = _energies(gradients, moments.means.get(name), moments.variances.get(name))
         moved, noise = moved + one_, noise + other
     return moved, noise
-
-
-def _wide(value: Tensor) -> Tensor:
-    return value if value.dtype == torch.float64 else value.float()

@@ -28,6 +28,7 @@ from tpvprune.members import Member
 from tpvprune.patches import patches
 from tpvprune.reads import ThroughLayers, read_by
 from tpvprune.scoring.blocks import refuse_blocks
+from tpvprune.scoring.engine import wide
 from tpvprune.scoring.layout import outermost, sample_axes, unclear
 from tpvprune.scoring.perturb import Perturbation, moments_of
 from tpvprune.types import Graph
@@ -290,7 +291,7 @@ class Captured:
         """
         calls: list[Any] = self.calls[name]
         weight = calls[0].weight
-        columns = [by_sample(patches(c, _wide(x)), batch) for c, x in zip(calls, self.inputs[name], strict=True)]
+        columns = [by_sample(patches(c, wide(x)), batch) for c, x in zip(calls, self.inputs[name], strict=True)]
         rows = [positions(c, outermost(s, self.axis(c)), batch) for c, s in zip(calls, slopes, strict=True)]
         size = max(1, CHUNK // weight.numel())
         for start in range(0, batch, size):
@@ -298,11 +299,6 @@ class Captured:
             total = sum(d[part] @ x[part].mT for x, d in zip(columns, rows, strict=True))
             assert isinstance(total, Tensor)
             yield part, total.reshape(-1, *weight.shape)
-
-
-def _wide(value: Tensor) -> Tensor:
-    """Half precision as float32."""
-    return value if value.dtype == torch.float64 else value.float()
 
 
 def by_sample(values: Tensor, batch: int) -> Tensor:
@@ -318,7 +314,7 @@ def by_sample(values: Tensor, batch: int) -> Tensor:
 
 def positions(layer: nn.Module, slope: Tensor, batch: int) -> Tensor:
     """`(batch, groups, outputs, positions)` of a layer's output gradient."""
-    slope = _wide(slope)
+    slope = wide(slope)
     if isinstance(layer, nn.Linear):
         return by_sample(slope.reshape(slope.shape[0], -1, slope.shape[-1]).mT.unsqueeze(1), batch)
     groups = int(getattr(layer, "groups", 1))
@@ -327,7 +323,7 @@ def positions(layer: nn.Module, slope: Tensor, batch: int) -> Tensor:
 
 def factor_of_inputs(layers: Sequence[nn.Module], values: Sequence[Tensor], batch: int) -> Tensor:
     """Squared inputs, summed over a batch, mean over the positions of all calls, `(groups, inputs)`."""
-    squares = [by_sample(patches(c, _wide(x)), batch).square() for c, x in zip(layers, values, strict=True)]
+    squares = [by_sample(patches(c, wide(x)), batch).square() for c, x in zip(layers, values, strict=True)]
     total = sum(square.sum((0, 3)) for square in squares)
     assert isinstance(total, Tensor)
     return total / sum(square.shape[3] for square in squares)

@@ -48,10 +48,11 @@ class Logits:
 
     def cotangent(self, output: Tensor, generator: torch.Generator) -> Tensor:
         """Rademacher signs, shaped as `output`."""
-        return _rademacher(output, generator)
+        return _rademacher(_single(output, "logits"), generator)
 
     def exact(self, output: Tensor) -> Iterator[Tensor]:
         """The unit vectors of one sample's outputs, one at a time."""
+        output = _single(output, "logits")
         for k in range(output[0].numel()):
             unit = output.new_zeros(len(output), output[0].numel())
             unit[:, k] = 1
@@ -152,11 +153,11 @@ class Cosine:
 
     def cotangent(self, output: Tensor, generator: torch.Generator) -> Tensor:
         """`(r - f <f, r>) / |output|` with `f` the embedding scaled to length one, shaped as `output`."""
-        return self._onto_sphere(output, _rademacher(output, generator))
+        return self._onto_sphere(output, _rademacher(_single(output, "cosine"), generator))
 
     def exact(self, output: Tensor) -> Iterator[Tensor]:
         """The same of the unit vectors of one sample's outputs, one at a time."""
-        for unit in Logits().exact(output):
+        for unit in Logits().exact(_single(output, "cosine")):
             yield self._onto_sphere(output, unit)
 
     @staticmethod
@@ -249,12 +250,17 @@ class Several:
             )
 
 
-def _logits(output: Any, name: str) -> Tensor:
+def _single(output: Any, name: str) -> Tensor:
     if not isinstance(output, Tensor):
         raise ModelError(
             f"the {name} head needs one tensor, the model returns {', '.join(map(repr, output))}; name "
             "the one that counts with output='key', or give a head of each with Several"
         )
+    return output
+
+
+def _logits(output: Any, name: str) -> Tensor:
+    output = _single(output, name)
     if output.ndim != 2 or output.shape[1] < 2:
         raise ModelError(
             f"the {name} head needs logits of shape (batch, 2 classes or more), not {tuple(output.shape)}; "
