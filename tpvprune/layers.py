@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from tpvprune.copies import copied
 from tpvprune.elastic import opened
 from tpvprune.errors import InputError
 from tpvprune.multihead import Heads, free
@@ -119,7 +119,7 @@ def cut(model: nn.Module, plan: Plan) -> nn.Module:
         model: the one the plan's graph was traced from.
         plan: any.
     """
-    small = copy.deepcopy(model)
+    small = copied(model)
     forget(small)
     graph, gone = plan.graph, plan.graph.vanished(plan.keep)
     touched = {m.param for name, mask in plan.keep.items() if not bool(mask.all()) for m in graph[name].members}

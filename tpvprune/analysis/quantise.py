@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Literal
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from tpvprune.analysis.perturbations import parameters_of, step_of
+from tpvprune.copies import copied
 from tpvprune.errors import InputError
 from tpvprune.scoring.perturb import Rounding
 
@@ -34,7 +34,7 @@ def quantise(model: nn.Module, bits: int | Mapping[str, int], *, per: Per = "cha
     strange = next((name for name in wanted if name not in weights), None)
     if strange is not None:
         raise InputError(f"{type(model).__name__} has no parameter {strange!r} to be rounded")
-    out = copy.deepcopy(model)
+    out = copied(model)
     for name, count in wanted.items():
         weight, rounding = weights[name], Rounding(count, per)
         step = step_of(rounding, name, weight)

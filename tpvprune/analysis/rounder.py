@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from tpvprune.analysis.energies import Energies
 from tpvprune.analysis.perturbations import step_of
 from tpvprune.analysis.quantise import Per
+from tpvprune.copies import copied
 from tpvprune.plan import Plan
 from tpvprune.scoring.perturb import Rounding
 from tpvprune.surgery.removal import apply
@@ -58,7 +58,7 @@ class Rounder:
     ) -> None:
         self.model, self.energies, self.widths, self.per, self.cost = model, energies, widths, per, cost
         self.graph = graph
-        self._charged = copy.deepcopy(model)  # a model whose weights are their energies, so that a plan cuts both alike
+        self._charged = copied(model)  # a model whose weights are their energies, so that a plan cuts both alike
         with torch.no_grad():
             for name, value in energies.values.items():
                 self._charged.get_parameter(name).copy_(value)

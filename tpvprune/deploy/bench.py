@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import platform
 import statistics
 import tempfile
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 from tpvprune.batches import arguments_of, device_of, evaluation_mode
+from tpvprune.copies import copied
 from tpvprune.deploy import runtime
 from tpvprune.deploy.export import rows_of
 from tpvprune.deploy.reasons import Case, causes_of, findings_of
@@ -178,7 +178,7 @@ def _eager(model: nn.Module, example: Arguments, stack: ExitStack) -> Run:
 
 def _compiled(model: nn.Module, example: Arguments, stack: ExitStack) -> Run:
     # Code that is free in its batch is made for no size in particular.
-    compiled = torch.compile(copy.deepcopy(model), dynamic=False)
+    compiled = torch.compile(copied(model), dynamic=False)
     stack.callback(torch._dynamo.reset)
     return lambda arguments: compiled(*arguments[0], **arguments[1])
 
@@ -187,7 +187,7 @@ def _onnxruntime(model: nn.Module, example: Arguments, stack: ExitStack) -> Run:
     folder = stack.enter_context(tempfile.TemporaryDirectory())
     runtime.check_installed()
     device = device_of(model)
-    on_cpu = copy.deepcopy(model).cpu().eval()
+    on_cpu = copied(model).cpu().eval()
     positional, by_name = example
     moved = arguments_of(positional, _CPU)[0] if positional else (), arguments_of(by_name, _CPU)[1] if by_name else {}
     runtime.write_onnx(on_cpu, moved, Path(folder) / "model.onnx")

@@ -6,7 +6,6 @@ give what the PyTorch model gives.
 
 from __future__ import annotations
 
-import copy
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from tpvprune.batches import arguments_of
+from tpvprune.copies import copied
 from tpvprune.deploy import runtime
 from tpvprune.deploy.runtime import Arguments
 from tpvprune.errors import ExportError, InputError, ModelError, TpvpruneError
@@ -170,7 +170,7 @@ def _format_of(path: Path, named: Format | None) -> Format:
 
 
 def _on_cpu(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).cpu().eval()
+    return copied(model).cpu().eval()
 
 
 def _count(model: nn.Module) -> int:
@@ -208,7 +208,7 @@ def _runner(kind: Format, model: nn.Module, file: Path) -> Runner:
         with runtime.quietly():
             loaded: nn.Module = torch.export.load(file).module()
     else:
-        loaded = copy.deepcopy(model)
+        loaded = copied(model)
         with torch.no_grad():
             for tensor in loaded.state_dict().values():
                 tensor.fill_(1)  # so that a tensor which the file lacks is seen

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+
+from tpvprune.copies import copied
 
 FUSED_QKV = ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")
 
@@ -38,7 +39,7 @@ def between_projections(module: nn.Module, width: int, make: Callable[[int], Ten
         width: channels of all heads.
         make: what a projection to that many channels gives, `(batch, tokens, channels)`.
     """
-    twin: Any = copy.deepcopy(module)
+    twin: Any = copied(module)
     twin.num_heads, twin.attn_dim = width // twin.head_dim, width
     twin.qkv, twin.proj = _Given(make(3 * width)), nn.Identity()
     if isinstance(getattr(twin, "norm", None), nn.Module):  # a layer of its own

@@ -8,7 +8,6 @@ listed in `Graph.skipped` with the reason, never guessed at.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from tpvprune.batches import Progress, arguments_of, device_of, evaluation_mode
+from tpvprune.copies import copied
 from tpvprune.errors import InputError, ModelError
 from tpvprune.layers import forget
 from tpvprune.multihead import free
@@ -56,13 +56,13 @@ def trace(
 
     Raises:
         InputError: `seconds` is not above zero.
-        ModelError: the model cannot be run on `example`, or not traced, or not within `seconds`; the last operation is
-            named.
+        ModelError: the model cannot be copied (what holds it up is named) or run on `example`, or not traced, or not
+            within `seconds`; the last operation is named.
     """
     if seconds is not None and not seconds > 0:
         raise InputError(f"seconds={seconds} must be above zero, or None for no limit")
     limit = None if seconds is None else Limit(seconds)
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     free(twin)
     for name, parameter in twin.named_parameters():
         if not parameter.is_floating_point():

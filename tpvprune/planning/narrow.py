@@ -6,7 +6,6 @@ activations) read what these write, and what inputs they all meet. Each can then
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tpvprune import layers
+from tpvprune.copies import copied
 from tpvprune.members import WORK, Member
 from tpvprune.planning.attention import between_projections, timed_attention
 from tpvprune.types import Graph
@@ -119,7 +119,7 @@ class Layer:
         if WORK in self.name:
             module = between_projections(self.module, sizes[0], lambda width: self.met.another([*shape[:-1], width]))
         else:
-            module = copy.deepcopy(self.module)
+            module = copied(self.module)
             for side, size in zip(self.sides, sizes, strict=True):
                 for key, dim in side.cuts:
                     layers.replace(module, key, _narrow(getattr(module, key).detach(), dim, size))

@@ -6,7 +6,6 @@ gives something else; then the network is followed again under a stricter policy
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from traceback import walk_tb
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tpvprune.copies import copied
 from tpvprune.elastic import base_of, calls_at, method_of
 from tpvprune.layers import cut
 from tpvprune.members import Group, Opening
@@ -166,7 +166,7 @@ class _Stage:
         noise: float,
     ) -> bool:
         """Whether a model gives, with units masked, what it gave with them cut."""
-        masked = copy.deepcopy(model)
+        masked = copied(model)
         for name, mask in plan.as_masks().weights.items():
             masked.get_parameter(name).masked_fill_(~mask.to(masked.get_parameter(name).device), 0)
         for a, b, c in zip(got, tensors_of(masked(*args, **kwargs)), dense, strict=True):
@@ -185,7 +185,7 @@ class _Stage:
 def _doubled(value: Any) -> Any:
     """The same in float64: modules, tensors, and what holds them."""
     if isinstance(value, nn.Module):
-        return copy.deepcopy(value).double()
+        return copied(value).double()
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     if isinstance(value, Mapping):

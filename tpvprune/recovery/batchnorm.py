@@ -5,7 +5,6 @@ Helps a pruned network that was not reconstructed, hurts one that was: a choice,
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tpvprune.batches import Batch, Progress, evaluation_mode, model_inputs
+from tpvprune.copies import copied
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Batch], *, progress
     Raises:
         DataError: there is no batch.
     """
-    small = copy.deepcopy(model)
+    small = copied(model)
     norms = [m for m in small.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     if not norms:
         return small

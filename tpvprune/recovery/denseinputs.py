@@ -7,7 +7,6 @@ about it is to add its mean to the bias (mean folding); the most is a regression
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.batches import Batch, Progress, evaluation_mode, model_inputs
+from tpvprune.copies import copied
 from tpvprune.plan import Plan
 from tpvprune.reads import ThroughLayers
 from tpvprune.recovery.fits import Fit, consumers, fitting_plan, kept_inputs
@@ -49,7 +49,7 @@ def fold_means(
         DataError: there is no batch.
     """
     plan = fitting_plan(model, teacher, "fold_means")
-    small = copy.deepcopy(model)
+    small = copied(model)
     with evaluation_mode(small, teacher), torch.no_grad():
         way: Course | None = None
         fits: dict[str, Fit] = {}

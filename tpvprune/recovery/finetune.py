@@ -7,7 +7,6 @@ schedule, moving average and mixup are timm's, device placement, precision, accu
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -34,6 +33,7 @@ from tpvprune.batches import (
     repeatable,
     single_tensor,
 )
+from tpvprune.copies import copied
 from tpvprune.errors import CheckpointError, DataError, InputError, NonFiniteError
 from tpvprune.plan import plan_of
 from tpvprune.processes import of_all, process
@@ -121,7 +121,7 @@ class _Training:
     ) -> None:
         self.model, self.batches, self.settings, self.output = model, batches, settings, output
         self.teacher = Teacher(teacher, output, settings.mirrored)
-        self.student = copy.deepcopy(model)
+        self.student = copied(model)
         for parameter in self.student.parameters():
             parameter.requires_grad_(True)
         self.device = device_of(self.student)

@@ -11,7 +11,6 @@ signs that the preconditioner is estimated with.
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import time
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 
 from tpvprune.batches import Batch, Progress, evaluation_mode, model_inputs, plain_attention, repeatable
+from tpvprune.copies import copied
 from tpvprune.errors import NonFiniteError
 from tpvprune.recovery.fits import fitting_plan
 from tpvprune.recovery.kronecker import Factors, Vector
@@ -71,7 +71,7 @@ def refine(
     settings, start = settings or GaussNewton(), time.perf_counter()
     plan = fitting_plan(model, teacher, "refine")
     repeatable(batches, "every step reads them")
-    small = copy.deepcopy(model)
+    small = copied(model)
     samples, losses = 0, []
     with evaluation_mode(small, teacher), plain_attention(), torch.no_grad():
         for step in range(settings.steps):

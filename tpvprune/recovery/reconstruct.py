@@ -9,7 +9,6 @@ as in section 5 of the design.
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import time
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.batches import Batch, Progress, evaluation_mode, model_inputs
+from tpvprune.copies import copied
 from tpvprune.errors import InputError, PlanError
 from tpvprune.plan import Plan
 from tpvprune.reads import ThroughLayers
@@ -107,7 +107,7 @@ def reconstruct(
     settings, start = settings or Reconstruct(), time.perf_counter()
     plan = fitting_plan(model, teacher, "reconstruct")
     inputs = _merged(list(model_inputs(model, batches, "reconstruct", None)))
-    small = copy.deepcopy(model)
+    small = copied(model)
     with evaluation_mode(small, teacher), torch.no_grad():
         names, behind = consumers(small, plan), _skipped(plan)
         if settings.every:

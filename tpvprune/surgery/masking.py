@@ -17,5 +17,6 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
 
     Raises:
         PlanError: the plan speaks of other tensors or shapes.
+        ModelError: the model cannot be copied; what holds it up is named.
     """
     return apply(model, plan.as_masks())

@@ -24,6 +24,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
 
     Raises:
         PlanError: the plan speaks of other tensors or shapes.
+        ModelError: the model cannot be copied; what holds it up is named.
     """
     check_fits(model, plan)
     earlier = plan_of(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
 
+from tpvprune.copies import copied
 from tpvprune.errors import ModelError, PlanError
 from tpvprune.plan import attach
 
@@ -39,7 +39,7 @@ def to_semi_structured(model: nn.Module) -> nn.Module:
             f"the model is on {name}, and 2:4 kernels need a CUDA device of compute capability 8.0 or more (Ampere); "
             "move it there with model.cuda()"
         )
-    fast = copy.deepcopy(model)
+    fast = copied(model)
     refused: dict[str, str] = {}
     done = 0
     for name, module in fast.named_modules():
