@@ -218,3 +218,40 @@ def test_timm_models_lose_whole_groups(name: str) -> None:
     block = next(g.id for g in graph.groups if g.kind == "block")
     both = plan_without(graph, {block: [0]} | {g.id: [1] for g in bundles})
     assert both.macs == macs_of(tp.apply(model, both), inputs)
+
+
+class Rises(nn.Module):
+    """A grouped transposed convolution between dense ones, and what it makes is added to a branch beside it."""
+
+    def __init__(self, made: int, groups: int, bias: bool) -> None:
+        super().__init__()
+        self.stem, self.squeeze = nn.Conv2d(3, 7, 3), nn.Conv2d(7, 4, 1)
+        self.rise = nn.ConvTranspose2d(4, made, 2, stride=2, groups=groups, bias=bias)
+        self.beside, self.bn, self.fc = nn.Conv2d(7, made, 1), nn.BatchNorm2d(6), nn.Linear(6, 3)
+        self.last = nn.Conv2d(made, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        risen = self.rise(F.relu(self.squeeze(x)))
+        risen = risen + F.interpolate(self.beside(x), scale_factor=2)
+        return self.fc(F.relu(self.bn(self.last(F.relu(risen)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("bundles", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("made", "groups"), [(4, 2), (4, 4), (8, 4), (2, 2)])
+def test_around_a_grouped_transposed_convolution_the_rest_is_cut(
+    made: int, groups: int, bias: bool, bundles: bool
+) -> None:
+    model, inputs = randomise(Rises(made, groups, bias)), example(2, 3, 6, 6)
+    graph = tp.trace(model, inputs, bundles=bundles)
+    assert [(group.id, group.units) for group in graph.groups] == [("stem", 7), ("last", 6)]
+    assert graph.skipped["rise"] == graph.skipped["squeeze"] == "'rise' is a grouped transposed convolution"
+    assert set(graph.skipped) == {"rise", "squeeze", "beside", "fc"}
+    plan = plan_without(graph, {"stem": [0, 3, 4], "last": [1, 5]})
+    small = tp.apply(model, plan)
+    assert gap(outputs(small, inputs), outputs(tp.mask(model, plan), inputs)) < tolerances.SAME_FUNCTION
+    assert gap(outputs(small, inputs), outputs(model, inputs)) > tolerances.OTHER_FUNCTION
+    assert plan.params == params_of(small) < graph.params()
+    assert graph.macs() == macs_of(copy.deepcopy(model), inputs)
+    assert plan.macs == macs_of(small, inputs) < graph.macs()

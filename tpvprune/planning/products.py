@@ -84,12 +84,13 @@ def convolution(f: Follower, call: Call) -> None:
     depthwise = groups > 1 and groups == x.shape[1] and not transposed
     bundled = groups > 1 and not depthwise and slots is not None and f.policy.bundles and f.here not in f.policy.loose
     written = f.along(weight, rows, "affine" if depthwise or bundled else "produce")
+    if groups > 1 and transposed:
+        _stays_whole(f, weight, bias, slots)
+        f.settle(out, {0: f.state(x).axes.get(0)})
+        return
     if written is None:  # a single channel comes out
         written = torch.full((out.shape[1],), STATIC)
-    if groups > 1 and transposed:
-        for part in (slots, written):
-            f.units.pin(written if part is None else part, f"{f.here!r} is a grouped transposed convolution")
-    elif depthwise:
+    if depthwise:
         f.ties(written, slots if slots is None else slots.repeat_interleave(out.shape[1] // groups))
         f.width(groups, written[:: out.shape[1] // groups])  # a number its code may hold
     elif bundled and slots is not None:
@@ -101,6 +102,15 @@ def convolution(f: Follower, call: Call) -> None:
         if own is not None:
             f.units.tie(written, own, FIXED)
     f.settle(out, {0: f.state(x).axes.get(0), 1: written})
+
+
+def _stays_whole(f: Follower, weight: Tensor, bias: Tensor | None, slots: Tensor | None) -> None:
+    """A grouped transposed convolution, of which a slice along either dimension of the weight lies in one group."""
+    sides = [slots, f.along(weight, 0, "consume"), f.along(weight, 1)]
+    sides += [] if bias is None else [f.along(bias, 0)]
+    for side in sides:
+        if side is not None:
+            f.units.pin(side, f"{f.here!r} is a grouped transposed convolution")
 
 
 def _read_channels(

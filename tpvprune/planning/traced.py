@@ -276,6 +276,8 @@ class Traced:
             if not isinstance(module, (*ROOTS, Heads)) or names[id(module)] != name or name in written:
                 continue
             dim = 1 if isinstance(module, nn.Embedding) or getattr(module, "transposed", False) else 0
+            if dim and getattr(module, "groups", 1) > 1:  # where each writes one channel, only its inputs have slots
+                dim = 0
             weight = module.in_proj_weight if isinstance(module, Heads) else module.weight
             place = parameters.get(id(weight), ""), dim
             reasons = [LOST if name in self.usage.order else UNUSED]
