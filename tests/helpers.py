@@ -19,6 +19,17 @@ from tests.cases import CASES, Case
 NAMES = tuple(CASES)
 
 
+class Versioned(nn.Linear):
+    """A layer that refuses states of versions that it does not know, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state: dict, prefix: str, local_metadata: dict, *rest: object) -> None:
+        if local_metadata.get("version") != 2:
+            raise ValueError(f"version should be 2 instead of {local_metadata.get('version')}")
+        super()._load_from_state_dict(state, prefix, local_metadata, *rest)
+
+
 @dataclass(frozen=True)
 class Built:
     """A case with its graph. The model is shared between tests: copy it before changing it."""

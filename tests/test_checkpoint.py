@@ -15,7 +15,7 @@ from torch import nn
 import tpvprune as tp
 from tests import tolerances
 from tests.cases import CASES
-from tests.helpers import NAMES, assert_same_state, built, gap, outputs, plan_without, random_gone
+from tests.helpers import NAMES, Versioned, assert_same_state, built, gap, outputs, plan_without, random_gone
 from tpvprune.plan import plan_of
 from tpvprune.zoo.models import create_model
 
@@ -99,6 +99,14 @@ def test_recovered_models_and_other_precisions_survive(tmp_path: Path) -> None:
         back = tp.load(tmp_path / str(number), skeleton=skeleton("conv_bn"))
         assert_same_state(back.state_dict(), model.state_dict())
         assert [p.dtype for p in back.parameters()] == [p.dtype for p in model.parameters()]
+
+
+def test_states_of_modules_that_ask_for_a_version_come_back(tmp_path: Path) -> None:
+    model = nn.Sequential(Versioned(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    small = tp.apply(model, plan_without(tp.trace(model, torch.randn(2, 4)), {"0": [1, 4]}))
+    tp.save(small, tmp_path)
+    bones = nn.Sequential(Versioned(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    assert_same_state(tp.load(tmp_path, skeleton=bones).state_dict(), small.state_dict())
 
 
 def test_saving_again_replaces(saved: Path) -> None:

@@ -54,6 +54,7 @@ def users_of(package: str) -> set[str]:
         ("files.py", set()),
         ("lock.py", {"errors"}),
         ("version.py", set()),
+        ("statedicts.py", set()),
         ("members.py", {"errors"}),
         ("types.py", {"errors", "files", "members"}),
         ("plan.py", {"errors", "files", "members", "types"}),

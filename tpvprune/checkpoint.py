@@ -28,6 +28,7 @@ from tpvprune.card import write_card, write_config
 from tpvprune.errors import CheckpointError, ModelError, PlanError
 from tpvprune.files import write_bytes, write_text
 from tpvprune.plan import Plan, attach, plan_of
+from tpvprune.statedicts import fill
 from tpvprune.surgery.removal import apply
 from tpvprune.types import read_json
 from tpvprune.version import __version__
@@ -158,7 +159,7 @@ def load(folder: str | PathLike[str], *, skeleton: nn.Module | None = None) -> n
             name = f"{module_name}.{key}" if module_name else key
             if tensor is not None and name in tensors and tensor.dtype != tensors[name].dtype:
                 tensor.data = tensor.data.to(tensors[name].dtype)
-    model.load_state_dict(tensors, strict=True)
+    fill(model, tensors)
     attach(model, plan)
     if "class" not in about["model"]:
         remember_source(model, about["model"])

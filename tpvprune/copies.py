@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
@@ -26,13 +26,21 @@ COMPUTED: tuple[tuple[type, str, str], ...] = (
 def copied(model: M) -> M:
     """A deep copy of a model.
 
+    Tensors among plain attributes that were computed with gradients are what a pass has left there, for the next one to
+    set anew: the copy holds them without their gradients.
+
     Raises:
-        ModelError: a module holds something that cannot be copied, as a tensor that was computed with gradients.
+        ModelError: a module holds something that cannot be copied, as a buffer that was computed with gradients, or a
+            weight that a hook computes.
     """
+    memo: dict[int, Any] = {}  # deepcopy takes from it what it would copy
+    left = [t for m in model.modules() for key, value in _plain(m) if not _hooks(m, key) for t in _computed(value)]
+    memo.update((id(tensor), tensor.detach().clone()) for tensor in left)
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, dict(memo))
     except Exception as error:  # whatever is held raises
-        held = [(name, module, key, why) for name, module in model.named_modules() for key, why in _uncopied(module)]
+        modules = list(model.named_modules())
+        held = [(name, module, key, why) for name, module in modules for key, why in _uncopied(module, memo)]
         undo = [found for name, module, key, _ in held for found in _undoing(name, module, key)]
         found = undo or [_named(name, module, key, why) for name, module, key, why in held]
         if not found:  # memory, or a model's own way to be copied
@@ -41,25 +49,48 @@ def copied(model: M) -> M:
         raise ModelError(f"{type(model).__name__} cannot be copied: {'; '.join(found[:TOLD])}{more}") from error
 
 
-def _uncopied(module: nn.Module) -> Iterator[tuple[str, Exception]]:
+def _plain(module: nn.Module) -> list[tuple[str, Any]]:
+    """Attributes of a module itself that are none of its modules, parameters and buffers."""
+    return [(key, value) for key, value in vars(module).items() if key not in ("_modules", "_parameters", "_buffers")]
+
+
+def _computed(value: Any) -> Iterator[Tensor]:
+    """Tensors with a graph behind them, in lists, tuples and dicts too."""
+    if isinstance(value, Tensor):
+        if not value.is_leaf:
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _computed(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _computed(item)
+
+
+def _uncopied(module: nn.Module, memo: Mapping[int, Any]) -> Iterator[tuple[str, Exception]]:
     """Attributes and buffers of a module itself that cannot be copied, each with the error."""
-    own = {key: value for key, value in vars(module).items() if key not in ("_modules", "_parameters", "_buffers")}
-    for key, value in {**own, **module._buffers}.items():
+    for key, value in [*_plain(module), *module._buffers.items()]:
         if isinstance(value, Tensor) and value.is_leaf:
             continue
         try:
-            copy.deepcopy(value)
+            copy.deepcopy(value, dict(memo))
         except Exception as error:
             yield key, error
 
 
 def _undoing(name: str, module: nn.Module, key: str) -> Iterator[str]:
     """How a tensor that a hook of PyTorch's computes becomes a parameter again, if it is one."""
-    for hook in module._forward_pre_hooks.values():
-        for kind, named, undo in COMPUTED:
-            if isinstance(hook, kind) and getattr(hook, named) == key:
-                owner = f"model.get_submodule({name!r})" if name else "model"
-                yield f"{_place(name, module, key)} is computed; call torch.nn.utils.{undo}({owner}, {key!r})"
+    owner = f"model.get_submodule({name!r})" if name else "model"
+    for undo in _hooks(module, key):
+        yield f"{_place(name, module, key)} is computed; call torch.nn.utils.{undo}({owner}, {key!r})"
+
+
+def _hooks(module: nn.Module, key: str) -> list[str]:
+    """What undoes the hooks of PyTorch's that compute an attribute before each pass."""
+    hooks = module._forward_pre_hooks.values()
+    return [
+        u for hook in hooks for kind, named, u in COMPUTED if isinstance(hook, kind) and getattr(hook, named) == key
+    ]
 
 
 def _named(name: str, module: nn.Module, key: str, error: Exception) -> str:

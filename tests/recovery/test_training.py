@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import tpvprune as tp
-from tests.helpers import assert_same_state, gap, outputs, plan_without
+from tests.helpers import Versioned, assert_same_state, gap, outputs, plan_without
 from tests.recovery.test_finetune import cut, kl
 from tpvprune.errors import CheckpointError
 from tpvprune.recovery import finetune as module
@@ -90,6 +91,17 @@ def test_a_stopped_run_goes_on_to_the_same_result(
     assert losses == first + rest
     assert 18 - stop <= len(learnt) <= 18 - stop + settings.accumulate
     assert gap(whole.a.weight, small.a.weight) > 1e-3
+
+
+@pytest.mark.parametrize("settings", [{"ema": 0.9}, {"patience": 2}])
+def test_modules_that_ask_for_a_version_of_their_state_are_taught(settings: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Versioned(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    batches = [torch.randn(16, 6) for _ in range(2)]
+    small = tp.apply(model, plan_without(tp.trace(model, batches[0]), {"0": [0, 3]}))
+    held = {"held_out": batches} if "patience" in settings else {}
+    finetune = partial(tp.finetune, small, batches, model, tp.Finetune(epochs=1, **settings), save=tmp_path, **held)
+    assert_same_state(finetune().state_dict(), finetune().state_dict())
 
 
 def test_a_finished_run_is_not_run_again_and_another_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import tpvprune as tp
-from tests.helpers import assert_same_state
+from tests.helpers import Versioned, assert_same_state
 from tpvprune.zoo.cifar import CIFAR_RESNETS
 from tpvprune.zoo.models import build_source, create_model, load_weights, source_of
 
@@ -86,6 +86,13 @@ def test_weights_are_read_as_timm_reads_them(kind: str, tmp_path: Path) -> None:
         torch.save({"state_dict": other.state_dict(), "state_dict_ema": state}, path)
     load_weights(other, path)
     assert_same_state(other.state_dict(), state)
+
+
+def test_weights_of_modules_that_ask_for_a_version_are_read(tmp_path: Path) -> None:
+    model, other = (nn.Sequential(Versioned(3, 2)) for _ in range(2))
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    load_weights(other, tmp_path / "w.safetensors")
+    assert_same_state(other.state_dict(), model.state_dict())
 
 
 class Code:

@@ -20,7 +20,8 @@ from tpvprune.batches import Batch, Progress, evaluation_mode, model_inputs
 from tpvprune.copies import copied
 from tpvprune.plan import Plan
 from tpvprune.reads import ThroughLayers
-from tpvprune.recovery.fits import Fit, consumers, fitting_plan, kept_inputs
+from tpvprune.recovery.axes import align
+from tpvprune.recovery.fits import Fit, channel_axis, consumers, fitting_plan, kept_inputs, say_left, width
 from tpvprune.recovery.order import Course, course
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ def fold_means(
         for inputs in model_inputs(small, batches, "fold", progress):
             if way is None:
                 way = course(small, inputs, consumers(small, plan), ())
+                say_left(plan, way, "fold_means")
+                align(way, course(teacher, inputs, way.calls, ()), teacher, plan, inputs)
                 fits = {name: Fit(small, name, way, plan, halves=False) for name in way.calls}
 
             def take(fit: Fit, value: Tensor, output: Tensor) -> None:
@@ -116,7 +119,7 @@ def _dense_pass(
         def seen(layer: nn.Module, args: Any, output: Tensor) -> None:
             value = args[0]
             kept = kept_inputs(plan, layer, fit.name).to(value.device)
-            take(fit, value.index_select(fit.channels % value.ndim, kept), output)
+            take(fit, fit.other_axes(value.index_select(channel_axis(layer) % value.ndim, kept)), output)
 
         return seen
 
@@ -133,7 +136,8 @@ def _portions(small: nn.Module, names: Sequence[str], halves: int) -> list[list[
     def size(name: str) -> int:
         weight: Tensor = small.get_submodule(name).weight  # type: ignore[assignment]  # a layer's weight is a tensor
         groups = int(getattr(small.get_submodule(name), "groups", 1))
-        return 8 * halves * weight[0].numel() * (groups * weight[0].numel() + len(weight))
+        inputs = width(small.get_submodule(name))
+        return 8 * halves * (groups * inputs * inputs + weight.numel())
 
     most = max(GRAMS, math.ceil(sum(map(size, names)) / MOST_PASSES) + max(map(size, names), default=0))
     portions: list[list[str]] = []

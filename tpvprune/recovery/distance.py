@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from tpvprune.batches import is_classifier
 from tpvprune.errors import InputError
 from tpvprune.plan import plan_of
+from tpvprune.recovery.fits import kept_outputs
 
 LAST = (nn.Linear, nn.LayerNorm)  # whose channels lie along the last dimension
 
@@ -72,7 +73,9 @@ class Features:
         plan = plan_of(student)
         shapes = {} if plan is None else plan.graph.shapes
         self._rows = {
-            name: plan.kept_entries(f"{name}.weight", 0) for name in names if plan and f"{name}.weight" in shapes
+            name: kept_outputs(plan, module, name)
+            for name, module in zip(names, self._modules[0], strict=True)
+            if plan and f"{name}.weight" in shapes
         }
 
     @contextmanager

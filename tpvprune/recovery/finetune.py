@@ -45,6 +45,7 @@ from tpvprune.recovery.replay import Replay
 from tpvprune.recovery.settings import Finetune
 from tpvprune.recovery.state import load_state, save_state
 from tpvprune.recovery.teacher import Teacher
+from tpvprune.statedicts import fill
 
 Log = Callable[[dict[str, float]], None]
 STATE_FORMAT = 3
@@ -295,9 +296,9 @@ class _Training:
                 "finetune: the folder holds a run of other settings, batches, another plan or an older version; give "
                 "another folder, or delete it"
             )
-        self.student.load_state_dict(state["model"])
+        fill(self.student, state["model"])
         if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
+            fill(self.ema.module, state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -314,7 +315,7 @@ class _Training:
             if name not in self.model.__dict__:
                 student.__dict__.pop(name, None)
         if self.judge is not None:
-            student.load_state_dict(self.judge.decided())
+            fill(student, self.judge.decided())
         elif self.ema is not None:
             student.load_state_dict(self.ema.module.state_dict())
         student.zero_grad(set_to_none=True)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from tpvprune.batches import device_of
 from tpvprune.errors import PlanError
@@ -17,7 +18,9 @@ from tpvprune.recovery.normal import Normal, chosen_ridge
 from tpvprune.recovery.order import Course
 
 logger = logging.getLogger(__name__)
-REFITTED = (nn.Linear, nn.Conv1d, nn.Conv2d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+REFITTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+TOLD = 8  # names in a log line
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 COLUMNS = 1 << 23  # numbers of unfolded inputs that are looked at together
 LEAST_SCALE = 1e-3  # of a norm's largest: what is scaled down further makes up for nothing
@@ -41,13 +44,50 @@ def fitting_plan(model: nn.Module, teacher: nn.Module, verb: str) -> Plan:
 
 def consumers(model: nn.Module, plan: Plan) -> list[str]:
     """Layers that lack inputs or weights, but no bias, and whose refit is linear least squares."""
+    return [name for name in _lacking(plan) if isinstance(model.get_submodule(name), REFITTED)]
+
+
+def say_left(plan: Plan, way: Course, verb: str) -> None:
+    """Log which modules lack inputs or weights and keep what they have: of other kinds, or never called."""
+    left = [repr(name) if name else "the model itself" for name in _lacking(plan) if name not in way.calls]
+    if left:
+        more = f" and {len(left) - TOLD} more" if len(left) > TOLD else ""
+        logger.warning(
+            "%s: %s%s read less than before and keep their weights: only linear layers and convolutions that are "
+            "called as layers are refitted",
+            verb,
+            ", ".join(left[:TOLD]),
+            more,
+        )
+
+
+def _lacking(plan: Plan) -> list[str]:
+    """Names of modules with weights that lack inputs or entries, but no bias."""
     pruned = [plan.graph[name] for name, keep in plan.keep.items() if not bool(keep.all())]
     gone = plan.graph.vanished(plan.keep)
-    names = dict.fromkeys(m.layer for group in pruned for m in group.of_role("consume") if m.param not in gone)
+    params = dict.fromkeys(m.param for group in pruned for m in group.of_role("consume") if m.param not in gone)
     masked = [name for name, mask in plan.weights.items() if not bool(mask.all())]
-    names |= dict.fromkeys(name.removesuffix(".weight") for name in masked if name.endswith(".weight"))
+    params |= dict.fromkeys(name for name in masked if len(plan.graph.shapes[name]) > 1)
     held = {name.removesuffix(".bias") for name in masked if name.endswith(".bias")}  # as in a block held at zero
-    return [n for n in names if n not in held and isinstance(model.get_submodule(n), REFITTED)]
+    return [n for n in dict.fromkeys(name.rpartition(".")[0] for name in params) if n not in held]
+
+
+def channel_axis(layer: nn.Module) -> int:
+    """Dimension of a layer's inputs and outputs that its channels lie along."""
+    return -1 if isinstance(layer, nn.Linear) else 1
+
+
+def kept_outputs(plan: Plan, layer: nn.Module, name: str) -> Tensor:
+    """Entries of a dense layer's output channels that the pruned layer gives, `(channels,)`.
+
+    Args:
+        plan: what has left.
+        layer: of the dense or of the pruned model.
+        name: the layer's.
+    """
+    if not isinstance(layer, _ConvTransposeNd):
+        return plan.kept_entries(f"{name}.weight", 0)
+    return plan.kept_entries(f"{name}.weight", 1) if layer.groups == 1 else torch.arange(layer.out_channels)
 
 
 def kept_inputs(plan: Plan, layer: nn.Module, name: str) -> Tensor:
@@ -59,6 +99,8 @@ def kept_inputs(plan: Plan, layer: nn.Module, name: str) -> Tensor:
         name: the layer's.
     """
     param = f"{name}.weight"
+    if isinstance(layer, _ConvTransposeNd):
+        return plan.kept_entries(param, 0)
     own = plan.kept_entries(param, 1)
     groups = int(getattr(layer, "groups", 1))
     if groups == 1:
@@ -66,6 +108,12 @@ def kept_inputs(plan: Plan, layer: nn.Module, name: str) -> Tensor:
     outputs, width = plan.graph.shapes[param][:2]
     left = (plan.kept_entries(param, 0) // (outputs // groups)).unique()
     return (left.unsqueeze(1) * width + own).flatten()
+
+
+def width(layer: Any) -> int:
+    """How many numbers each output of a layer is computed from."""
+    weight: Tensor = layer.weight
+    return weight[:, 0].numel() // layer.groups if isinstance(layer, TRANSPOSED) else weight[0].numel()
 
 
 class Fit:
@@ -86,17 +134,25 @@ class Fit:
         self.name = name
         self.layer: Any = model.get_submodule(name)
         self.norm: Any = model.get_submodule(way.norms[name]) if name in way.norms else None
-        self.rows = plan.kept_entries(f"{name}.weight", 0).to(device_of(model))
+        device = device_of(model)
+        self._left = {dim: kept.to(device) for dim, kept in way.cuts.get(name, {}).items()}
+        self._rows = kept_outputs(plan, self.layer, name).to(device)
         mask = plan.weight_masks().get(f"{name}.weight")
         self._mask = None if mask is None or bool(mask.all()) else mask
         self._groups = int(getattr(self.layer, "groups", 1))
         self._halves = tuple(Normal() for _ in range(1 + halves))
         self._odd, self._positions = False, positions
 
-    @property
-    def channels(self) -> int:
-        """Dimension of the layer's outputs that its channels lie along."""
-        return -1 if isinstance(self.layer, nn.Linear) else 1
+    def cut(self, target: Tensor) -> Tensor:
+        """What is left of a tensor that is shaped as the dense layer's outputs are."""
+        target = target.index_select(channel_axis(self.layer) % target.ndim, self._rows)
+        return self.other_axes(target)
+
+    def other_axes(self, value: Tensor) -> Tensor:
+        """What is left of a dense layer's inputs or outputs along all axes but that of its channels."""
+        for dim, kept in self._left.items():
+            value = value.index_select(dim, kept)
+        return value
 
     @torch.no_grad()
     def add(self, value: Tensor, target: Tensor, samples: int, first: int, lacks: Tensor | None = None) -> None:
@@ -109,14 +165,14 @@ class Fit:
             first: number of the first sample among all.
             lacks: what the layer's outputs are to give on top, shaped as they are.
         """
-        target = target.index_select(self.channels % target.ndim, self.rows)
+        target = self.cut(target)
         for half, chosen in self._parts(value, target, samples, first):
             part = value[chosen]
-            residual = target[chosen] - self.layer.forward(part)
+            residual = target[chosen] - self._given(part, target)
             if lacks is not None:
                 residual = residual + lacks[chosen]
             flat = self._flat(residual)
-            columns = patches(self.layer, part)
+            columns = patches(self.layer, part, tuple(target.shape[2:]))
             if columns.shape[0] * columns.shape[3] != len(flat):
                 self._odd = True
                 return
@@ -134,9 +190,9 @@ class Fit:
             value: what the pruned layer reads, `(batch, ...)`; only its mean over the batch matters.
             target: what the dense layer gives, `(batch, ...)`, all of its outputs.
         """
-        wanted = self._flat(target.index_select(self.channels % target.ndim, self.rows)).double().mean(0)
+        target = self.cut(target)
         middle = value.double().mean(0, keepdim=True).to(value.dtype)
-        return wanted - self._flat(self.layer.forward(middle)).double().mean(0)
+        return self._flat(target).double().mean(0) - self._flat(self._given(middle, target)).double().mean(0)
 
     @torch.no_grad()
     def finish(self, ridge: float | Literal["auto"]) -> float | None:
@@ -146,11 +202,11 @@ class Fit:
             return None
         total = self._halves[0] if len(self._halves) == 1 else self._halves[0] + self._halves[1]
         biased = self.layer.bias is not None or self.norm is not None
-        free = None if self._mask is None else self._mask.reshape(self._groups, -1, self.layer.weight[0].numel())
+        free = None if self._mask is None else self._grouped(self._mask)
         taken = chosen_ridge(self._halves, RIDGES, biased, free) if ridge == "auto" else float(ridge)
         change, shift = total.solve(taken, biased, free)
         weight: Tensor = self.layer.weight
-        weight += change.reshape(weight.shape).to(weight.dtype)
+        weight += self._ungrouped(change).to(weight.dtype)
         self.move(shift.flatten())
         return taken
 
@@ -180,12 +236,32 @@ class Fit:
         factor = torch.where(usable, 1 / gain.masked_fill(~usable, 1), 0)
         return difference * factor.reshape(-1, *[1] * (difference.ndim - 2))
 
+    def _given(self, value: Tensor, target: Tensor) -> Tensor:
+        """The layer's outputs, as large as the target: what calls a transposed convolution may choose among sizes."""
+        if isinstance(self.layer, TRANSPOSED):
+            return self.layer.forward(value, list(target.shape[2:]))
+        given: Tensor = self.layer.forward(value)
+        return given
+
+    def _grouped(self, weight: Tensor) -> Tensor:
+        """Something shaped as the weights, as `(groups, outputs, inputs)`."""
+        if isinstance(self.layer, TRANSPOSED):
+            weight = weight.unflatten(0, (self._groups, -1)).transpose(1, 2)
+        return weight.reshape(self._groups, -1, width(self.layer))
+
+    def _ungrouped(self, change: Tensor) -> Tensor:
+        """Of `(groups, outputs, inputs)`, shaped as the weights are."""
+        shape = self.layer.weight.shape
+        if isinstance(self.layer, TRANSPOSED):
+            change = change.reshape(self._groups, shape[1], -1, *shape[2:]).transpose(1, 2)
+        return change.reshape(shape)
+
     def _parts(self, value: Tensor, target: Tensor, samples: int, first: int) -> Iterator[tuple[Normal, Tensor]]:
         """The places in a batch that belong together, and the half that they go to."""
         place = torch.arange(len(value), device=value.device)
         number = first + place * samples // len(value)
-        positions = target[0].numel() // target.shape[self.channels]
-        reads = positions * self.layer.weight[0].numel() * self._groups
+        positions = target[0].numel() // target.shape[channel_axis(self.layer)]
+        reads = positions * self._groups * width(self.layer)
         for which, half in enumerate(self._halves):
             mine = place if len(self._halves) == 1 else place[number % 2 == which]
             for chosen in mine.split(max(1, COLUMNS // max(1, reads))):
@@ -194,6 +270,6 @@ class Fit:
 
     def _flat(self, output: Tensor) -> Tensor:
         """`(rows, outputs)`: one row a position and sample."""
-        if self.channels == -1:
+        if isinstance(self.layer, nn.Linear):
             return output.reshape(-1, output.shape[-1])
         return output.flatten(2).transpose(1, 2).reshape(-1, output.shape[1])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.patches import patches, some_of
-from tpvprune.recovery.fits import COLUMNS, REFITTED
+from tpvprune.recovery.fits import COLUMNS, REFITTED, TRANSPOSED
 from tpvprune.recovery.settings import GaussNewton
 
 WIDEST = 8192  # inputs of a layer up to which their second moments are inverted, and not their diagonal alone
@@ -31,7 +31,8 @@ class Factors:
     """
 
     def __init__(self, model: nn.Module, theta: Vector, settings: GaussNewton, masks: Mapping[str, Tensor]) -> None:
-        modules = {n: m for n, m in model.named_modules() if isinstance(m, REFITTED)}
+        # The weights of transposed ones have other axes: they take the diagonal.
+        modules = {n: m for n, m in model.named_modules() if isinstance(m, REFITTED) and not isinstance(m, TRANSPOSED)}
         self._layers: dict[str, Any] = {n: m for n, m in modules.items() if f"{n}.weight" in theta}
         self._settings, self._masks = settings, masks
         self._read: dict[str, Tensor] = {}

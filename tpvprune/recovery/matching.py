@@ -18,7 +18,7 @@ from torch.func import functional_call
 from tpvprune.batches import Progress
 from tpvprune.errors import ModelError
 from tpvprune.plan import Plan
-from tpvprune.recovery.fits import REFITTED, kept_inputs
+from tpvprune.recovery.fits import REFITTED, channel_axis, kept_inputs
 from tpvprune.recovery.kronecker import Factors, Vector
 from tpvprune.recovery.settings import GaussNewton
 
@@ -293,7 +293,7 @@ def _points(small: nn.Module, teacher: nn.Module, plan: Plan, batch: Tensor) -> 
             continue
         layer: Any = others[name]
         kept = kept_inputs(plan, layer, name) if f"{name}.weight" in plan.graph.shapes else None
-        point = compared(place, -1 if isinstance(layer, nn.Linear) else 1, kept)
+        point = compared(place, channel_axis(layer), kept)
         if point is None:
             continue
         known.add(id(value))
@@ -303,21 +303,26 @@ def _points(small: nn.Module, teacher: nn.Module, plan: Plan, batch: Tensor) -> 
     if len(vectors) < len(found):
         for place in vectors:
             vector = found.pop(place)
-            pooled = _pooled(both, both[place], known)
+            pooled = _pooled(both, dense, place, known)
             if pooled is not None and (point := compared(*pooled, vector.kept)):
                 found[place] = point
     return list(found.values())
 
 
-def _pooled(held: Mapping[Place, Tensor], vector: Tensor, known: set[int]) -> tuple[Place, int] | None:
+def _pooled(
+    held: Mapping[Place, Tensor], dense: Mapping[Place, Tensor], read: Place, known: set[int]
+) -> tuple[Place, int] | None:
     """The last output of a module that all positions of go into a vector, channel by channel, and its channel axis."""
-    width = vector.numel() // len(vector)
+    vector = held[read]
+    width, whole = (seen[read].numel() // len(seen[read]) for seen in (held, dense))
     # Not a plain sum, which a layer norm behind the pooling holds still.
     drawn = torch.randn(vector.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(vector)
     for place, value in reversed(list(held.items())):
         if not (place.output and value.requires_grad and value.ndim > 2 and len(value) == len(vector)):
             continue
-        dims = [dim for dim in (1, -1) if value.shape[dim] == width and value.numel() > len(value) * width]
+        # Of as many tokens as there are channels left, the dense model has another number than of its channels.
+        both = [d for d in (1, -1) if (value.shape[d], dense[place].shape[d]) == (width, whole)]
+        dims = both if value.numel() > len(value) * width else []
         (slope,) = torch.autograd.grad(vector, value, drawn, retain_graph=True, allow_unused=True) if dims else (None,)
         if slope is not None and bool((slope != 0).movedim(dims[0], 1).flatten(2).any(1).any(0).all()):
             return None if id(value) in known else (place, dims[0])

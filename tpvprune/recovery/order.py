@@ -39,11 +39,16 @@ class Course:
         calls: how often each layer runs, in the order in which they run first.
         norms: of each layer whose output a batch norm reads, and nothing else's, the norm.
         sums: of each layer whose output goes into a sum, see `Sum`.
+        shapes: of what each layer gives, call by call.
+        cuts: of each layer whose outputs hold units that have left along other axes than its channels, the entries that
+            are left along each of them, see `axes.align`.
     """
 
     calls: dict[str, int] = field(default_factory=dict)
     norms: dict[str, str] = field(default_factory=dict)
     sums: dict[str, Sum] = field(default_factory=dict)
+    shapes: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
+    cuts: dict[str, dict[int, Tensor]] = field(default_factory=dict)
 
     @property
     def layers(self) -> list[str]:
@@ -103,6 +108,7 @@ def course(
             passed |= name in behind
             if isinstance(output, Tensor) and (name in layers or (passed and name not in behind)):
                 calls[name] = calls.get(name, 0) + 1
+                found.shapes.setdefault(name, []).append(tuple(output.shape))
                 sources[id(output)] = _Source(name, None, output, output._version)
 
         return hook

@@ -25,8 +25,9 @@ from tpvprune.copies import copied
 from tpvprune.errors import InputError, PlanError
 from tpvprune.plan import Plan
 from tpvprune.reads import ThroughLayers
+from tpvprune.recovery.axes import align
 from tpvprune.recovery.denseinputs import refit_on_dense_inputs
-from tpvprune.recovery.fits import REFITTED, Fit, consumers, fitting_plan
+from tpvprune.recovery.fits import REFITTED, Fit, consumers, fitting_plan, say_left
 from tpvprune.recovery.lockstep import Strand, strands
 from tpvprune.recovery.order import Course, course
 
@@ -113,13 +114,16 @@ def reconstruct(
         if settings.every:
             behind += names
         way = course(small, inputs[0], names, REFITTED, behind)
+        goal = course(teacher, inputs[0], way.calls, ())
+        say_left(plan, way, "reconstruct")
+        align(way, goal, teacher, plan, inputs[0])
         told: dict[str, float] = {"layers": len(way.calls), "samples": sum(map(len, inputs))}
         if settings.inputs == "dense":
             told |= refit_on_dense_inputs(
                 small, teacher, inputs, way, plan, settings.ridge, settings.positions, progress
             )
         else:
-            told |= _in_turn(small, teacher, inputs, way, plan, settings, progress)
+            told |= _in_turn(small, teacher, inputs, way, goal, plan, settings, progress)
     told["seconds"] = round(time.perf_counter() - start, 2)
     logger.info("reconstruct: %s", ", ".join(f"{name} {value:g}" for name, value in told.items()))
     if log:
@@ -132,13 +136,13 @@ def _in_turn(
     teacher: nn.Module,
     inputs: list[Tensor],
     way: Course,
+    goal: Course,
     plan: Plan,
     settings: Reconstruct,
     progress: Progress | None,
 ) -> dict[str, float]:
     """Refit layer after layer, all passes waiting at each."""
-    goal = course(teacher, inputs[0], way.layers, ()) if settings.sums else Course()
-    summed = {name for name in way.sums if name in goal.sums and name in way.layers}
+    summed = {name for name in way.sums if settings.sums and name in goal.sums and name in way.layers}
     firsts = [sum(map(len, inputs[:i])) for i in range(len(inputs))]
     limit = settings.memory * MIB
     memory = file = 0.0
@@ -197,8 +201,7 @@ def _all_calls(fit: Fit, small: nn.Module, teacher: nn.Module, inputs: Sequence[
 def _lacks(fit: Fit, student: Strand, master: Strand, way: Course, goal: Course) -> Tensor | None:
     """What a layer's output is to make up for: what it is added to, in the dense model and in the pruned one."""
     wanted, there = (s.kept.pop(c.sums[fit.name].other) for s, c in ((master, goal), (student, way)))
-    wanted = wanted.index_select(fit.channels % wanted.ndim, fit.rows)
-    return fit.before_norm(wanted - there)
+    return fit.before_norm(fit.cut(wanted) - there)
 
 
 def _merged(inputs: list[Tensor]) -> list[Tensor]:

@@ -19,6 +19,7 @@ from torch import nn
 
 from tpvprune.errors import CheckpointError, ModelError
 from tpvprune.files import packaged
+from tpvprune.statedicts import fill
 from tpvprune.zoo.cifar import CIFAR_RESNETS, CifarResNet
 
 BUILTIN = "builtin:"
@@ -194,4 +195,4 @@ def load_weights(model: nn.Module, checkpoint: str | Path) -> None:
         told = [f"lacks {len(missing)} tensors ({', '.join(missing[:3])})"] if missing else []
         told += [f"has {len(extra)} the model does not know ({', '.join(extra[:3])})"] if extra else []
         raise CheckpointError(f"{path} {' and '.join(told)}; is it of another model?")
-    model.load_state_dict(state, strict=False)
+    fill(model, state, strict=False)
