@@ -21,8 +21,9 @@ def align(way: Course, goal: Course, teacher: nn.Module, plan: Plan, inputs: Ten
     """Note in `way.cuts` which entries of other axes are left of what layers of the dense model give.
 
     A layer that runs along tokens gives one row a channel, and so fewer rows once channels have left. Whose they are is
-    seen by gradients: what is left along an axis depends on what is left of a parameter, and on nothing that is gone
-    of it. A layer of which that cannot be told is taken out of `way.calls`, with a log line, and keeps its weights.
+    seen by gradients: what is left along an axis depends on what is left of a parameter and on nothing that is gone of
+    it, and what is gone along the axis on nothing that is left. A layer of which that cannot be told is taken out of
+    `way.calls`, with a log line, and keeps its weights.
 
     Args:
         way: of the pruned model.
@@ -73,9 +74,7 @@ def _seen(
 ) -> dict[str, dict[int, Tensor]]:
     """Of each layer and axis the entries that are left, where a parameter tells them."""
     probe = copied(teacher)  # what a pass leaves in a module stays in the copy
-    by_kept: dict[
-        tuple[int, ...], list[Tensor]
-    ] = {}  # of parameters that units lead to alike, the next one upstream tells
+    by_kept: dict[tuple[int, ...], list[Tensor]] = {}
     for name, parameter in probe.named_parameters():
         if name in plan.graph.shapes and len(kept := plan.kept_entries(name, 0)) != len(parameter):
             by_kept.setdefault(tuple(kept.tolist()), []).append(parameter)
@@ -102,7 +101,7 @@ def _seen(
 def _told(
     output: Tensor, dim: int, whole: int, left: int, by_kept: dict[tuple[int, ...], list[Tensor]]
 ) -> tuple[int, ...]:
-    """The entries that are left of a parameter on which the same entries of a tensor depend, and on no others of it.
+    """The entries that are left of a parameter on which the same entries of a tensor depend, and no others do.
 
     Empty where no parameter tells.
     """
@@ -115,11 +114,15 @@ def _told(
             continue
         there = torch.zeros(whole, dtype=torch.bool, device=output.device)
         there[list(entries)] = True
-        cotangent = drawn * there.reshape(-1, *[1] * (output.ndim - dim - 1))
-        slopes = torch.autograd.grad(output, parameters, cotangent, retain_graph=True, allow_unused=True)
-        for slope in slopes:
-            if slope is not None:
-                moved = slope.flatten(1).any(1) if slope.ndim > 1 else slope != 0
-                if bool(moved.any()) and not bool(moved[~there].any()):
+        along = there.reshape(-1, *[1] * (output.ndim - dim - 1))
+        # What is gone is asked too: units that leave are often dead ones, on which nothing depends anyway.
+        left_to, gone_to = (
+            torch.autograd.grad(output, parameters, drawn * side, retain_graph=True, allow_unused=True)
+            for side in (along, ~along)
+        )
+        for mine, others in zip(left_to, gone_to, strict=True):
+            if mine is not None and others is not None:
+                moved, moved_too = (slope.reshape(whole, -1).any(1) for slope in (mine, others))
+                if bool(moved.any()) and not bool(moved[~there].any() or moved_too[there].any()):
                     return entries
     return ()
