@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -15,23 +15,20 @@ from tpvprune.batches import (
     Batch,
     Progress,
     Selector,
-    evaluation_mode,
-    finite_outputs,
-    model_inputs,
     repeatable,
 )
 from tpvprune.budget import n_of_m
 from tpvprune.errors import InputError, PlanError, UnseenError
 from tpvprune.plan import Plan
 from tpvprune.scores import Scores
-from tpvprune.scoring.activations import Tapped
 from tpvprune.scoring.blocks import left_over
 from tpvprune.scoring.collect import Later, Observation, collect
 from tpvprune.scoring.compensation import Residual, left_later, residuals
-from tpvprune.scoring.engine import Parts, Watched, global_number
+from tpvprune.scoring.effects import effects
+from tpvprune.scoring.engine import Watched
 from tpvprune.scoring.heads import Head, head_named
 from tpvprune.scoring.perturb import Perturbation, Removal, perturbation_named
-from tpvprune.scoring.probing import Probing, detached, drift_slope
+from tpvprune.scoring.probing import Probing
 from tpvprune.scoring.rowwise import parts_of_inputs, rows_in_turn
 from tpvprune.scoring.weights import factored_scores, gradient_observations
 from tpvprune.tally import Tally
@@ -203,7 +200,7 @@ class TPV:
             model,
             batches,
             graph,
-            Probing(head_named(self.head), self.probes, self.seed, self.output),
+            self._probing,
             perturbation_named(self.perturbation),
             engine,
             self.over,
@@ -228,7 +225,9 @@ class TPV:
                 squares = torch.cat(list(members), 1)
             return {"squares": squares} | ({"": first.float()} if left > 0 else {})
 
-        for values in self._per_batch(model, batches, graph, fold, first, progress, maps):
+        for values in effects(
+            model, batches, graph, self._probing, fold, self.over, self.reference, first, progress, maps
+        ):
             rows, linear = values.pop("", None), values.pop("linear", None)
             samples = 0
             if rows is not None:
@@ -263,8 +262,8 @@ class TPV:
 
         if not gone:
             return 0.0, 0.0
-        coherent = replace(self, over="consume", engine="auto", reference=None, sensitivities=0, compensated=False)
-        values = torch.cat([b["plan"].cpu() for b in coherent._per_batch(model, batches, graph, moved, 0, progress)])
+        found = effects(model, batches, graph, self._probing, moved, progress=progress)
+        values = torch.cat([batch["plan"].cpu() for batch in found])
         error = float(values.std() / values.numel() ** 0.5) if values.numel() > 1 else float("nan")
         return float(values.mean()), error
 
@@ -302,77 +301,9 @@ class TPV:
             raise unseen
         return maps, later
 
-    def _per_batch(
-        self,
-        model: nn.Module,
-        batches: Iterable[Batch],
-        graph: Graph,
-        fold: Callable[[dict[str, list[Tensor]]], dict[str, Tensor]],
-        first: int,
-        progress: Progress | None,
-        maps: Mapping[str, Residual] | None = None,
-    ) -> Iterator[dict[str, Tensor]]:
-        """Per batch, the mean over probes (the sum, if exact) of what `fold` makes of the sensitivities.
-
-        What it gives under "" is kept row by row, `(samples, rows, ...)`; "linear" is added where there is a
-        reference.
-        """
-        probing = Probing(head_named(self.head), self.probes, self.seed, self.output)
-        tapped, parts = Tapped(model, graph, self.over, maps), Parts()
-        if tapped.left_out:
-            logger.warning("over='all' leaves out %s: used outside layers", ", ".join(sorted(tapped.left_out)))
-        for local, inputs in enumerate(model_inputs(model, batches, "score", progress)):
-            generators = probing.generators(first + local)
-
-            def run(
-                part: slice,
-                inputs: Tensor = inputs,
-                generators: list[torch.Generator] = generators,
-                number: int = global_number(first + local),
-            ) -> dict[str, Tensor]:
-                return self._of_part(tapped, inputs[part], number + part.start, probing, generators, fold)
-
-            found = parts(len(inputs), run, generators)
-            yield {name: torch.cat([one[name] for one in found]) for name in found[0]}
-
-    def _of_part(
-        self,
-        tapped: Tapped,
-        inputs: Tensor,
-        number: int,
-        probing: Probing,
-        generators: list[torch.Generator],
-        fold: Callable[[dict[str, list[Tensor]]], dict[str, Tensor]],
-    ) -> dict[str, Tensor]:
-        wanted = None
-        if self.reference is not None:
-            with evaluation_mode(self.reference), torch.no_grad():
-                wanted = finite_outputs(self.reference, inputs, self.output)
-
-        def effects_of(taps: Tapped) -> tuple[dict[str, Tensor], list[Tensor]]:
-            totals: dict[str, Tensor] = {}
-            rows: list[Tensor] = []
-            output = taps.forward(inputs, self.output, number)
-            fixed = detached(output)
-            slope = None if wanted is None else drift_slope(probing.head, fixed, wanted)
-            for cotangent, last in probing.cotangents(fixed, generators):
-                found = fold(taps.backward(output, cotangent, keep_graph=not last or slope is not None))
-                if "" in found:
-                    rows.append(found.pop(""))
-                for name, value in found.items():
-                    totals[name] = totals[name] + value if name in totals else value
-            if slope is not None:
-                effects = taps.backward(output, slope, keep_graph=False)
-                # Drift grows by (slope . change) twice over in units of TPV, and removal is minus the effect.
-                totals["linear"] = -2 * torch.cat([parts[0] for parts in effects.values()], 1).double()
-            return totals, rows
-
-        totals, rows = tapped.run(effects_of, generators)
-        linear = totals.pop("linear", None)
-        out = {name: total / probing.count for name, total in totals.items()}
-        if rows:
-            out[""] = torch.stack(rows, 1) / probing.count**0.5
-        return out if linear is None else out | {"linear": linear}
+    @property
+    def _probing(self) -> Probing:
+        return Probing(head_named(self.head), self.probes, self.seed, self.output)
 
 
 def _of_weights(graph: Graph) -> bool:
