@@ -30,8 +30,7 @@ class Follower(TorchDispatchMode):
     Attributes:
         units: what was found.
         widths: places in the code that depend on a length.
-        products: of activations by activations.
-        macs: of the whole batch, per parameter they are multiplied with.
+        products: of activations, with each other and with weights.
         order: parameters in the order in which they are first read.
         readers: of each parameter, the modules in which it is multiplied with.
         bundled: grouped convolutions whose groups are units, and the slots they write.
@@ -55,7 +54,6 @@ class Follower(TorchDispatchMode):
         self.units = Units()
         self.widths: list[Width] = []
         self.products: list[Product] = []
-        self.macs: dict[str, int] = {}
         self.order: dict[str, int] = {}
         self.readers: dict[str, set[str]] = {}
         self.bundled: list[tuple[str, Tensor]] = []
