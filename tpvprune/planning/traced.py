@@ -16,7 +16,8 @@ from tpvprune.multihead import Heads
 from tpvprune.plan import Plan
 from tpvprune.planning.attributes import counted_attributes, told_widths
 from tpvprune.planning.blocks import block_group
-from tpvprune.planning.cost import Usage
+from tpvprune.planning.cost import RECURRENT, Usage
+from tpvprune.planning.follow import WHOLE
 from tpvprune.planning.follower import Follower
 from tpvprune.planning.seen import Policy
 from tpvprune.planning.units import STATIC
@@ -227,6 +228,8 @@ class Traced:
         parameters = {id(p): name for name, p in self.model.named_parameters()}
         names = {id(m): name for name, m in reversed(list(self.model.named_modules()))}
         for name, module in self.model.named_modules():
+            if isinstance(module, RECURRENT):
+                self.skipped[name] = WHOLE if name in self.usage.order else UNUSED
             if not isinstance(module, (*ROOTS, Heads)) or names[id(module)] != name or name in written:
                 continue
             dim = 1 if isinstance(module, nn.Embedding) or getattr(module, "transposed", False) else 0
