@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tpvprune.elastic import calls_at, method_of, names_at, value_of
+from tpvprune.elastic import calls_at, method_of, names_at, owner_of, value_of
 from tpvprune.members import Role
 from tpvprune.planning.conventions import infos
 from tpvprune.planning.cost import tensors_of
@@ -150,10 +150,11 @@ class Follower(TorchDispatchMode):
         """The module of the model whose method runs, a helper of the one that was called perhaps, and its frame."""
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
-            if frame.f_code.co_varnames[:1] == ("self",):
-                owner = frame.f_locals["self"]
-                if isinstance(owner, nn.Module) and id(owner) in self._names:
-                    return owner, frame
+            owner, code = owner_of(frame), frame.f_code
+            # A function that is given a module is none of its methods.
+            own = code.co_varnames[:1] == ("self",) or method_of(type(owner), code) is not None
+            if own and isinstance(owner, nn.Module) and id(owner) in self._names:
+                return owner, frame
             frame = frame.f_back
         return self.module, None
 
