@@ -46,7 +46,6 @@ REDUCTIONS = frozenset((
 ))  # fmt: skip
 ALONG = frozenset((
     "_softmax", "_safe_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "sort", "topk", "argsort",
-    "glu",
 ))  # fmt: skip
 SPATIAL = (
     "max_pool", "avg_pool", "_adaptive_avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample", "_upsample",
@@ -62,6 +61,7 @@ NAMED: dict[str, Rule] = {
     "native_layer_norm": axes.layer_norm,
     "_fused_rms_norm": axes.layer_norm,
     "native_group_norm": axes.group_norm,
+    "glu": axes.glu,
     "embedding": axes.embedding,
     **dict.fromkeys(MOVES, moves.move),
     **dict.fromkeys(REDUCTIONS, axes.reduce),

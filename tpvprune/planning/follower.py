@@ -93,6 +93,11 @@ class Follower(TorchDispatchMode):
         """Name of the module whose code runs."""
         return self._names[id(self._stack[-1])]
 
+    @property
+    def called(self) -> str:
+        """What messages call the module whose code runs: by its name, the model itself by its class."""
+        return self.here or type(self._stack[0]).__name__
+
     # What is known of tensors.
 
     def state(self, tensor: Tensor) -> State:
@@ -205,17 +210,17 @@ class Follower(TorchDispatchMode):
         shapes = [tuple(t.shape) for t in given]
         for state in before:
             if state.heads is not None:
-                self.units.pin(state.heads, WEIGHTS.format(self.here))
+                self.units.pin(state.heads, WEIGHTS.format(self.called))
         out = func(*args, **kwargs)
         if not any(s.axes or s.origins for s in before):
             return out
         name = func.overloadpacket.__name__.rstrip("_")
         if self._limit is not None:
-            self._limit.check(f"the operation {name!r} in {self.here or 'the model'!r}")
+            self._limit.check(f"the operation {name!r} in {self.called!r}")
         call = Call(func, name, args, kwargs, given, before, shapes, tensors_of(out))
         rule = self._rule(call)
         if rule is None:
-            label = f"the operation {name!r} in {self.here or 'the model'!r} cannot be followed"
+            label = f"the operation {name!r} in {self.called!r} cannot be followed"
             for state in before:
                 for slots in state.axes.values():
                     self.units.pin(slots, label)

@@ -65,7 +65,7 @@ def _contract(f: Follower, a: Tensor, b: Tensor, last: int) -> None:
             f.units.pool(one)
             f.ties(one, other_slots)
             if f.scaled:
-                f.units.pin(one, f"how many there are sets the scale of the attention in {f.here!r}")
+                f.units.pin(one, f"how many there are sets the scale of the attention in {f.called!r}")
 
 
 def _read(f: Follower, origins: Sequence[Origin]) -> None:
@@ -82,11 +82,11 @@ def convolution(f: Follower, call: Call) -> None:
     macs = source.numel() // source.shape[1] * weight.numel()
     origins = f.state(weight).origins
     if not origins:
-        f.pin([x, weight], f"{f.here!r} computes the weights of its convolution")
+        f.pin([x, weight], f"{f.called!r} computes the weights of its convolution")
         f.products.append(Product(f.here, macs, ()))
         return
     _read(f, origins)
-    f.pin([x], f"{f.here!r} convolves over its units", [axis for axis in f.state(x).axes if axis > 1])
+    f.pin([x], f"{f.called!r} convolves over its units", [axis for axis in f.state(x).axes if axis > 1])
     slots = f.state(x).axes.get(1)
     if slots is not None and any(origin.pooled for origin in origins):
         f.units.pool(slots)
@@ -98,7 +98,7 @@ def convolution(f: Follower, call: Call) -> None:
         written = torch.full((out.shape[1],), STATIC)
     if groups > 1 and transposed:
         for part in (slots, written):
-            f.units.pin(written if part is None else part, f"{f.here!r} is a grouped transposed convolution")
+            f.units.pin(written if part is None else part, f"{f.called!r} is a grouped transposed convolution")
     elif depthwise:
         f.ties(written, slots if slots is None else slots.repeat_interleave(out.shape[1] // groups))
         f.width(groups, written[:: out.shape[1] // groups])  # a number its code may hold

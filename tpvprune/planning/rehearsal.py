@@ -136,7 +136,8 @@ class _Stage:
             module = running[-1] if running else ""
             kind = type(self.model.get_submodule(module)).__name__
             line = str(error).strip().split("\n")[0]
-            why = f"the code of {module!r} ({kind}) cannot do without them: {line}"
+            code = f"{module!r} ({kind})" if module else f"{kind!r}"
+            why = f"the code of {code} cannot do without them: {line}"
             return _Failure(module, why, _site(self.model, error))
         if [t.shape for t in got] != [t.shape for t in self.dense]:
             return _Failure(None, "without them the outputs have another shape")

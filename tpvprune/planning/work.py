@@ -108,7 +108,7 @@ def _entries(traced: Traced, product: Product) -> dict[tuple[str, int, int], str
         if group.id in names:
             member = group.of_role("produce", "affine")[0]
             for entry in member.entries(group.units)[:, 0].tolist():
-                kept[member.param, member.axis, entry] = UNEQUAL.format(product.module)
+                kept[member.param, member.axis, entry] = UNEQUAL.format(product.module or type(traced.model).__name__)
     return kept
 
 
