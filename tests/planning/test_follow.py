@@ -81,6 +81,18 @@ class Gated(Base):
         return F.glu(self.last(self.gate(self.act(x)).movedim(1, -1))).movedim(-1, 1)
 
 
+@net(stem=8, up=6)
+class Unflattened(Base):
+    """Channels that a linear layer writes, each with its positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.shape, self.fc = nn.Linear(8, 54), nn.Unflatten(1, (6, 3, 3)), nn.Linear(6, 4)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.shape(self.up(x.mean((2, 3)))).relu()
+
+
 class Part(nn.Module):
     """A convolution over some of the channels; how many, attributes tell."""
 
