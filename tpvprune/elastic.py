@@ -49,6 +49,18 @@ def base_of(kind: type[Any]) -> type[Any]:
     return getattr(kind, "_rewritten", (kind, ()))[0]
 
 
+def owner_of(frame: FrameType) -> Any:
+    """What the code that runs calls itself by its first argument; None if it has none."""
+    code = frame.f_code
+    return frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+
+
+def own_name(kind: type[Any], method: str) -> str:
+    """What a method calls the module itself."""
+    found = inspect.getattr_static(base_of(kind), method)
+    return str(found.__code__.co_varnames[0]) if isinstance(found, FunctionType) else "self"
+
+
 def calls_at(kind: type[Any], method: str, line: int) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """The calls of `reshape` and `view` in the statement at a line of a file: their text, and that of their sizes.
 
@@ -64,7 +76,10 @@ def calls_at(kind: type[Any], method: str, line: int) -> tuple[tuple[str, tuple[
 
 
 def names_at(kind: type[Any], method: str, line: int) -> frozenset[str]:
-    """The attributes of itself by which a module shapes, cuts or looks something up in a statement; see `calls_at`."""
+    """The attributes of itself by which a module shapes, cuts or looks something up in a statement; see `calls_at`.
+
+    They may be in variables of the method that are set before.
+    """
     key = base_of(kind), method, line
     if key not in _NAMES:
         statement = _statement(*key)
@@ -74,9 +89,41 @@ def names_at(kind: type[Any], method: str, line: int) -> frozenset[str]:
                 told.append(node.slice)
             elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") in TAKING:
                 told += [*node.args, *(keyword.value for keyword in node.keywords)]
+        if statement is not None:
+            told += _set_before(key[0], method, statement, told)
         read = (node for part in told for node in ast.walk(part) if isinstance(node, ast.Attribute))
-        _NAMES[key] = frozenset(node.attr for node in read if getattr(node.value, "id", "") == "self")
+        own = own_name(kind, method)
+        _NAMES[key] = frozenset(node.attr for node in read if getattr(node.value, "id", "") == own)
     return _NAMES[key]
+
+
+def _set_before(base: type[Any], method: str, statement: ast.stmt, told: Iterable[ast.AST]) -> list[ast.expr]:
+    """What variables that are read in parts of a statement, and those that they are made of, were set to last."""
+    function, _ = _source(base, method)
+    sets = [pair for node in ast.walk(function) if isinstance(node, ast.Assign) for pair in _pairs(node)]
+    waiting = [(name, statement.lineno) for part in told for name in _variables(part)]
+    found: list[ast.expr] = []
+    for name, line in waiting:  # grows; each one is set on an earlier line than it is read
+        before = [value for target, value in sets if target == name and value.lineno < line]
+        if before:
+            found.append(max(before, key=lambda value: value.lineno))
+            waiting += [(other, found[-1].lineno) for other in _variables(found[-1])]
+    return found
+
+
+def _pairs(node: ast.Assign) -> Iterable[tuple[str, ast.expr]]:
+    """Variables that an assignment sets, and what to, as far as it is written there."""
+    for target in node.targets:
+        if isinstance(target, ast.Name):
+            yield target.id, node.value
+        elif isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+            for one, value in zip(target.elts, node.value.elts, strict=False):
+                if isinstance(one, ast.Name):
+                    yield one.id, value
+
+
+def _variables(part: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(part) if isinstance(node, ast.Name)}
 
 
 def _calls_at(base: type[Any], method: str, line: int) -> Iterable[tuple[str, tuple[str, ...]]]:

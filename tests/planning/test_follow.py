@@ -68,6 +68,31 @@ class TokenJoined(Base):
         return torch.stack((self.mix(x[:, 0]), self.mix(x[:, 1:]).mean(1)), 2).unsqueeze(-1)
 
 
+@net(stem=8, act=4, last=3)
+class Gated(Base):
+    """Halves that gate each other, along channels that lie second, and last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.gate = nn.Conv2d(8, 8, 1), nn.GLU(1)
+        self.last, self.fc = nn.Linear(4, 6), nn.Linear(3, 4)
+
+    def body(self, x: Tensor) -> Tensor:
+        return F.glu(self.last(self.gate(self.act(x)).movedim(1, -1))).movedim(-1, 1)
+
+
+@net(stem=8, up=6)
+class Unflattened(Base):
+    """Channels that a linear layer writes, each with its positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.shape, self.fc = nn.Linear(8, 54), nn.Unflatten(1, (6, 3, 3)), nn.Linear(6, 4)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.shape(self.up(x.mean((2, 3)))).relu()
+
+
 class Part(nn.Module):
     """A convolution over some of the channels; how many, attributes tell."""
 
@@ -248,6 +273,7 @@ def test_units_that_are_told_by_their_places_stay(how: str) -> None:
     model = randomise(Looks(how))
     graph = tp.trace(model, example(3, 5))
     assert graph.groups == ()
+    assert "'Looks'" in graph.skipped["a"]
     assert "by their" in graph.skipped["a"]
 
 

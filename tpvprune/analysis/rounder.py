@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +15,7 @@ from tpvprune.analysis.energies import Energies
 from tpvprune.analysis.perturbations import step_of
 from tpvprune.analysis.quantise import Per
 from tpvprune.copies import copied
+from tpvprune.members import WORK
 from tpvprune.plan import Plan
 from tpvprune.scoring.perturb import Rounding
 from tpvprune.surgery.removal import apply
@@ -125,8 +127,13 @@ class Rounder:
     def _sizes(self, plan: Plan) -> dict[str, float]:
         """What a bit of every weight costs."""
         sizes = self.graph.sizes(plan.keep)
-        times = self.graph.reuse if self.cost == "bitops" else {}
-        return {n: math.prod(sizes[n]) * (times.get(n, 0) if times else 1.0) for n in self.energies.values}
+        if self.cost != "bitops":
+            return {name: float(math.prod(sizes[name])) for name in self.energies.values}
+        macs: Counter[str] = Counter()
+        for name, times in self.graph.reuse.items():  # what a layer's weight costs may lie in work tensors of the layer
+            weight = f"{name.partition(WORK)[0]}.weight" if WORK in name else name
+            macs[weight] += times * math.prod(sizes[name])
+        return {name: float(macs[name]) for name in self.energies.values}
 
     def _cost(self, plan: Plan, chosen: Mapping[str, int]) -> float:
         sizes, total = self._sizes(plan), 0.0

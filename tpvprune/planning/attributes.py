@@ -61,12 +61,22 @@ def counted_attributes(traced: Traced, known: frozenset[str] | None) -> tuple[di
                 counts.setdefault(name, (group, each))
                 counted.add(id(width))
         for key, shape in shapes(author):
-            name = f"{width.author}.{key}[{width.axis}]".removeprefix(".")
-            if shape == width.shape and (known is None or name in known):
+            place_in = _place(shape, width)
+            name = f"{width.author}.{key}[{place_in}]".removeprefix(".")
+            if place_in is not None and (known is None or name in known):
                 counts.setdefault(name, (group, each))
 
     lost = (width for width in traced.follower.widths if width.must and id(width) not in counted)
     return counts, {width.module for width in lost if _cuttable(traced, width)}
+
+
+def _place(shape: tuple[int, ...], width: Width) -> int | None:
+    """Where a shape, or a part of one, as `nn.Unflatten` holds it, tells a width; None if not at one place only."""
+    starts = range(max(0, width.axis - len(shape) + 1), width.axis + 1)
+    fits = [start for start in starts if width.shape[start : start + len(shape)] == shape]
+    if len(shape) == 1 and shape != width.shape:  # a number of its own, which may be any
+        return None
+    return width.axis - fits[0] if len(fits) == 1 else None
 
 
 def _counted(traced: Traced, width: Width, sizes: Mapping[str, int]) -> str | None:

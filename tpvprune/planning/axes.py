@@ -142,7 +142,7 @@ def reduce(f: Follower, call: Call) -> None:
             continue
         f.units.pool(state.axes[axis])
         if call.name in ("argmax", "argmin"):
-            f.units.pin(state.axes[axis], f"{f.here!r} tells its units by their numbers")
+            f.units.pin(state.axes[axis], f"{f.called!r} tells its units by their numbers")
     for out in call.out:
         places = left if out.ndim == len(shape) else range(out.ndim)
         if state.origins:
@@ -170,12 +170,22 @@ def spread_along(f: Follower, call: Call) -> None:
         return
     dim = call.argument("dim", -1) % max(1, len(shape))
     if dim in state.axes:
-        if call.name in ("sort", "topk", "argsort", "glu"):
-            f.units.pin(state.axes[dim], f"{f.here!r} sorts or halves its units")
+        if call.name in ("sort", "topk", "argsort"):
+            f.units.pin(state.axes[dim], f"{f.called!r} sorts its units")
         f.units.pool(state.axes[dim])
     for out in call.out:
         same = {a: s for a, s in state.axes.items() if a < out.ndim and out.shape[a] == shape[a]}
         f.settle(out, same)
+
+
+def glu(f: Follower, call: Call) -> None:
+    """One half of an axis times the sigmoid of the other: a unit is one channel of both."""
+    dim, axes = call.argument("dim", -1) % len(call.shapes[0]), dict(call.before[0].axes)
+    if dim in axes:
+        half = len(axes[dim]) // 2
+        f.ties(axes[dim][:half], axes[dim][half:])
+        axes[dim] = axes[dim][:half]
+    f.settle(call.out[0], axes)
 
 
 def spatial(f: Follower, call: Call) -> None:
@@ -185,7 +195,7 @@ def spatial(f: Follower, call: Call) -> None:
         kept = {a: s for a, s in state.axes.items() if a < 2 - (len(shape) == 3 and "1d" not in call.name)}
         for axis, slots in state.axes.items():
             if axis not in kept:
-                f.units.pin(slots, f"{f.here!r} pools or resizes along its units")
+                f.units.pin(slots, f"{f.called!r} pools or resizes along its units")
         same = out.ndim == len(shape)
         f.settle(out, {a: s for a, s in kept.items() if same and out.shape[a] == shape[a]})
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,28 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tpvprune.batches import plain_attention
 from tpvprune.errors import ModelError
+
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+
+
+@contextmanager
+def plain_kernels(model: nn.Module) -> Iterator[None]:
+    """Attention and recurrent layers made of matrix products, which every counter knows.
+
+    Args:
+        model: to be run; without recurrent layers in it no more is switched off than `plain_attention` does.
+    """
+    with plain_attention():
+        if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            yield
+            return
+        backends: Any = torch.backends
+        before = backends.mkldnn.enabled, backends.cudnn.enabled
+        try:  # each has one kernel for a whole LSTM
+            backends.mkldnn.enabled = backends.cudnn.enabled = False
+            yield
+        finally:
+            backends.mkldnn.enabled, backends.cudnn.enabled = before
 
 
 def tensors_of(value: Any) -> list[Tensor]:
@@ -52,8 +75,7 @@ class Usage:
             handles += [module.register_forward_pre_hook(_clock(name, -1, flops, counter))]
             handles += [module.register_forward_hook(_clock(name, 1, flops, counter))]
         try:
-            # The plain attention kernel is made of matrix products, which every counter knows.
-            with torch.no_grad(), plain_attention(), counter:
+            with torch.no_grad(), plain_kernels(model), counter:
                 model(*args, **kwargs)
         except Exception as error:
             shape = tuple(first.shape)

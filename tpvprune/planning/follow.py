@@ -16,15 +16,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from tpvprune.batches import plain_attention
 from tpvprune.multihead import Heads
 from tpvprune.planning import axes, moves, products
-from tpvprune.planning.cost import tensors_of
+from tpvprune.planning.cost import RECURRENT, plain_kernels, tensors_of
 from tpvprune.planning.follower import Follower, Rule
 from tpvprune.planning.seen import Call, Limit, Policy
 
 ONE_HEAD = "{!r} has a single head"
 BY_HAND = "{!r} reads them with a weight that is no layer's"
+WHOLE = "recurrent layers stay whole, and with them what they read"
 OUTPUT_REASON = "its outputs are the model's outputs"
 ELEMENTWISE = frozenset((
     "clone", "copy", "_to_copy", "to", "detach", "alias", "lift_fresh", "lift_fresh_copy", "where", "masked_fill",
@@ -46,7 +46,6 @@ REDUCTIONS = frozenset((
 ))  # fmt: skip
 ALONG = frozenset((
     "_softmax", "_safe_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "sort", "topk", "argsort",
-    "glu",
 ))  # fmt: skip
 SPATIAL = (
     "max_pool", "avg_pool", "_adaptive_avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample", "_upsample",
@@ -62,6 +61,7 @@ NAMED: dict[str, Rule] = {
     "native_layer_norm": axes.layer_norm,
     "_fused_rms_norm": axes.layer_norm,
     "native_group_norm": axes.group_norm,
+    "glu": axes.glu,
     "embedding": axes.embedding,
     **dict.fromkeys(MOVES, moves.move),
     **dict.fromkeys(REDUCTIONS, axes.reduce),
@@ -124,16 +124,19 @@ def follow(
     follower = Follower(model, policy, rule_of, told, limit)
     for name, weight in model.named_parameters():
         layer, _, key = name.rpartition(".")
-        attention = model.get_submodule(layer)
-        if key == "in_proj_weight" and isinstance(attention, Heads):
+        owner = model.get_submodule(layer)
+        if key == "in_proj_weight" and isinstance(owner, Heads):
             follower.units.pin(follower.units.of(name, 1, weight.shape[1], "consume"), BY_HAND.format(layer))
-            if attention.num_heads == 1:
+            if owner.num_heads == 1:
                 follower.units.pin(follower.units.of(name, 0, weight.shape[0], "produce"), ONE_HEAD.format(layer))
+        if isinstance(owner, RECURRENT):
+            for dim, length in enumerate(weight.shape):
+                follower.units.pin(follower.units.of(name, dim, length, "produce"), WHOLE)
     modules = list(dict.fromkeys(model.modules()))
     handles = [m.register_forward_pre_hook(follower.enter, with_kwargs=True) for m in modules]
     handles += [m.register_forward_hook(follower.leave) for m in modules]
     try:
-        with plain_attention(), _Scaled(follower), follower:
+        with plain_kernels(model), _Scaled(follower), follower:
             out = model(*args, **kwargs)
     finally:
         for handle in handles:

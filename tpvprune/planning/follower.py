@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tpvprune.elastic import calls_at, method_of, names_at, value_of
+from tpvprune.elastic import calls_at, method_of, names_at, owner_of, value_of
 from tpvprune.members import Role
 from tpvprune.planning.conventions import infos
 from tpvprune.planning.cost import tensors_of
@@ -30,8 +30,7 @@ class Follower(TorchDispatchMode):
     Attributes:
         units: what was found.
         widths: places in the code that depend on a length.
-        products: of activations by activations.
-        macs: of the whole batch, per parameter they are multiplied with.
+        products: of activations, with each other and with weights.
         order: parameters in the order in which they are first read.
         readers: of each parameter, the modules in which it is multiplied with.
         bundled: grouped convolutions whose groups are units, and the slots they write.
@@ -55,7 +54,6 @@ class Follower(TorchDispatchMode):
         self.units = Units()
         self.widths: list[Width] = []
         self.products: list[Product] = []
-        self.macs: dict[str, int] = {}
         self.order: dict[str, int] = {}
         self.readers: dict[str, set[str]] = {}
         self.bundled: list[tuple[str, Tensor]] = []
@@ -94,6 +92,11 @@ class Follower(TorchDispatchMode):
     def here(self) -> str:
         """Name of the module whose code runs."""
         return self._names[id(self._stack[-1])]
+
+    @property
+    def called(self) -> str:
+        """What messages call the module whose code runs: by its name, the model itself by its class."""
+        return self.here or type(self._stack[0]).__name__
 
     # What is known of tensors.
 
@@ -152,10 +155,11 @@ class Follower(TorchDispatchMode):
         """The module of the model whose method runs, a helper of the one that was called perhaps, and its frame."""
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
-            if frame.f_code.co_varnames[:1] == ("self",):
-                owner = frame.f_locals["self"]
-                if isinstance(owner, nn.Module) and id(owner) in self._names:
-                    return owner, frame
+            owner, code = owner_of(frame), frame.f_code
+            # A function that is given a module is none of its methods.
+            own = code.co_varnames[:1] == ("self",) or method_of(type(owner), code) is not None
+            if own and isinstance(owner, nn.Module) and id(owner) in self._names:
+                return owner, frame
             frame = frame.f_back
         return self.module, None
 
@@ -206,17 +210,17 @@ class Follower(TorchDispatchMode):
         shapes = [tuple(t.shape) for t in given]
         for state in before:
             if state.heads is not None:
-                self.units.pin(state.heads, WEIGHTS.format(self.here))
+                self.units.pin(state.heads, WEIGHTS.format(self.called))
         out = func(*args, **kwargs)
         if not any(s.axes or s.origins for s in before):
             return out
         name = func.overloadpacket.__name__.rstrip("_")
         if self._limit is not None:
-            self._limit.check(f"the operation {name!r} in {self.here or 'the model'!r}")
+            self._limit.check(f"the operation {name!r} in {self.called!r}")
         call = Call(func, name, args, kwargs, given, before, shapes, tensors_of(out))
         rule = self._rule(call)
         if rule is None:
-            label = f"the operation {name!r} in {self.here or 'the model'!r} cannot be followed"
+            label = f"the operation {name!r} in {self.called!r} cannot be followed"
             for state in before:
                 for slots in state.axes.values():
                     self.units.pin(slots, label)

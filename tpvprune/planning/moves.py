@@ -25,7 +25,7 @@ def move(f: Follower, call: Call) -> None:
         and any(s.axes or s.origins for s in call.before[1:])
         and not call.before[0].axes
     ):
-        f.pin(call.given[1:], f"{f.here!r} looks up by its units")
+        f.pin(call.given[1:], f"{f.called!r} looks up by its units")
     if all(s.origins or not s.axes for s in call.before) and any(s.origins for s in call.before):
         _move_parameters(f, call)
         return
@@ -72,7 +72,7 @@ def _by_place(f: Follower, call: Call) -> None:
         dims = [dim % len(shape) for dim in call.argument("dims") or range(len(shape))]
     else:
         return
-    f.pin(call.given[:1], f"{f.here!r} looks up its units by their places", dims)
+    f.pin(call.given[:1], f"{f.called!r} looks up its units by their places", dims)
 
 
 def _joined_across(f: Follower, call: Call, axis: int, found: dict[int, Tensor | None]) -> bool:
@@ -113,7 +113,7 @@ def _settled(f: Follower, call: Call, moved: Tensor) -> tuple[int, Tensor] | Non
     if not axes:
         if moved.numel():
             slots = moved.reshape(-1)[:1] if moved.numel() == 1 else moved[(slice(0, 1),) * moved.ndim].reshape(-1)
-            f.units.pin(slots, f"{f.here!r} picks single channels")
+            f.units.pin(slots, f"{f.called!r} picks single channels")
         return None
     axis = axes[0] if len(axes) == 1 else _chosen(f, moved, axes)
     slots = gathered(moved, axis, lambda a, b: f.units.tie(a, b, FIXED))
@@ -156,7 +156,7 @@ def _cuts(f: Follower, call: Call) -> None:
         even = all(length == part for length in lengths) and whole % part == 0 and start % part == 0
         step = call.argument("step", 1) if call.name == "slice" else 1
         if step != 1 or f.here in f.policy.still:
-            f.units.pin(slots, f.policy.still.get(f.here, PART.format(f.here)))
+            f.units.pin(slots, f.policy.still.get(f.here, PART.format(f.called)))
         elif even:
             f.width(part, slots[:part])
             f.width(whole, slots)
@@ -175,7 +175,7 @@ def _uneven(f: Follower, slots: Tensor, start: int, lengths: list[int]) -> None:
     if alone:
         parts = [(a, b) for a, b in ((0, start), (start, ends[-1])) if a < b and b < len(slots)]
     if f.here in f.policy.parts or not parts or any(b - a not in told for a, b in parts) or (alone and len(parts) > 1):
-        f.units.pin(slots, PART.format(f.here))
+        f.units.pin(slots, PART.format(f.called))
         return
     for a, b in parts:
         f.width(b - a, slots[a:b], must=True)

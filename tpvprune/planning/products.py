@@ -18,7 +18,7 @@ def matmul(f: Follower, call: Call) -> None:
     a, b = call.given[-2:]
     out, last = call.out[0], call.out[0].ndim - 1
     macs = out.numel() * a.shape[-1]
-    _contract(f, a, b, last, macs)
+    _contract(f, a, b, last)
     if f.state(a).origins and f.state(b).origins:  # of parameters alone
         return
     rows, columns = f.along(a, last - 1), f.along(b, last)
@@ -30,18 +30,29 @@ def matmul(f: Follower, call: Call) -> None:
             f.ties(together, other if together is one else one)
     if len(call.given) == 3 and columns is not None and call.given[0].shape[-1] > 1:
         f.ties(columns, f.along(call.given[0], call.given[0].ndim - 1))
-    if not f.state(a).origins and not f.state(b).origins:
-        along = (together, columns, rows, f.state(a).axes.get(last))
-        f.products.append(Product(f.here, macs, tuple(slots for slots in along if slots is not None)))
+    weight, other = (b, a) if f.state(b).origins else (a, b)
+    summed = f.state(other).axes.get(last if other is a else last - 1)
+    own = last == 2 and bool(f.state(weight).origins) and f.along(weight, 0) is not None
+    beside = (None if own else together, rows if other is a else columns)
+    _note(f, weight, macs, (together, columns, rows, summed), beside)
     f.settle(out, {0: together, last - 1: rows, last: columns} if last == 2 else {0: rows, 1: columns})
 
 
-def _contract(f: Follower, a: Tensor, b: Tensor, last: int, macs: int) -> None:
-    """Tie what is summed over, and count it for the parameter that is read."""
+def _note(
+    f: Follower, weight: Tensor, macs: int, along: Sequence[Tensor | None], beside: Sequence[Tensor | None]
+) -> None:
+    """Remember a product, with what lies along its axes, and along those of them that are none of the weight's own."""
+    slots, rows = (tuple(each for each in axes if each is not None) for axes in (along, beside))
+    origins = f.state(weight).origins
+    f.products.append(Product(f.here, macs, slots, origins[0].name, rows) if origins else Product(f.here, macs, slots))
+
+
+def _contract(f: Follower, a: Tensor, b: Tensor, last: int) -> None:
+    """Tie what is summed over."""
     for weight, other, mine, theirs in ((b, a, last - 1, last), (a, b, last, last - 1)):
         origins = f.state(weight).origins
         if origins and not f.state(other).origins:
-            _read(f, origins, macs)
+            _read(f, origins)
             slots = f.state(other).axes.get(theirs)
             if slots is not None:
                 f.ties(slots, f.along(weight, mine, "consume"))
@@ -54,13 +65,12 @@ def _contract(f: Follower, a: Tensor, b: Tensor, last: int, macs: int) -> None:
             f.units.pool(one)
             f.ties(one, other_slots)
             if f.scaled:
-                f.units.pin(one, f"how many there are sets the scale of the attention in {f.here!r}")
+                f.units.pin(one, f"how many there are sets the scale of the attention in {f.called!r}")
 
 
-def _read(f: Follower, origins: Sequence[Origin], macs: int) -> None:
+def _read(f: Follower, origins: Sequence[Origin]) -> None:
     name = origins[0].name
     f.order.setdefault(name, len(f.order))
-    f.macs[name] = f.macs.get(name, 0) + macs
     f.readers.setdefault(name, set()).add(f.here)
 
 
@@ -72,12 +82,12 @@ def convolution(f: Follower, call: Call) -> None:
     macs = source.numel() // source.shape[1] * weight.numel()
     origins = f.state(weight).origins
     if not origins:
-        f.pin([x, weight], f"{f.here!r} computes the weights of its convolution")
+        f.pin([x, weight], f"{f.called!r} computes the weights of its convolution")
         f.products.append(Product(f.here, macs, ()))
         return
-    _read(f, origins, macs)
-    f.pin([x], f"{f.here!r} convolves over its units", [axis for axis in f.state(x).axes if axis > 1])
-    slots = f.state(x).axes.get(1)
+    _read(f, origins)
+    f.pin([x], f"{f.called!r} convolves over its units", [axis for axis in f.state(x).axes if axis > 1])
+    batch, slots = f.state(x).axes.get(0), f.state(x).axes.get(1)
     if slots is not None and any(origin.pooled for origin in origins):
         f.units.pool(slots)
     rows, columns = (1, 0) if transposed else (0, 1)
@@ -86,7 +96,8 @@ def convolution(f: Follower, call: Call) -> None:
     written = f.along(weight, rows, "affine" if depthwise or bundled else "produce")
     if groups > 1 and transposed:
         _stays_whole(f, weight, bias, slots)
-        f.settle(out, {0: f.state(x).axes.get(0)})
+        _note(f, weight, macs, (batch,), (batch,))
+        f.settle(out, {0: batch})
         return
     if written is None:  # a single channel comes out
         written = torch.full((out.shape[1],), STATIC)
@@ -101,7 +112,9 @@ def convolution(f: Follower, call: Call) -> None:
         own = f.along(bias, 0, "affine" if depthwise or bundled else "produce")
         if own is not None:
             f.units.tie(written, own, FIXED)
-    f.settle(out, {0: f.state(x).axes.get(0), 1: written})
+    read = None if slots is None or groups > 1 else f.along(weight, columns)
+    _note(f, weight, macs, (batch, written, read), (batch,))
+    f.settle(out, {0: batch, 1: written})
 
 
 def _stays_whole(f: Follower, weight: Tensor, bias: Tensor | None, slots: Tensor | None) -> None:
@@ -110,7 +123,7 @@ def _stays_whole(f: Follower, weight: Tensor, bias: Tensor | None, slots: Tensor
     sides += [] if bias is None else [f.along(bias, 0)]
     for side in sides:
         if side is not None:
-            f.units.pin(side, f"{f.here!r} is a grouped transposed convolution")
+            f.units.pin(side, f"{f.called!r} is a grouped transposed convolution")
 
 
 def _read_channels(

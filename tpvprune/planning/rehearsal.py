@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.copies import copied
-from tpvprune.elastic import base_of, calls_at, method_of
+from tpvprune.elastic import base_of, calls_at, method_of, own_name, owner_of
 from tpvprune.layers import cut
 from tpvprune.members import Group, Opening
 from tpvprune.plan import Plan
@@ -136,7 +136,8 @@ class _Stage:
             module = running[-1] if running else ""
             kind = type(self.model.get_submodule(module)).__name__
             line = str(error).strip().split("\n")[0]
-            why = f"the code of {module!r} ({kind}) cannot do without them: {line}"
+            code = f"{module!r} ({kind})" if module else f"{kind!r}"
+            why = f"the code of {code} cannot do without them: {line}"
             return _Failure(module, why, _site(self.model, error))
         if [t.shape for t in got] != [t.shape for t in self.dense]:
             return _Failure(None, "without them the outputs have another shape")
@@ -197,7 +198,7 @@ def _site(model: nn.Module, error: BaseException) -> Site | None:
     """The innermost line of a module's own methods that an error went through, and the class of that module."""
     found = None
     for frame, line in walk_tb(error.__traceback__):
-        kind: type[Any] = type(frame.f_locals.get("self"))
+        kind: type[Any] = type(owner_of(frame))
         method = method_of(kind, frame.f_code) if issubclass(kind, nn.Module) else None
         if method is not None and not kind.__module__.startswith("torch.nn."):
             found = base_of(kind), method, line
@@ -212,7 +213,8 @@ def _opened(model: nn.Module, graph: Graph, follower: Follower, policy: Policy, 
     kind = failure.site[0]
     alike = [name for name, m in model.named_modules() if type(m) is kind]
     counts = [name.rpartition(".") for name in graph.counts]
-    set_anew = {f"self.{key}" for around, _, key in counts if around in alike}
+    own = own_name(kind, failure.site[1])
+    set_anew = {f"{own}.{key}" for around, _, key in counts if around in alike}
     done = policy.openings.get(alike[0], ())
     found: dict[Opening, bool] = {}  # and whether it is where the code failed
     for (other, method, line, call), seen in follower.sites.items():

@@ -120,17 +120,21 @@ class Reshaped:
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """A product of two activations, which costs multiply-adds and holds no parameter.
+    """A product of activations with each other, or with a parameter or buffer.
 
     Attributes:
         module: in which it stands.
         macs: of the whole batch.
         slots: of the axes that units lie along, in what comes out and in what is summed over.
+        weight: name of the parameter or buffer, if it is with one.
+        rows: those of the slots that the weight does not hold: along what it is applied to, again and again.
     """
 
     module: str
     macs: int
     slots: tuple[Tensor, ...]
+    weight: str | None = None
+    rows: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -12,15 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from tpvprune.members import WORK, Group, Kind, Member
+from tpvprune.members import Group, Kind, Member
 from tpvprune.multihead import Heads
 from tpvprune.plan import Plan
 from tpvprune.planning.attributes import counted_attributes, told_widths
 from tpvprune.planning.blocks import block_group
-from tpvprune.planning.cost import Usage
+from tpvprune.planning.cost import RECURRENT, Usage
+from tpvprune.planning.follow import WHOLE
 from tpvprune.planning.follower import Follower
 from tpvprune.planning.seen import Policy
 from tpvprune.planning.units import STATIC
+from tpvprune.planning.work import add_products
 from tpvprune.types import REST, Graph
 
 ROOTS = (_ConvNd, nn.Linear, nn.Embedding)
@@ -57,21 +58,12 @@ class Traced:
         self.units = follower.units
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.reuse: dict[str, int] = {}
-        self.uneven: dict[str, int] = {}
         self.skipped: dict[str, str] = {}
-        for name, macs in follower.macs.items():
-            if name not in self.shapes:  # a buffer
-                continue
-            times, rest = divmod(macs, model.get_parameter(name).numel() * usage.batch)
-            if rest:
-                self.uneven[name] = macs
-            else:
-                self.reuse[name] = times
         self._pin()
         self.classes = self._classes()
         self.place: dict[int, tuple[str, int]] = {}  # class to (group, unit)
         self.groups = self._groups()
-        self._add_products()
+        self.unequal = add_products(self)
         self.counts, self.untold = counted_attributes(self, None if dense is None else frozenset(dense.counts))
         self.told = told_widths(self)
         self._explain()
@@ -113,9 +105,11 @@ class Traced:
     def stricter(self) -> Policy | None:
         """The policy without what was tried in vain; None if there is no such thing.
 
-        That is parts of channels whose lengths nothing tells, and bundles around convolutions whose groups cannot
-        leave as a whole.
+        That is units that cost unequally much, parts of channels whose lengths nothing tells, and bundles around
+        convolutions whose groups cannot leave as a whole.
         """
+        if self.unequal:
+            return replace(self.policy, kept={**self.policy.kept, **self.unequal})
         if self.untold:
             return replace(self.policy, parts=self.policy.parts | self.untold)
         loose = {}
@@ -228,51 +222,14 @@ class Traced:
     def _length(self, place: tuple[str, int]) -> int:
         return self.units.slots[place][1]
 
-    def _add_products(self) -> None:
-        """What products of activations cost, and weights whose parts are used unequally often, by the groups' sizes."""
-        spent: dict[tuple[str, tuple[str, ...]], int] = {}
-        for param, macs in self.uneven.items():
-            rows, columns = (self.slots(param, dim) for dim in (0, 1))
-            whole = self._whole(rows)
-            if whole is not None and not any(root in self.place for root in self.roots(columns)):
-                spent[param.rpartition(".")[0], (whole,)] = macs
-        for product in self.follower.products:
-            found = tuple(dict.fromkeys(name for slots in product.slots if (name := self._whole(slots)) is not None))
-            if found:
-                spent[product.module, found] = spent.get((product.module, found), 0) + product.macs
-        numbers = {group.id: number for number, group in enumerate(self.groups)}
-        for (module, names), macs in spent.items():
-            groups = [self.groups[numbers[name]] for name in names]
-            units = [group.units for group in groups]
-            wide = [max((m.width() for m in g.of_role("consume")), default=1) for g in groups]
-            each = [width if group.kind == "head" else 1 for group, width in zip(groups, wide, strict=True)]
-            if macs % (math.prod(units) * math.prod(each) * self.usage.batch):  # keys and values of different widths
-                each = [1] * len(groups)
-            shape = tuple(count * width for count, width in zip(units, each, strict=True))
-            times, rest = divmod(macs, math.prod(shape) * self.usage.batch)
-            work = f"{module}{WORK}{'attention' if groups[0].kind == 'head' else 'product'}"
-            work = next(name for name in (work, *(f"{work}{n}" for n in range(2, 99))) if name not in self.shapes)
-            if rest:
-                continue
-            self.shapes[work], self.reuse[work] = shape, times
-            for dim, (group, width) in enumerate(zip(groups, each, strict=True)):
-                index = None if width == 1 else torch.arange(group.units * width).reshape(group.units, width)
-                member = Member(work, dim, index, "work")
-                self.groups[numbers[group.id]] = replace(group, members=(*group.members, member))
-
-    def _whole(self, slots: Tensor) -> str | None:
-        """The group whose units lie along an axis, if those of one group do and nothing else."""
-        places = {self.place.get(root) for root in self.roots(slots)}
-        groups = {place[0] for place in places if place is not None}
-        alone = bool((slots > STATIC).all()) and None not in places and len(groups) == 1
-        return groups.pop() if alone else None
-
     def _explain(self) -> None:
         """Why the outputs of a layer stay whole."""
         written = {m.layer for g in self.groups for m in g.of_role("produce", "affine")}
         parameters = {id(p): name for name, p in self.model.named_parameters()}
         names = {id(m): name for name, m in reversed(list(self.model.named_modules()))}
         for name, module in self.model.named_modules():
+            if isinstance(module, RECURRENT):
+                self.skipped[name] = WHOLE if name in self.usage.order else UNUSED
             if not isinstance(module, (*ROOTS, Heads)) or names[id(module)] != name or name in written:
                 continue
             dim = 1 if isinstance(module, nn.Embedding) or getattr(module, "transposed", False) else 0
