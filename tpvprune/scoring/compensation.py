@@ -190,7 +190,7 @@ class _Reads:
         width = _width(model, member.layer, channels)
         self.precision, self.damping = residual.precision.double().cpu(), residual.damping
         self.columns = _columns(member, units, channels, width).flatten(1)
-        self.weight = _by_channel(model.get_submodule(member.layer), channels)
+        self.weight = _by_channel(model.get_parameter(member.param), member.axis, channels)
 
     def energy(self, units: Tensor) -> Tensor:
         """Variance of what only each unit gives to the layer's outputs, given those that are left, `(units,)`."""
@@ -240,13 +240,11 @@ class _Reads:
         self.columns = (rest.cumsum(0) - 1)[self.columns]  # of units that are gone it means nothing
 
 
-def _by_channel(layer: Any, channels: int) -> Tensor:
-    """A layer's weight with a column for each input channel, `(outputs and taps, channels)`."""
-    weight = layer.weight.detach().double().cpu()
-    groups = _groups(layer)
-    if getattr(layer, "transposed", False):
-        return weight.flatten(1).mT
-    rows = weight.movedim(1, -1).reshape(groups, -1, weight.shape[1])
+def _by_channel(weight: Tensor, axis: int, channels: int) -> Tensor:
+    """A weight that reads along an axis, with a column for each input channel, `(outputs and taps, channels)`."""
+    weight = weight.detach().double().cpu().movedim(axis, -1)
+    groups = channels // weight.shape[-1]
+    rows = weight.reshape(groups, -1, weight.shape[-1])
     found = rows.new_zeros(groups, rows.shape[1], groups, rows.shape[2])
     for group in range(groups):
         found[group, :, group] = rows[group]
