@@ -85,6 +85,10 @@ def _resize(module: nn.Module) -> None:
             module.num_channels = module.weight.shape[0]
     elif isinstance(module, nn.PReLU):
         module.num_parameters = module.weight.numel()
+    elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        recurrent: Any = module
+        first = recurrent.weight_ih if isinstance(module, nn.RNNCellBase) else recurrent.weight_ih_l0
+        recurrent.input_size = first.shape[1]
     elif isinstance(module, Heads):
         module.num_heads = module.in_proj_weight.shape[0] // 3 // module.head_dim
     elif _fused(module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import tpvprune as tp
 from tests import tolerances
 from tests.cases import example, randomise
-from tests.helpers import gap, plan_without, random_gone
+from tests.helpers import assert_scores_close, gap, plan_without, random_gone
 from tests.planning.test_trace import macs_of
 
 
@@ -67,3 +67,13 @@ def test_a_width_is_the_one_that_the_code_reads(kind: Callable[[int, int], nn.Mo
         assert gap(small(inputs), tp.mask(model, plan)(inputs)) < tolerances.SAME_FUNCTION
         assert plan.macs == macs_of(small, inputs) < graph.macs()
         assert (small[2].nf, small[4].nx) == (int(plan.keep["2"].sum()),) * 2
+
+
+def test_a_weight_the_other_way_round_is_scored_as_a_linear_layer_is() -> None:
+    odd = randomise(nn.Sequential(nn.Linear(5, 6), nn.Tanh(), ByVariable(6, 9), nn.Tanh(), ByVariable(9, 3)))
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3)).double().eval()
+    model.load_state_dict({k: v.mT if v.ndim == 2 and k[0] != "0" else v for k, v in odd.state_dict().items()})
+    inputs = example(40, 4, 5)
+    for criterion in (tp.TPV(head="logits"), tp.TPV(head="logits", compensated=True)):
+        one, other = (tp.score(m, [inputs], tp.trace(m, inputs), criterion).values for m in (odd, model))
+        assert_scores_close(one, other, tolerances.EXACT)

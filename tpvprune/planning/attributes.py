@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tpvprune.multihead import Heads
 from tpvprune.planning.conventions import told
+from tpvprune.planning.cost import RECURRENT
 from tpvprune.planning.follower import numbers, shapes
 from tpvprune.planning.seen import Width
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from tpvprune.planning.traced import Traced
 
 # Set anew by `layers.refresh`.
-LAYERS = (_ConvNd, nn.Linear, nn.Embedding, _NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU, Heads)
+LAYERS = (_ConvNd, nn.Linear, nn.Embedding, _NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU, Heads, *RECURRENT)
 OF_ONE_HEAD = ("head_dim", "dim_head", "head_size", "head_channels", "d_head", "dim_per_head")
 
 

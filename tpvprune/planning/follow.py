@@ -8,6 +8,7 @@ is a barrier: what goes into it keeps its width, and what comes out is followed 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ from tpvprune.planning.seen import Call, Limit, Policy
 
 ONE_HEAD = "{!r} has a single head"
 BY_HAND = "{!r} reads them with a weight that is no layer's"
-WHOLE = "recurrent layers stay whole, and with them what they read"
+WHOLE = "the units of recurrent layers stay"
 OUTPUT_REASON = "its outputs are the model's outputs"
 ELEMENTWISE = frozenset((
     "clone", "copy", "_to_copy", "to", "detach", "alias", "lift_fresh", "lift_fresh_copy", "where", "masked_fill",
@@ -130,8 +131,9 @@ def follow(
             if owner.num_heads == 1:
                 follower.units.pin(follower.units.of(name, 0, weight.shape[0], "produce"), ONE_HEAD.format(layer))
         if isinstance(owner, RECURRENT):
-            for dim, length in enumerate(weight.shape):
-                follower.units.pin(follower.units.of(name, dim, length, "produce"), WHOLE)
+            given = re.fullmatch(r"weight_ih(_l0(_reverse)?)?", key) is not None
+            for dim in range(1 if given else weight.ndim):  # what it reads may be narrower
+                follower.units.pin(follower.units.of(name, dim, weight.shape[dim], "produce"), WHOLE)
     modules = list(dict.fromkeys(model.modules()))
     handles = [m.register_forward_pre_hook(follower.enter, with_kwargs=True) for m in modules]
     handles += [m.register_forward_hook(follower.leave) for m in modules]

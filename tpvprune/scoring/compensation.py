@@ -123,8 +123,8 @@ def residuals(model: nn.Module, batches: Iterable[Batch], graph: Graph, ridges: 
 
 
 def _channels(model: nn.Module, graph: Graph) -> dict[str, int]:
-    """How many channels each linear layer or convolution that reads units reads."""
-    raw = raw_readers(model, graph)
+    """How many channels each module that reads units by one weight reads."""
+    raw = [layer for layer, params in raw_readers(model, graph).items() if len(params) > 1]
     members = [m for group in graph.groups for m in group.of_role("consume") if m.layer not in raw]
     return {m.layer: graph.shapes[m.param][m.axis] * _groups(model.get_submodule(m.layer)) for m in members}
 
@@ -204,7 +204,7 @@ class _Reads:
         width = _width(model, member.layer, channels)
         self.precision, self.damping = residual.precision.double().cpu(), residual.damping
         self.columns = _columns(member, units, channels, width).flatten(1)
-        self.weight = _by_channel(model.get_submodule(member.layer), channels)
+        self.weight = _by_channel(model.get_parameter(member.param), member.axis, channels)
 
     def energy(self, units: Tensor) -> Tensor:
         """Variance of what only each unit gives to the layer's outputs, given those that are left, `(units,)`."""
@@ -254,13 +254,11 @@ class _Reads:
         self.columns = (rest.cumsum(0) - 1)[self.columns]  # of units that are gone it means nothing
 
 
-def _by_channel(layer: Any, channels: int) -> Tensor:
-    """A layer's weight with a column for each input channel, `(outputs and taps, channels)`."""
-    weight = layer.weight.detach().double().cpu()
-    groups = _groups(layer)
-    if getattr(layer, "transposed", False):
-        return weight.flatten(1).mT
-    rows = weight.movedim(1, -1).reshape(groups, -1, weight.shape[1])
+def _by_channel(weight: Tensor, axis: int, channels: int) -> Tensor:
+    """A weight that reads along an axis, with a column for each input channel, `(outputs and taps, channels)`."""
+    weight = weight.detach().double().cpu().movedim(axis, -1)
+    groups = channels // weight.shape[-1]
+    rows = weight.reshape(groups, -1, weight.shape[-1])
     found = rows.new_zeros(groups, rows.shape[1], groups, rows.shape[2])
     for group in range(groups):
         found[group, :, group] = rows[group]
@@ -282,7 +280,7 @@ def left_later(
     for group in graph.groups:
         members = [member for member in group.of_role("consume") if member.layer in maps]
         if any(channels.get(member.layer, WIDEST + 1) > WIDEST for member in group.of_role("consume")):
-            members = []  # of what such a layer loses, or no layer, nothing is known but what each unit costs alone
+            members = []  # of what such a layer loses nothing is known but what each unit costs alone
         reads = [_Reads(model, member, group.units, maps[member.layer]) for member in members]
         score = alone[group.id].double().cpu()
         found[group.id] = (_in_turn(score, reads) if reads else score).to(alone[group.id])
