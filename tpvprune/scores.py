@@ -37,12 +37,15 @@ class Sensitivities:
         rows: `(rows, units of all groups)`: first-order effect of each unit on each cotangent of each sample.
         linear: float64 `(units of all groups,)`: zero where the reference is the model itself.
         samples: how many samples the rows are of.
+        total: what `linear` is the mean of, summed up, so that more can be added without rounding; None where that is
+            not known any more. Kept on disk with rows that are kept as they are.
     """
 
     groups: tuple[tuple[str, int], ...]
     rows: Tensor
     linear: Tensor
     samples: int
+    total: Tensor | None = None
 
     def __post_init__(self) -> None:
         units = sum(count for _, count in self.groups)
@@ -53,7 +56,8 @@ class Sensitivities:
         """Half-precision rows, each column scaled to at most one, and what undoes it; rows as they are if `exact`."""
         if exact:
             scale = torch.ones(self.rows.shape[1])
-            return {"rows": self.rows.float().contiguous(), "scale": scale, "linear": self.linear.contiguous()}
+            kept = {"rows": self.rows.float().contiguous(), "scale": scale, "linear": self.linear.contiguous()}
+            return kept if self.total is None else {**kept, "total": self.total.contiguous()}
         scale = self.rows.float().abs().amax(0).clamp(min=1e-30)
         return {
             "rows": (self.rows.float() / scale).half().contiguous(),
@@ -197,7 +201,8 @@ class Scores:
             memory = value.untyped_storage().data_ptr()
             tensors[key] = value.clone() if memory in held else value  # the format refuses shared memory
             held.add(memory)
-        write_bytes(path, save(tensors, metadata={"tpvprune": json.dumps(about), "checksum": _checksum(tensors)}))
+        about["checksum"] = _checksum(tensors)
+        write_bytes(path, save(tensors, metadata={"tpvprune": json.dumps(about)}))  # several entries come in any order
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Scores:
@@ -210,13 +215,12 @@ class Scores:
             raise PlanError(f"no scores at {path}; run the score stage first")
         try:
             with safe_open(str(path), framework="pt") as file:
-                told = file.metadata() or {}
-                about = json.loads(told.get("tpvprune", "{}"))
+                about = json.loads((file.metadata() or {}).get("tpvprune", "{}"))
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
         except (SafetensorError, ValueError) as error:
             raise PlanError(f"{path} is no scores file: {error}") from error
         check_format(about, SCORES_FORMAT, f"scores {path}")
-        if "checksum" in told and told["checksum"] != _checksum(tensors):  # files of earlier versions have none
+        if about.pop("checksum", None) not in (None, _checksum(tensors)):  # files of earlier versions have none
             raise PlanError(f"scores {path} are damaged: they are not what was written; score again")
 
         def part(prefix: str) -> dict[str, Tensor]:
@@ -234,7 +238,8 @@ class Scores:
                 held = part("sensitivity")
                 groups = tuple((str(name), int(units)) for name, units in effects["groups"])
                 rows = held["rows"].float() * held["scale"]
-                about["sensitivities"] = Sensitivities(groups, rows, held["linear"], int(effects["samples"]))
+                samples, total = int(effects["samples"]), held.get("total")
+                about["sensitivities"] = Sensitivities(groups, rows, held["linear"], samples, total)
             about.pop("format")
             return cls(values=part("value"), stderr=part("stderr") or None, **about)
         except (TypeError, KeyError, AttributeError, ValueError) as error:

@@ -133,6 +133,24 @@ class Stopped:
         raise self.error
 
 
+def test_a_scoring_that_was_stopped_after_any_batch_ends_with_the_same_bytes(tmp_path) -> None:
+    model, graph = counted()
+    dense = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            parameter += 0.1
+    criterion = tp.TPV(reference=dense)  # with a linear part, of which the mean rounds
+    tp.score(model, data(), graph, criterion, save=tmp_path / "whole", exact=True)
+    for after in range(1, len(data())):
+        with pytest.raises(KeyboardInterrupt):
+            tp.score(
+                model, Stopped(data(), after, KeyboardInterrupt), graph, criterion, save=tmp_path / "s", exact=True
+            )
+        tp.score(model, data(), graph, criterion, save=tmp_path / "s", exact=True)
+        assert (tmp_path / "s").read_bytes() == (tmp_path / "whole").read_bytes(), after
+        (tmp_path / "s").unlink()
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 @pytest.mark.parametrize("kind", ["probes", "exact", "batched", "jbr", "fisher", "variance"])
 def test_a_stopped_scoring_goes_on_where_it_stopped(kind: str, error: type[BaseException], tmp_path) -> None:

@@ -105,7 +105,8 @@ class _Rows:
         held = None if scores is None else scores.sensitivities
         if held is None or scores is None:
             return cls([], None, 0, 0)
-        return cls([held.rows], held.linear * scores.samples, held.samples, scores.samples)
+        total = held.linear * scores.samples if held.total is None else held.total
+        return cls([held.rows], total, held.samples, scores.samples)
 
     def add(self, seen: Observation) -> None:
         if seen.rows is not None and seen.samples:
@@ -122,8 +123,8 @@ class _Rows:
         samples = min(self.samples, cap)
         rows = rows[: len(rows) // self.samples * samples]
         groups = tuple((group.id, group.units) for group in graph.groups)
-        linear = torch.zeros(graph.units, dtype=torch.float64) if self.linear is None else self.linear / self.counted
-        return Sensitivities(groups, rows, linear, samples)
+        total = torch.zeros(graph.units, dtype=torch.float64) if self.linear is None else self.linear
+        return Sensitivities(groups, rows, total / self.counted, samples, total)
 
 
 def collect(

@@ -262,7 +262,8 @@ def gathered_rows(rows: Sensitivities | None, counted: int, cap: int) -> Sensiti
     effects = torch.cat([part.rows.cpu() for part, _ in parts])
     samples = sum(part.samples for part, _ in parts)
     kept = min(samples, cap)
-    linear = torch.stack([part.linear * count for part, count in parts]).sum(0) / sum(count for _, count in parts)
+    totals = [part.linear * count if part.total is None else part.total for part, count in parts]
+    linear = torch.stack(totals).sum(0) / sum(count for _, count in parts)
     return Sensitivities(parts[0][0].groups, effects[: len(effects) // samples * kept], linear, kept)
 
 
