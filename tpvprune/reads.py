@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
@@ -15,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 from tpvprune.multihead import attended
 
 SETTINGS = ("stride", "padding", "dilation", "groups")
+LIKE = ("to", "type_as", "expand_as", "view_as", "reshape_as")  # what comes after the first shows a shape or a kind
+FRESH = ("new_", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like")
 DEFAULTS: Mapping[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 READS: Mapping[Any, Sequence[str]] = {
     F.linear: ("input", "weight", "bias"),
@@ -40,8 +43,8 @@ class ThroughLayers(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.led = False
-        self.beside: list[nn.Module] = []
-        self.plain: list[nn.Module] = []
+        self.beside: set[nn.Module] = set()
+        self.plain: set[nn.Module] = set()
         layers = (m for m in model.modules() if isinstance(m, (nn.Linear, _ConvNd)))
         self._layers: dict[int, list[nn.Module]] = {}
         for layer in layers:
@@ -57,17 +60,18 @@ class ThroughLayers(TorchFunctionMode):
         names = READS.get(func)
         if names is None:
             found = func(*args, **kwargs)
-            if isinstance(found, (Tensor, tuple, list)):  # and not a weight's shape or kind
-                self._note([*args, *kwargs.values()])
+            if _values(func, found):
+                self._note(list(args[:1]) if getattr(func, "__name__", "") in LIKE else [*args, *kwargs.values()])
             return found
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         users = [user for user in self._layers.get(id(given.get("weight")), ()) if user.weight is given["weight"]]
-        self.plain += [user for user in users if _runs(user)]
+        self.plain.update(user for user in users if _runs(user))
         layer: Any = users[0] if len(users) == 1 else None  # of a shared weight nobody knows whose it is here
         if layer is None or _runs(layer) or not _alike(layer, given):
             self._note([given.get("weight")])
             return func(*args, **kwargs)
         self.led = True
+        self.plain.add(layer)
         out, bias = layer(given["input"]), given.get("bias")
         if bias is None or bias is layer.bias:
             return out
@@ -81,7 +85,14 @@ class ThroughLayers(TorchFunctionMode):
             elif isinstance(value, nn.Parameter) and id(value) in self._layers:
                 users = [layer for layer in self._layers[id(value)] if layer.weight is value]
                 if not any(_runs(layer) for layer in users):
-                    self.beside += users
+                    self.beside.update(users)
+
+
+def _values(func: Any, found: Any) -> bool:
+    """Whether a function gives numbers made of those that it was given, and not their shape, kind, or a comparison."""
+    if isinstance(found, Tensor):
+        return found.dtype != torch.bool and not getattr(func, "__name__", "").startswith(FRESH)
+    return isinstance(found, (tuple, list)) and not isinstance(found, torch.Size)
 
 
 def read_by(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -313,6 +313,36 @@ def test_a_layer_that_reads_what_it_gave_is_refitted_to_both() -> None:
     close(found.twice.bias, bias)
 
 
+@pytest.mark.parametrize("settings", [{}, {"inputs": "dense"}], ids=str)
+def test_layers_that_are_called_by_keyword_are_refitted(settings: dict[str, str]) -> None:
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.again, self.last = nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(6, 3)
+
+        def read(self, x: Tensor) -> Tensor:
+            return self.first(input=x).tanh()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.read(x)
+            return self.last(input=(self.again(input=x) + self.again(input=x * x)).tanh())
+
+    model = randomise(Keywords())
+    batches = data(30, 5)
+    small = cut(model, batches[0], {"first": [1, 4, 6]})
+    found = tp.reconstruct(small, batches, model, tp.Reconstruct(**settings))
+    with torch.no_grad():
+        reads = [(small if not settings else model).read(b) for b in batches]
+        if settings:
+            reads = [r[:, [0, 2, 3, 5, 7]] for r in reads]
+        dense = [model.read(b) for b in batches]
+        wanted = [model.again(y) for x in dense for y in (x, x * x)]
+    seen = [y for x in reads for y in (x, x * x)]
+    close(found.again.weight, refit_linear(small.again, seen, wanted)[0])
+    tp.refine(found, batches, model, tp.GaussNewton(steps=1, iterations=1))
+    tp.fold_means(small, batches, model)
+
+
 def test_a_norm_that_serves_others_too_is_not_moved() -> None:
     class OneNorm(nn.Module):
         def __init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 import tpvprune as tp
+from tests.cases import example, randomise
 from tests.helpers import assert_same_state, built, gap
+from tests.scoring.test_unseen import Views
 from tpvprune.scoring import collect as collecting
 
 WORLD = 2
@@ -155,6 +157,18 @@ def added_to(rank: int, folder: str, lost: int | None) -> str:
     return "nothing"
 
 
+# Batch sizes of each process, of which one alone may see that samples lie in an order of their own.
+UNEQUAL = {"more there": ([8], [1]), "nothing there": ([8], []), "nothing here": ([], [8]), "one first": ([8], [1, 8])}
+
+
+def given_way(rank: int, shares: Sequence[Sequence[int]], compensated: bool) -> tp.Scores:
+    """Scores of a model that holds two views of each sample in a batch."""
+    model = randomise(Views())
+    batches = [example(size, 5, seed=size + number) for number, size in enumerate(shares[rank])]
+    criterion = tp.TPV(compensated=compensated, probes="exact")
+    return tp.score(model, batches, tp.trace(model, example(1, 5)), criterion)
+
+
 def work(rank: int, folder: str) -> None:
     """What each process does; what it found is left in the folder."""
     torch.set_num_threads(1)
@@ -177,6 +191,11 @@ def work(rank: int, folder: str) -> None:
         tp.score(built("mlp").model, [], built("mlp").graph)
     except tp.InputError as error:
         found["nothing"] = str(error)
+    found["given way"] = {
+        (name, compensated): given_way(rank, shares, compensated)
+        for name, shares in UNEQUAL.items()
+        for compensated in (False, True)
+    }
     found["resumed"] = {name: resumed(name, rank, folder) for name in RESUMED}
     found["one lost"] = [resumed("compensated", rank, folder, lost) for lost in range(WORLD)]
     found["shares refused"] = refused(rank, folder)
@@ -248,6 +267,18 @@ def test_all_processes_get_the_same(found: Any) -> None:
             assert torch.equal(value, other[name].values[key])
     digests = [one[name].manifest["data"] for name in ("probes", "exact", "one batch")]
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_processes_leave_a_model_to_another_criterion_together(found: Any) -> None:
+    one, other = (told["given way"] for told in found[1])
+    for (name, compensated), scores in one.items():
+        label = tp.TPV(engine="batched").label
+        assert scores.criterion == other[name, compensated].criterion == label
+        assert scores.samples == sum(map(sum, UNEQUAL[name]))
+        assert scores.sensitivities is None
+        for key, value in scores.values.items():
+            assert torch.equal(value, other[name, compensated].values[key])
+            torch.testing.assert_close(value, one[name, False].values[key], rtol=1e-12, atol=0)
 
 
 def test_what_several_processes_cannot_do_is_refused(found: Any) -> None:

@@ -308,3 +308,25 @@ def test_batches_that_are_added_twice_are_warned_of(caplog: pytest.LogCaptureFix
     caplog.clear()
     tp.score(model, data(5), graph, save=tmp_path / "s")
     assert not caplog.records
+
+
+class Knows:
+    """Things that know each other, each by a list of its own."""
+
+    def __init__(self) -> None:
+        self.others: list[Any] = []
+
+
+@pytest.mark.parametrize("count", [12, 400])
+def test_what_a_function_closes_over_is_walked_once(count: int) -> None:
+    things = [Knows() for _ in range(count)]
+    for number, thing in enumerate(things):
+        thing.others = things[:] if count < 100 else things[number + 1 : number + 2]
+
+    def select(output: Tensor) -> Tensor:
+        return output if things else output[:, :1]
+
+    told = settings_of(tp.TPV(output=select))
+    assert told == settings_of(tp.TPV(output=select))
+    things[1].others = []
+    assert told != settings_of(tp.TPV(output=select))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,7 +95,8 @@ def test_what_is_not_seen_is_scored_by_gradients_and_said(
         found = tp.score(
             model, iter(batches) if not compensated else batches, graph, tp.TPV(compensated=compensated, **EXACT)
         )
-    assert "scored by gradients of weights" in caplog.text
+    assert "; scored by tpv(head=logits, over=consume, engine=batched)" in caplog.text
+    assert found.criterion == wanted.criterion
     assert found.samples == 12
     assert found.sensitivities is None
     assert_scores_close(found.values, wanted.values, tolerances.EXACT)
@@ -104,6 +106,70 @@ def test_what_is_not_seen_is_scored_by_gradients_and_said(
     for refused in (tp.TPV(engine="activations"), tp.TPV(sensitivities=5)):
         with pytest.raises(tp.ModelError, match="engine='batched'"):
             tp.score(model, batches, graph, refused)
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+def test_such_scores_are_gone_on_with(compensated: bool, tmp_path: Path) -> None:
+    model, x = randomise(Views()), example(12, 5)
+    graph, batches = tp.trace(model, x[:1]), [x[:5], x[5:8], x[8:]]
+    criterion = tp.TPV(compensated=compensated, **EXACT)
+    whole = tp.score(model, batches, graph, criterion, save=tmp_path / "s")
+    assert whole.manifest["instead_of"] == criterion.label
+    again = tp.score(model, batches, graph, criterion, save=tmp_path / "s")
+    assert_scores_close(again.values, whole.values, tolerances.EXACT)
+    first = tp.score(model, batches[:1], graph, criterion)
+    # Of a batch of one sample nothing could tell.
+    both = tp.score(model, [x[5:6], x[6:8], x[8:]], graph, criterion, start=first)
+    parts = tp.score(model, [x[:5], x[5:6], x[6:8], x[8:]], graph, criterion)
+    assert both.criterion == parts.criterion == whole.criterion
+    assert_scores_close(both.values, parts.values, tolerances.EXACT)
+
+
+class Looks(nn.Module):
+    """Looks at a weight that it does not multiply with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = linears((5, 6), (6, 7), (7, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.middle.weight
+        x = self.first(x).tanh().reshape(-1, weight.shape[1]).reshape(-1, weight.size()[1]).to(weight).type_as(weight)
+        x = self.middle(x) + weight.new_zeros(1) + torch.zeros_like(weight).sum()
+        return self.last(x.tanh() if not bool(torch.isnan(weight).any()) else x)
+
+
+@pytest.mark.parametrize("criterion", [tp.TPV(**EXACT), tp.Wanda()], ids=["tpv", "wanda"])
+def test_looking_at_a_weight_is_not_multiplying_with_it(criterion: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model, x = randomise(Looks()), example(9, 5)
+    plain = nn.Sequential(model.first, nn.Tanh(), model.middle, nn.Tanh(), model.last)
+    found, wanted = (tp.score(net, [x], tp.trace(net, x[:1]), criterion) for net in (model, plain))
+    for got, expected in zip(found.values.values(), wanted.values.values(), strict=True):
+        assert gap(got, expected) <= tolerances.EXACT * float(expected.max())
+    assert not caplog.records
+    tp.score(model, [x], tp.weight_graph(model), tp.TPV(engine="per_sample"))
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.attention = nn.Linear(5, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.middle, self.shift, self.last = nn.Linear(8, 7, bias=False), nn.Parameter(torch.zeros(7)), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.last(F.linear(x, self.middle.weight, self.shift).tanh().mean(1))
+
+
+def test_single_weights_used_by_hand_as_their_layer_would_are_scored() -> None:
+    model, x = randomise(Attends()), example(6, 4, 5)
+    graph = tp.weight_graph(model)
+    assert "attention.out_proj.weight" in graph
+    wanted = tp.score(model, x.split(1), graph, tp.TPV(engine="batched", **EXACT))
+    found = tp.score(model, [x], graph, tp.TPV(engine="per_sample", **EXACT))
+    assert_scores_close(found.values, wanted.values, tolerances.EXACT)
+    tp.score(model, [x], graph, tp.TPV(compensated=True))
 
 
 @pytest.mark.parametrize("name", UNSEEN)
@@ -250,6 +316,28 @@ def test_what_layers_are_called_with_and_writing_in_place_change_nothing(criteri
         )
         for got, expected in zip(found.values.values(), wanted.values.values(), strict=True):
             assert gap(got, expected) <= tolerances.EXACT * float(expected.max())
+
+
+class InPlace(nn.Module):
+    """A module of its own that writes into what it is given before it multiplies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(2.0) @ self.weight
+
+
+def test_a_reader_may_write_into_what_it_reads() -> None:
+    model, x = randomise(nn.Sequential(nn.Linear(5, 6), nn.Tanh(), InPlace())), example(9, 5)
+    graph = tp.trace(model, x[:1])
+    found = tp.score(model, [x], graph, tp.TPV(**EXACT))
+    plain = nn.Sequential(model[0], nn.Tanh(), nn.Linear(6, 4, bias=False))
+    with torch.no_grad():
+        plain[2].weight = nn.Parameter(2 * model[2].weight.T)
+    wanted = tp.score(plain, [x], tp.trace(plain, x[:1]), tp.TPV(**EXACT))
+    assert gap(found.values["0"], wanted.values["0"]) <= tolerances.EXACT * float(wanted.values["0"].max())
 
 
 def test_inputs_with_gradients_give_the_same() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tpvprune.batches import Batch, Progress, evaluation_mode, model_inputs
 from tpvprune.copies import copied
 from tpvprune.plan import Plan
-from tpvprune.reads import ThroughLayers
+from tpvprune.reads import ThroughLayers, read_by
 from tpvprune.recovery.axes import align
 from tpvprune.recovery.fits import Fit, channel_axis, consumers, fitting_plan, kept_inputs, say_left, width
 from tpvprune.recovery.order import Course, course
@@ -116,8 +116,8 @@ def _dense_pass(
     """Run the dense model and hand over, for each layer, those of its inputs that are left, and its output."""
 
     def hook(fit: Fit) -> Any:
-        def seen(layer: nn.Module, args: Any, output: Tensor) -> None:
-            value = args[0]
+        def seen(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            value = read_by(args, kwargs)
             kept = kept_inputs(plan, layer, fit.name).to(value.device)
             take(fit, fit.other_axes(value.index_select(channel_axis(layer) % value.ndim, kept)), output)
 
@@ -125,7 +125,7 @@ def _dense_pass(
 
     with ExitStack() as hooks:
         for name, fit in fits.items():
-            hooks.enter_context(teacher.get_submodule(name).register_forward_hook(hook(fit)))
+            hooks.enter_context(teacher.get_submodule(name).register_forward_hook(hook(fit), with_kwargs=True))
         with ThroughLayers(teacher):
             teacher(inputs)
 

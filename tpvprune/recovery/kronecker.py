@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.patches import patches, some_of
+from tpvprune.reads import read_by
 from tpvprune.recovery.fits import COLUMNS, REFITTED, TRANSPOSED
 from tpvprune.recovery.settings import GaussNewton
 
@@ -45,7 +46,8 @@ class Factors:
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Take second moments of what layers read, and of the gradients of what they give, while this is on."""
-        handles = [layer.register_forward_hook(self._hook(name)) for name, layer in self._layers.items()]
+        layers = self._layers.items()
+        handles = [layer.register_forward_hook(self._hook(name), with_kwargs=True) for name, layer in layers]
         try:
             yield
         finally:
@@ -53,8 +55,8 @@ class Factors:
                 handle.remove()
 
     def _hook(self, name: str) -> Any:
-        def hook(layer: Any, args: tuple[Any, ...], output: Tensor) -> None:
-            self._add_inputs(name, layer, args[0].detach())
+        def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            self._add_inputs(name, layer, read_by(args, kwargs).detach())
             if output.requires_grad:
                 output.register_hook(lambda gradient: self._add_gradients(name, layer, gradient.detach()))
 

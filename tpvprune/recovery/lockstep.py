@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tpvprune.reads import ThroughLayers
+from tpvprune.reads import ThroughLayers, read_by
 from tpvprune.recovery.spill import Spilled, Watch
 
 
@@ -56,7 +56,7 @@ class Strand:
         self._stopping = False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._handles = [
-            model.get_submodule(name).register_forward_pre_hook(self._before(name))
+            model.get_submodule(name).register_forward_pre_hook(self._before(name), with_kwargs=True)
             if at == "input"
             else model.get_submodule(name).register_forward_hook(self._after(name))
             for name in layers
@@ -129,9 +129,9 @@ class Strand:
         return threading.current_thread() is self._thread and name in self._wanted
 
     def _before(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._mine(name):
-                self._pause(name, args[0])
+                self._pause(name, read_by(args, kwargs))
 
         return hook
 

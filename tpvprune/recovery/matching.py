@@ -18,6 +18,7 @@ from torch.func import functional_call
 from tpvprune.batches import Progress
 from tpvprune.errors import ModelError
 from tpvprune.plan import Plan
+from tpvprune.reads import read_by
 from tpvprune.recovery.fits import REFITTED, channel_axis, kept_inputs
 from tpvprune.recovery.kronecker import Factors, Vector
 from tpvprune.recovery.settings import GaussNewton
@@ -240,8 +241,8 @@ def _seen(model: nn.Module, places: Iterable[Place]) -> Iterator[dict[Place, Ten
     calls: Counter[tuple[str, bool]] = Counter()
 
     def keep(module: str, output: bool) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], given: Any = None) -> None:
-            value = given if output else args[0] if args else None
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any = None) -> None:
+            value = given if output else read_by(args, kwargs) if args or "input" in kwargs else None
             if isinstance(value, Tensor):
                 held[Place(module, output, calls[module, output])] = value
             calls[module, output] += 1
@@ -252,7 +253,7 @@ def _seen(model: nn.Module, places: Iterable[Place]) -> Iterator[dict[Place, Ten
     for name, output in dict.fromkeys((place.module, place.output) for place in places):
         module = model.get_submodule(name)
         register = module.register_forward_hook if output else module.register_forward_pre_hook
-        handles.append(register(keep(name, output)))
+        handles.append(register(keep(name, output), with_kwargs=True))
     try:
         yield held
     finally:

@@ -24,7 +24,7 @@ from tpvprune.batches import Batch, Progress, evaluation_mode, model_inputs
 from tpvprune.copies import copied
 from tpvprune.errors import InputError, PlanError
 from tpvprune.plan import Plan
-from tpvprune.reads import ThroughLayers
+from tpvprune.reads import ThroughLayers, read_by
 from tpvprune.recovery.axes import align
 from tpvprune.recovery.denseinputs import refit_on_dense_inputs
 from tpvprune.recovery.fits import REFITTED, Fit, consumers, fitting_plan, say_left
@@ -184,7 +184,9 @@ def _all_calls(fit: Fit, small: nn.Module, teacher: nn.Module, inputs: Sequence[
     read: list[Tensor] = []
     given: list[Tensor] = []
     with ExitStack() as hooks:  # copies: what follows may write into either
-        hooks.enter_context(mine.register_forward_pre_hook(lambda _, args: read.append(args[0].clone())))
+        hooks.enter_context(
+            mine.register_forward_pre_hook(lambda _, a, k: read.append(read_by(a, k).clone()), with_kwargs=True)
+        )
         hooks.enter_context(dense.register_forward_hook(lambda _, args, output: given.append(output.clone())))
         for batch, first in zip(inputs, firsts, strict=True):
             for model in (small, teacher):

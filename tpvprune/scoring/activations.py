@@ -30,6 +30,7 @@ from tpvprune.scoring.taps import Map, Sink, Tap
 from tpvprune.types import Graph
 
 logger = logging.getLogger(__name__)
+IN_PLACE = ("modified by an inplace operation", "is being modified inplace")  # how PyTorch says so
 
 
 def tensors(outputs: Outputs) -> list[Tensor]:
@@ -167,7 +168,7 @@ class Tapped:
             with self() as taps:
                 return work(taps)
         except RuntimeError as error:
-            if self._copies or "modified by an inplace operation" not in str(error):
+            if self._copies or not any(told in str(error) for told in IN_PLACE):
                 raise
             error.__traceback__ = None  # its frames hold the graph
         self._copies = True
@@ -195,7 +196,7 @@ class Tapped:
             value = read_by(args, kwargs)
             if self._copies:
                 value = value.clone()
-            tapped = Tap.apply(self._root(key, value, axis == -1), self.sink, key, axis, copy)
+            tapped = Tap.apply(self._root(key, value, axis == -1), self.sink, key, axis, copy or self._copies)
             return ((tapped, *args[1:]), kwargs) if args else ((), {**kwargs, "input": tapped})
 
         return hook

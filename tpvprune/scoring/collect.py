@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,16 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.batches import Batch, Progress, on_one_tensor
-from tpvprune.errors import InputError
+from tpvprune.errors import InputError, UnseenError
 from tpvprune.processes import of_all, process
 from tpvprune.scores import Scores, Sensitivities, Settled
 from tpvprune.scoring.engine import Watched, digest_of_all, gathered_rows, reduced
-from tpvprune.scoring.resume import check_start, made_of
+from tpvprune.scoring.resume import INSTEAD, check_start, made_of
 from tpvprune.scoring.shares import finish, share_of
 from tpvprune.tally import Tally
 from tpvprune.types import Graph
 from tpvprune.version import __version__
 
+logger = logging.getLogger(__name__)
 SAVE_EVERY = 30.0  # seconds between two states of a scoring on disk
 Later = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 """Scores of what scores say of each unit alone, both `(units,)` per group."""
@@ -88,6 +90,19 @@ class Joining(Protocol):
 
     def join(self, model: nn.Module, batches: Iterable[Batch], graph: Graph) -> Later | None:
         """What a process whose batches have all been scored, or that has none, adds to that talk."""
+        ...
+
+
+@runtime_checkable
+class GivingWay(Protocol):
+    """A criterion that leaves some models to another one, see `UnseenError`."""
+
+    def instead(self) -> Streaming | None:
+        """The other one; None where the choice is not left to the criterion."""
+        ...
+
+    def sees(self, model: nn.Module, batches: Watched, graph: Graph) -> bool:
+        """Whether a model, as far as the batch to come tells, is one that it scores itself."""
         ...
 
 
@@ -172,6 +187,8 @@ def _collect(
     request = made_of(criterion, model, graph)
     own = None if save is None else share_of(Path(save))
     start, tally, watched = _begun(own, start, criterion, batches, graph, request)
+    asked = criterion.label
+    criterion = _fitting(criterion, model, watched, graph, start)
     skip, rows, fresh = watched.skip, _Rows.of(start), 0
     cap = getattr(criterion, "cap", 0)
     later: Later | None = None
@@ -180,6 +197,7 @@ def _collect(
     def state(done: int, whole: bool = True) -> Scores:
         held = rows.result(graph, -(-cap // world))
         about = _manifest(watched, done, tally, world) | request
+        about |= {} if criterion.label == asked else {INSTEAD: asked}
         if start is not None and not fresh and world == 1:  # nothing new was seen, nor what `later` is made of
             return replace(start, sensitivities=held, manifest=about)
         return _scores(criterion, model, graph, tally, held, about, later if whole else None)
@@ -204,12 +222,26 @@ def _collect(
             )
         return until.reached(found)
 
+    def observed() -> Iterator[Observation]:
+        nonlocal criterion
+        batch = watched.peek()
+        try:
+            yield from criterion.observe(model, watched, graph, tally.batches, progress)
+        except UnseenError as error:
+            # Several processes have decided before, all alike.
+            other = criterion.instead() if isinstance(criterion, GivingWay) and world == 1 and not fresh else None
+            if other is None or start is not None:
+                raise
+            watched.put_back(batch)
+            criterion = _given_way(other, error)
+            yield from criterion.observe(model, watched, graph, tally.batches, progress)
+
     try:
         # A process without a batch to score has others to wait for it; one alone is told that there is none.
         if world > 1 and not watched.pending() and isinstance(criterion, Joining):
             later = criterion.join(model, watched, graph)
         elif (start is None and world == 1) or (watched.pending() and not settled(skip)):
-            for seen in criterion.observe(model, watched, graph, tally.batches, progress):
+            for seen in observed():
                 tally, later = tally + seen.tally, seen.later
                 rows.add(seen)
                 fresh += 1
@@ -234,6 +266,24 @@ def _collect(
         result = replace(result, sensitivities=held, manifest=about)
     finish(result, None if save is None else Path(save), exact)
     return result
+
+
+def _fitting(criterion: Streaming, model: nn.Module, watched: Watched, graph: Graph, start: Scores | None) -> Streaming:
+    """The criterion, or the one it leaves this model to: what was taken before, and what all processes agree on."""
+    other = criterion.instead() if isinstance(criterion, GivingWay) else None
+    if other is None:
+        return criterion
+    if any(of_all(start is not None and INSTEAD in start.manifest)):
+        return other
+    assert isinstance(criterion, GivingWay)
+    if process()[1] > 1 and not all(of_all(criterion.sees(model, watched, graph))):
+        return _given_way(other, "what units do is not seen from what layers are given")
+    return criterion
+
+
+def _given_way(other: Streaming, why: object) -> Streaming:
+    logger.warning("%s; scored by %s", str(why).partition(";")[0], other.label)
+    return other
 
 
 def _begun(

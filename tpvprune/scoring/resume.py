@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from tpvprune.scoring.settings import settings_of
 from tpvprune.tally import Tally
 from tpvprune.types import Graph
 
+INSTEAD = "instead_of"  # in a manifest, the criterion that was asked for and left the model to another one
 ANEW = "score anew, or to another file"
 
 
@@ -51,20 +53,24 @@ def check_start(start: Scores, criterion: Any, graph: Graph, request: Mapping[st
         PlanError: the earlier scores are of something else, or hold no sums.
     """
     wanted = (criterion.label, criterion.seed, criterion.probes, graph.model_id)
-    given = (start.criterion, start.seed, start.probes, start.model_id)
+    given = (start.manifest.get(INSTEAD, start.criterion), start.seed, start.probes, start.model_id)
     if wanted != given:
         raise PlanError(f"batches cannot be added: the scores are {given}, the request is {wanted}; {ANEW}")
     if start.manifest.get("weights", request["weights"]) != request["weights"]:
         raise PlanError(f"batches cannot be added: the scores are of a model with other weights; {ANEW}")
     _check_units(start, graph, request)
     had, has = start.manifest.get("settings", {}), request["settings"]
-    changed = [f"{name}={had[name]!r}, not {has[name]!r}" for name in has if had.get(name, has[name]) != has[name]]
+    changed = [f"{name}={had[name]!r}, not {has[name]!r}" for name in has if _differs(had, has, name)]
     if changed:
         raise PlanError(f"batches cannot be added: the scores were made with {'; '.join(changed)}; {ANEW}")
     if start.tally is None:
         raise PlanError(f"batches cannot be added to scores that hold no sums; {ANEW}")
     _check_rows(start, criterion, graph)
     return start.tally
+
+
+def _differs(had: Mapping[str, Any], has: Mapping[str, Any], name: str) -> bool:
+    return json.dumps(had.get(name, has[name])) != json.dumps(has[name])  # where not a number is like itself
 
 
 def _check_units(start: Scores, graph: Graph, request: Mapping[str, Any]) -> None:
@@ -83,6 +89,8 @@ def _check_rows(start: Scores, criterion: Any, graph: Graph) -> None:
     """Refuse scores that keep the effects of fewer samples than were seen and are asked for."""
     cap = -(-getattr(criterion, "cap", 0) // process()[1])
     held = 0 if start.sensitivities is None else start.sensitivities.samples
+    if INSTEAD in start.manifest:  # by a criterion that keeps none
+        return
     if held < min(cap, start.samples) and not any(group.kind == "weight" for group in graph.groups):
         raise PlanError(
             f"batches cannot be added: the scores keep the effects of {held} of {start.samples} samples, and "

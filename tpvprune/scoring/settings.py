@@ -22,6 +22,7 @@ from tpvprune.scoring.engine import weights_digest
 from tpvprune.scoring.heads import HEADS
 from tpvprune.scoring.perturb import PERTURBATIONS
 
+DEEPEST, MOST = 50, 10_000  # of what lies deeper in a value, or after so many, the class alone is told
 READABLE = 120  # characters of a setting that is written out; of a longer one there is a digest
 _PLAIN = (bool, int, float, str)
 
@@ -37,7 +38,7 @@ def settings_of(criterion: Any) -> dict[str, Any]:
 
 def _written(name: str, value: Any) -> dict[str, Any]:
     if not is_dataclass(value) or isinstance(value, (type, nn.Module)) or _word(value):
-        return {name: _short(_described(value, ()))}
+        return {name: _short(_Described()(value))}
     found: dict[str, Any] = {name: _place(type(value))}
     for part, inner in _attributes(value).items():
         found |= _written(f"{name}.{part}", inner)
@@ -63,52 +64,68 @@ def _short(told: Any) -> Any:
     return first + _hashed(text.encode())
 
 
-def _described(value: Any, around: tuple[int, ...]) -> Any:
-    """A value in terms that JSON gives back as they were.
+class _Described:
+    """Values in terms that JSON gives back as they were; what was met before is known by its number."""
 
-    Args:
-        value: anything.
-        around: identities of the values that this one is a part of.
-    """
-    if value is None or isinstance(value, _PLAIN):
-        return value
-    if isinstance(value, (type, types.ModuleType, torch.dtype, torch.device)):
-        return _place(value)
-    if id(value) in around:
-        return "itself"
+    def __init__(self) -> None:
+        self._met: dict[int, tuple[int, Any]] = {}  # held, so that no other takes the place in memory
+        self._depth = 0
 
-    def each(*parts: Any) -> list[Any]:
-        return [_described(part, (*around, id(value))) for part in parts]
+    def __call__(self, value: Any) -> Any:
+        """A value, and what it is made of."""
+        if value is None or isinstance(value, _PLAIN):
+            return value
+        if isinstance(value, (type, types.ModuleType, torch.dtype, torch.device)):
+            return _place(value)
+        if id(value) in self._met:
+            return ["met", self._met[id(value)][0]]
+        self._met[id(value)] = len(self._met), value
+        if self._depth > DEEPEST or len(self._met) > MOST:
+            return _place(type(value))
+        self._depth += 1
+        try:
+            return self._made_of(value)
+        finally:
+            self._depth -= 1
 
-    if isinstance(value, nn.Module):
-        return weights_digest(value) if [*value.parameters(), *value.buffers()] else repr(value)
-    if isinstance(value, Tensor):
-        return ["tensor", str(value.dtype), list(value.shape), _hashed(_bytes(value))]
-    if isinstance(value, (bytes, bytearray)):
-        return ["bytes", _hashed(bytes(value))]
-    if isinstance(value, Mapping):  # in its order, which may matter
-        return [each(*pair) for pair in value.items()]
-    if isinstance(value, (list, tuple)):
-        return each(*value)
-    if isinstance(value, (set, frozenset)):
-        return sorted(each(*value), key=json.dumps)
-    if isinstance(value, types.CodeType):
-        return [value.co_name, _hashed(value.co_code), each(*value.co_names), each(*value.co_consts)]
-    if isinstance(value, types.FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
-        made = each(value.__code__, cells, value.__defaults__, value.__kwdefaults__)
-        return f"{_place(value)} {_hashed(json.dumps(made).encode())}"
-    if isinstance(value, types.MethodType):
-        return [_place(value), *each(value.__func__, value.__self__)]
-    if isinstance(value, types.BuiltinFunctionType):
-        return [_place(value), *each(value.__self__)]
-    if is_dataclass(value):
-        return _word(value) or [_place(type(value)), *each(_attributes(value))]
-    try:
-        parts = value.__reduce_ex__(2)  # what pickle would write of it: its attributes, where it does not say otherwise
-    except Exception:  # of what cannot be pickled, and says so in its own way
-        parts = _attributes(value)
-    return [_place(type(value)), *each(parts)]
+    def _each(self, *parts: Any) -> list[Any]:
+        return [self(part) for part in parts]
+
+    def _alone(self, part: Any) -> Any:
+        one = _Described()
+        one._met, one._depth = dict(self._met), self._depth
+        return one(part)
+
+    def _made_of(self, value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            return weights_digest(value) if [*value.parameters(), *value.buffers()] else repr(value)
+        if isinstance(value, Tensor):
+            return ["tensor", str(value.dtype), list(value.shape), _hashed(_bytes(value))]
+        if isinstance(value, (bytes, bytearray)):
+            return ["bytes", _hashed(bytes(value))]
+        if isinstance(value, Mapping):  # in its order, which may matter
+            return [self._each(*pair) for pair in value.items()]
+        if isinstance(value, (list, tuple)):
+            return self._each(*value)
+        if isinstance(value, (set, frozenset)):  # each by itself: their order is not known before they are described
+            return sorted((self._alone(part) for part in value), key=json.dumps)
+        if isinstance(value, types.CodeType):
+            return [value.co_name, _hashed(value.co_code), self._each(*value.co_names), self._each(*value.co_consts)]
+        if isinstance(value, types.FunctionType):
+            cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+            made = self._each(value.__code__, cells, value.__defaults__, value.__kwdefaults__)
+            return f"{_place(value)} {_hashed(json.dumps(made).encode())}"
+        if isinstance(value, types.MethodType):
+            return [_place(value), *self._each(value.__func__, value.__self__)]
+        if isinstance(value, types.BuiltinFunctionType):
+            return [_place(value), *self._each(value.__self__)]
+        if is_dataclass(value):
+            return _word(value) or [_place(type(value)), *self._each(_attributes(value))]
+        try:
+            parts = value.__reduce_ex__(2)  # what pickle would write of it: its attributes, or what it says otherwise
+        except Exception:  # of what cannot be pickled, and says so in its own way
+            parts = _attributes(value)
+        return [_place(type(value)), *self._each(parts)]
 
 
 def _place(value: Any) -> str:

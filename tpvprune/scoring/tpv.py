@@ -11,16 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tpvprune.batches import (
-    Batch,
-    Progress,
-    Selector,
-    repeatable,
-)
+from tpvprune.batches import Batch, Progress, Selector, device_of, inputs_of, repeatable
 from tpvprune.budget import n_of_m
 from tpvprune.errors import InputError, PlanError, UnseenError
 from tpvprune.plan import Plan
+from tpvprune.processes import of_all
 from tpvprune.scores import Scores
+from tpvprune.scoring.activations import Tapped
 from tpvprune.scoring.blocks import left_over
 from tpvprune.scoring.collect import Later, Observation, collect
 from tpvprune.scoring.compensation import Residual, left_later, residuals
@@ -178,24 +175,11 @@ class TPV:
     ) -> Iterator[Observation]:
         """One observation a batch, by the engine that fits."""
         self._check(graph)
-        engine, later = self._engine(graph), None
+        engine = self._engine(graph)
         if engine == "activations":
-            watched, begun = batches if isinstance(batches, Watched) else Watched(batches), False
-            batch = watched.peek()
-            try:
-                for seen in self._from_activations(model, watched, graph, first, progress):
-                    begun = True
-                    yield seen
-                return
-            except UnseenError as error:
-                if self.engine != "auto" or self.sensitivities or batch is None or begun:
-                    raise
-                less = "sensitivities and compensation" if self.compensated else "sensitivities"
-                logger.warning("%s; scored by gradients of weights, without %s", str(error).partition(";")[0], less)
-            watched.put_back(batch)
-            engine, batches = "batched", watched
-        else:
-            _, later = self._ahead(model, batches, graph, first)
+            yield from self._from_activations(model, batches, graph, first, progress)
+            return
+        _, later = self._ahead(model, batches, graph, first)
         for seen in gradient_observations(
             model,
             batches,
@@ -208,6 +192,24 @@ class TPV:
             progress,
         ):
             yield replace(seen, later=later)
+
+    def instead(self) -> TPV | None:
+        """What scores a model whose layers do not show what units do; None where the engine was chosen."""
+        if self.engine != "auto" or self.sensitivities:
+            return None
+        return replace(self, engine="batched", compensated=False)
+
+    def sees(self, model: nn.Module, batches: Watched, graph: Graph) -> bool:
+        """Whether layers show what units do, as far as two samples of the batch to come tell."""
+        batch = batches.peek()
+        if batch is None or self._engine(graph) != "activations":
+            return True
+        try:
+            with Tapped(model, graph, self.over)() as taps:
+                taps.forward(inputs_of(batch)[:2].to(device_of(model)), self.output)
+        except UnseenError:
+            return False
+        return True
 
     def _from_activations(
         self, model: nn.Module, batches: Iterable[Batch], graph: Graph, first: int, progress: Progress | None
@@ -297,8 +299,8 @@ class TPV:
                 unseen = error
         if isinstance(batches, Watched):
             batches.looked_ahead(looked)  # which processes do together
-        if unseen is not None:
-            raise unseen
+        if any(of_all(unseen is not None)):
+            raise unseen or UnseenError("another process was told that samples cannot be told apart; see there")
         return maps, later
 
     @property
