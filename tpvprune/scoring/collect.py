@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,88 +22,13 @@ from tpvprune.scores import Scores, Sensitivities, Settled
 from tpvprune.scoring.engine import Watched, digest_of_all, gathered_rows, reduced
 from tpvprune.scoring.resume import INSTEAD, check_start, made_of
 from tpvprune.scoring.shares import finish, share_of
+from tpvprune.scoring.streaming import GivingWay, Joining, Later, Observation, Streaming
 from tpvprune.tally import Tally
 from tpvprune.types import Graph
 from tpvprune.version import __version__
 
 logger = logging.getLogger(__name__)
 SAVE_EVERY = 30.0  # seconds between two states of a scoring on disk
-Later = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
-"""Scores of what scores say of each unit alone, both `(units,)` per group."""
-
-
-@dataclass(frozen=True, eq=False)
-class Observation:
-    """What one batch says.
-
-    Attributes:
-        tally: its sums, by whatever keys the criterion summarises later.
-        rows: sensitivities `(rows, units)`, where they are kept.
-        linear: their linear part, summed over the batch's samples `(units,)`.
-        samples: samples that the rows are of.
-        later: what the scores are made of once more, where they depend on each other.
-    """
-
-    tally: Tally
-    rows: Tensor | None = None
-    linear: Tensor | None = None
-    samples: int = 0
-    later: Later | None = None
-
-
-@runtime_checkable
-class Streaming(Protocol):
-    """A criterion whose scores follow from sums over batches.
-
-    One that reads labels says so by an attribute `labelled`, True. Batches with other labels are other batches to it.
-    """
-
-    @property
-    def probes(self) -> int | str:
-        """Cotangents per sample."""
-        ...
-
-    @property
-    def seed(self) -> int:
-        """Seed of what is drawn."""
-        ...
-
-    def observe(
-        self, model: nn.Module, batches: Iterable[Batch], graph: Graph, first: int, progress: Progress | None
-    ) -> Iterator[Observation]:
-        """One observation a batch; `first` batches have gone before."""
-        ...
-
-    def summarise(self, means: Mapping[str, Tensor], model: nn.Module, graph: Graph) -> Mapping[str, Tensor]:
-        """Scores `(units,)` per group from the tally's means."""
-        ...
-
-    @property
-    def label(self) -> str:
-        """The criterion in words."""
-        ...
-
-
-@runtime_checkable
-class Joining(Protocol):
-    """A criterion that processes talk about beyond the sums of their batches."""
-
-    def join(self, model: nn.Module, batches: Iterable[Batch], graph: Graph) -> Later | None:
-        """What a process whose batches have all been scored, or that has none, adds to that talk."""
-        ...
-
-
-@runtime_checkable
-class GivingWay(Protocol):
-    """A criterion that leaves some models to another one, see `UnseenError`."""
-
-    def instead(self) -> Streaming | None:
-        """The other one; None where the choice is not left to the criterion."""
-        ...
-
-    def sees(self, model: nn.Module, batches: Watched, graph: Graph) -> bool:
-        """Whether a model, as far as the batch to come tells, is one that it scores itself."""
-        ...
 
 
 @dataclass

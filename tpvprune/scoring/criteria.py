@@ -15,8 +15,9 @@ from tpvprune.errors import InputError, PlanError, UnseenError
 from tpvprune.plan import Plan
 from tpvprune.processes import process
 from tpvprune.scores import Scores, Settled
-from tpvprune.scoring.collect import Streaming, collect
+from tpvprune.scoring.collect import collect
 from tpvprune.scoring.heads import Softmax
+from tpvprune.scoring.streaming import Streaming
 from tpvprune.scoring.tpv import TPV
 from tpvprune.types import Graph, fingerprint
 

@@ -27,10 +27,11 @@ from tpvprune.batches import (
 from tpvprune.errors import DataError, InputError, ModelError
 from tpvprune.scores import Scores
 from tpvprune.scoring.activations import Tapped, backward
-from tpvprune.scoring.collect import Observation, collect
+from tpvprune.scoring.collect import collect
 from tpvprune.scoring.engine import Parts, global_number, labels, stream, wide
 from tpvprune.scoring.gradients import Side, only, sides
 from tpvprune.scoring.perturb import Isotropic, Removal
+from tpvprune.scoring.streaming import Observation
 from tpvprune.scoring.weights import row_of
 from tpvprune.tally import Tally
 from tpvprune.types import Graph

@@ -18,9 +18,10 @@ from tpvprune.reads import ThroughLayers, read_by
 from tpvprune.scores import Scores
 from tpvprune.scoring.activations import channel_axis
 from tpvprune.scoring.blocks import refuse_blocks
-from tpvprune.scoring.collect import Observation, collect
+from tpvprune.scoring.collect import collect
 from tpvprune.scoring.engine import Parts
 from tpvprune.scoring.gradients import Side, with_sharing
+from tpvprune.scoring.streaming import Observation
 from tpvprune.tally import Tally
 from tpvprune.types import Graph
 

@@ -19,7 +19,7 @@ from tpvprune.processes import of_all
 from tpvprune.scores import Scores
 from tpvprune.scoring.activations import Tapped
 from tpvprune.scoring.blocks import left_over
-from tpvprune.scoring.collect import Later, Observation, collect
+from tpvprune.scoring.collect import collect
 from tpvprune.scoring.compensation import Residual, left_later, residuals
 from tpvprune.scoring.effects import effects
 from tpvprune.scoring.engine import Watched
@@ -27,6 +27,7 @@ from tpvprune.scoring.heads import Head, head_named
 from tpvprune.scoring.perturb import Perturbation, Removal, perturbation_named
 from tpvprune.scoring.probing import Probing
 from tpvprune.scoring.rowwise import parts_of_inputs, rows_in_turn
+from tpvprune.scoring.streaming import Later, Observation
 from tpvprune.scoring.weights import factored_scores, gradient_observations
 from tpvprune.tally import Tally
 from tpvprune.types import Graph

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from tpvprune.batches import Batch, Outputs, Progress, finite_outputs, model_inputs
 from tpvprune.errors import InputError, ModelError
 from tpvprune.scoring.activations import backward, tensors
-from tpvprune.scoring.collect import Observation
 from tpvprune.scoring.engine import Parts, global_number, stream, wide
 from tpvprune.scoring.gradients import (
     Captured,
@@ -27,6 +26,7 @@ from tpvprune.scoring.gradients import (
 from tpvprune.scoring.layout import outermost
 from tpvprune.scoring.perturb import Perturbation
 from tpvprune.scoring.probing import Probing, detached
+from tpvprune.scoring.streaming import Observation
 from tpvprune.tally import Tally
 from tpvprune.types import Graph
 
