@@ -24,7 +24,7 @@ from tpvprune.batches import Outputs, Selector, device_of, evaluation_mode, fini
 from tpvprune.errors import ModelError, PlanError, UnseenError
 from tpvprune.members import Group
 from tpvprune.reads import ThroughLayers, read_by
-from tpvprune.scoring.layout import sample_axes, unclear
+from tpvprune.scoring.layout import Layout, without_gradients
 from tpvprune.scoring.raw import check_raw, raw_readers
 from tpvprune.scoring.taps import Map, Sink, Tap
 from tpvprune.types import Graph
@@ -125,7 +125,11 @@ class Tapped:
         self._modules, self._parameters = list(modules.values()), list(model.parameters())
         device = device_of(model)
         self._parts = {group.id: self._parts_of(group, device) for group in graph.groups}
-        self._through, self._by_hand, self._idle = ThroughLayers(model), True, False
+        self._through, self._by_hand = ThroughLayers(model), True
+        places = {f"in:{name}": (module, False) for name, module in self.inputs.items()}
+        places |= {f"out:{name}": (module, True) for name, module in self.outputs.items()}
+        self.layout = Layout(model, places | {f"block:{name}": (module, True) for name, module in self.blocks.items()})
+        self.sink.axes = self.layout.axes
 
     @contextmanager
     def __call__(self) -> Iterator[Tapped]:
@@ -191,7 +195,7 @@ class Tapped:
 
     def _on_input(self, key: str, axis: int, copy: bool = False) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if self._idle:
+            if self.layout.looking:
                 return None
             value = read_by(args, kwargs)
             if self._copies:
@@ -203,7 +207,7 @@ class Tapped:
 
     def _on_output(self, key: str, axis: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            if self._idle:
+            if self.layout.looking:
                 return output
             root = self._root(key, output, axis == -1)
             # A copy, because an in-place activation may follow.
@@ -215,7 +219,7 @@ class Tapped:
 
     def _on_block(self, key: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            if self._idle:
+            if self.layout.looking:
                 return output
             tapped: Tensor = Tap.apply(self._root(key, output, True), self.sink, key, None, True, args[0].detach())
             return tapped
@@ -244,10 +248,7 @@ class Tapped:
             output, idle = self.passed(inputs, select)
         self._by_hand = self._through.led  # watching every function takes time, and few models need it
         if self._blind:
-            raise ModelError(
-                f"{self._blind[0]!r} runs under torch.no_grad() inside the model, so that what its units do to the "
-                "outputs cannot be seen; take that out of forward"
-            )
+            raise without_gradients(self._blind[0])
         beside = next((name for name, module in self.inputs.items() if module in self._through.beside), idle)
         if beside is not None:
             raise UnseenError(
@@ -256,22 +257,8 @@ class Tapped:
             )
         if not any(value.requires_grad for value in tensors(output)):
             raise ModelError("no layer of the graph is on the way to the model's output")
-        self._find_samples(inputs)
+        self.layout.settle(self._shapes, inputs)
         return output
-
-    def _find_samples(self, inputs: Tensor) -> None:
-        """Where they lie in what is tapped, if that is not clear from shapes."""
-        asked = {key for key, shape, last in self._shapes if unclear(shape, len(inputs), last)} - set(self.sink.axes)
-        if not asked:
-            return
-        places = {f"in:{name}": (module, False) for name, module in self.inputs.items()}
-        places |= {f"out:{name}": (module, True) for name, module in self.outputs.items()}
-        places |= {f"block:{name}": (module, True) for name, module in self.blocks.items()}
-        self._idle = True
-        try:
-            self.sink.axes |= sample_axes(self.model, {key: places[key] for key in asked}, inputs)
-        finally:
-            self._idle = False
 
     def passed(self, inputs: Tensor, select: Selector) -> tuple[Outputs, str | None]:
         """Outputs, and the name of a layer that reads units and was not called."""

@@ -29,7 +29,7 @@ from tpvprune.patches import patches
 from tpvprune.reads import ThroughLayers, read_by
 from tpvprune.scoring.blocks import refuse_blocks
 from tpvprune.scoring.engine import wide
-from tpvprune.scoring.layout import outermost, sample_axes, unclear
+from tpvprune.scoring.layout import Layout, outermost, without_gradients
 from tpvprune.scoring.perturb import Perturbation, moments_of
 from tpvprune.types import Graph
 
@@ -122,10 +122,7 @@ def only(model: nn.Module, wanted: Sequence[str]) -> Iterator[list[Tensor]]:
                 parameter.requires_grad_(False)
             yield [named[name].requires_grad_(True) for name in wanted]
         if blind:
-            raise ModelError(
-                f"{blind[0]!r} runs under torch.no_grad() inside the model, so that what its weights do to the outputs "
-                "cannot be seen; take that out of forward, or leave it out"
-            )
+            raise without_gradients(blind[0])
     finally:
         for handle in handles:
             handle.remove()
@@ -186,8 +183,8 @@ class Captured:
         self.inputs: dict[str, list[Tensor]] = {}
         self.outputs: dict[str, list[Tensor]] = {}
         self.users = with_sharing(model, layers)
-        self._axes: dict[int, int] = {}
-        self._idle = False
+        self._keys = {id(module): f"{number}:{name}" for number, (name, module) in enumerate(self.users)}
+        self._layout = Layout(model, {self._keys[id(module)]: (module, False) for _, module in self.users})
         self._through = ThroughLayers(model)
         self._blind: list[str] = []
         for name, module in self.users:
@@ -215,7 +212,7 @@ class Captured:
 
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            if self._idle:
+            if self._layout.looking:
                 return output
             if not torch.is_grad_enabled():
                 self._blind.append(name)
@@ -228,30 +225,9 @@ class Captured:
 
         return hook
 
-    def _find_samples(self, inputs: Tensor) -> None:
-        """Where they lie in what layers read, if that is not clear from shapes."""
-        asked = {
-            id(module)
-            for name in self.layers
-            for module, value in zip(self.calls[name], self.inputs[name], strict=True)
-            if unclear(value.shape, len(inputs), isinstance(module, nn.Linear)) and id(module) not in self._axes
-        }
-        if asked:
-            users = enumerate(self.users)
-            places = {f"{number}:{name}": (module, False) for number, (name, module) in users if id(module) in asked}
-            self._idle = True
-            try:
-                axes = sample_axes(self.model, places, inputs)
-            finally:
-                self._idle = False
-            self._axes |= {id(module): axes.get(key, 0) for key, (module, _) in places.items()}
-        for name in self.layers:
-            values = zip(self.calls[name], self.inputs[name], strict=True)
-            self.inputs[name] = [outermost(value, self.axis(module)) for module, value in values]
-
     def axis(self, module: nn.Module) -> int:
         """The axis that samples lie along in what a layer reads and gives."""
-        return self._axes.get(id(module), 0)
+        return self._layout.axes.get(self._keys[id(module)], 0)
 
     def ends(self, inputs: Tensor) -> tuple[list[str], list[Tensor]]:
         """Layer and output of every call, in order.
@@ -267,17 +243,18 @@ class Captured:
         if idle is not None:
             raise ModelError(f"the forward pass does not call {idle!r}; leave it out, or use engine='batched'")
         if self._blind:
-            raise ModelError(
-                f"{self._blind[0]!r} runs under torch.no_grad() inside the model, so that what its weights do to the "
-                "outputs cannot be seen; take that out of forward, or leave it out"
-            )
+            raise without_gradients(self._blind[0])
         for name, module in self.users:
             if module in self._through.beside or (module in self.calls[name] and module not in self._through.plain):
                 raise ModelError(
                     f"the weight of {name!r} goes into more than a product with what the layer reads, as where it is "
                     "normalised first; use engine='batched'"
                 )
-        self._find_samples(inputs)
+        pairs = [p for name in self.layers for p in zip(self.calls[name], self.inputs[name], strict=True)]
+        self._layout.settle([(self._keys[id(m)], x.shape, isinstance(m, nn.Linear)) for m, x in pairs], inputs)
+        for name in self.layers:
+            values = zip(self.calls[name], self.inputs[name], strict=True)
+            self.inputs[name] = [outermost(value, self.axis(module)) for module, value in values]
         names = [name for name in self.layers for _ in self.outputs[name]]
         return names, [output for name in self.layers for output in self.outputs[name]]
 

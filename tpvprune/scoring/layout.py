@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tpvprune.batches import evaluation_mode
-from tpvprune.errors import UnseenError
+from tpvprune.errors import ModelError, UnseenError
 from tpvprune.reads import ThroughLayers, read_by
 
 Places = Mapping[str, tuple[nn.Module, bool]]
@@ -54,6 +54,51 @@ def sample_axes(model: nn.Module, places: Places, inputs: Tensor) -> dict[str, i
             )
         found[name] = fits[0]
     return found
+
+
+class Layout:
+    """The axes that samples lie along, found where shapes first leave them open.
+
+    Args:
+        model: any module; its hooks run.
+        places: where samples may lie.
+
+    Attributes:
+        axes: by place, those that were found; 0 elsewhere.
+        looking: whether a pass is under way that hooks of others have nothing to do with.
+    """
+
+    def __init__(self, model: nn.Module, places: Places) -> None:
+        self.axes: dict[str, int] = {}
+        self.looking = False
+        self._model, self._places = model, places
+
+    def settle(self, seen: Iterable[tuple[str, torch.Size, bool]], inputs: Tensor) -> None:
+        """Find the axes of places that were seen in a pass.
+
+        Args:
+            seen: place, shape, and whether channels come last; see `unclear`.
+            inputs: `(batch, ...)`, of the pass.
+
+        Raises:
+            UnseenError: see `sample_axes`.
+        """
+        asked = {key for key, shape, last in seen if unclear(shape, len(inputs), last)} - set(self.axes)
+        if asked:
+            self.looking = True
+            try:
+                found = sample_axes(self._model, {key: self._places[key] for key in asked}, inputs)
+            finally:
+                self.looking = False
+            self.axes |= dict.fromkeys(asked, 0) | found
+
+
+def without_gradients(name: str) -> ModelError:
+    """What is to be said of a layer that a model runs without gradients."""
+    return ModelError(
+        f"{name!r} runs under torch.no_grad() inside the model, so that what it does to the outputs cannot be seen; "
+        "take that out of forward, or leave the layer out"
+    )
 
 
 def _seen(model: nn.Module, places: Places, inputs: Tensor) -> dict[str, list[Tensor]]:
