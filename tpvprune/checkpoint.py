@@ -27,6 +27,7 @@ from tpvprune.batches import evaluation_mode
 from tpvprune.card import write_card, write_config
 from tpvprune.errors import CheckpointError, ModelError, PlanError
 from tpvprune.files import write_bytes, write_text
+from tpvprune.kinds import check_kinds
 from tpvprune.plan import Plan, attach, plan_of
 from tpvprune.statedicts import fill
 from tpvprune.surgery.removal import apply
@@ -40,6 +41,7 @@ FORMAT = 1
 ABOUT, WEIGHTS, PLAN = "tpvprune.json", "model.safetensors", "plan.json"
 
 
+@check_kinds
 def save(model: nn.Module, folder: str | PathLike[str]) -> None:
     """Write a pruned model as plan, weights and description; each file appears whole or not at all.
 

@@ -15,6 +15,7 @@ from tpvprune.budget import BOUNDS, Budget
 from tpvprune.comparison import ComparedPoint, Comparison
 from tpvprune.errors import InputError
 from tpvprune.groupwise import checked_shares, digest_of
+from tpvprune.kinds import check_kinds
 from tpvprune.planning.widths import check_reachable
 from tpvprune.recovery.reconstruct import Reconstruct, reconstruct
 from tpvprune.report import compare
@@ -27,6 +28,7 @@ from tpvprune.types import Graph
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)
 
 
+@check_kinds
 def compare_criteria(
     model: nn.Module,
     batches: Iterable[Batch],

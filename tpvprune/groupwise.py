@@ -14,6 +14,7 @@ from tpvprune.batches import Batch, Progress, Selector, length_of, repeatable
 from tpvprune.budget import Budget
 from tpvprune.curves import SensitivityCurve, SensitivityCurves, SensitivityPoint
 from tpvprune.errors import DataError, InputError, ModelError, PlanError
+from tpvprune.kinds import check_kinds
 from tpvprune.members import Group
 from tpvprune.plan import Plan
 from tpvprune.planning.widths import costs_of, floors_of
@@ -28,6 +29,7 @@ from tpvprune.types import Graph
 SHARES = (0.9, 0.75, 0.5, 0.25)
 
 
+@check_kinds
 def sensitivity(
     model: nn.Module,
     batches: Iterable[Batch],

@@ -132,10 +132,11 @@ def cut(model: nn.Module, plan: Plan) -> nn.Module:
             layer, _, key = name.rpartition(".")
             owner = small.get_submodule(layer)
             replace(owner, key, plan.cut(name, getattr(owner, key).detach()))
-    for name, mask in plan.keep.items():
-        if graph[name].kind == "block" and not bool(mask.any()):
-            around, _, key = name.rpartition(".")
-            setattr(small.get_submodule(around), key, nn.Identity().train(small.get_submodule(name).training))
+    skipped = [n for n, mask in plan.keep.items() if graph[n].kind == "block" and not bool(mask.any())]
+    inside = tuple(f"{name}." for name in skipped)
+    for name in skipped:
+        around, _, key = name.rpartition(".")
+        setattr(small.get_submodule(around), key, nn.Identity().train(small.get_submodule(name).training))
     written = {name.removesuffix(".in_proj_weight") for name in touched if name.endswith("in_proj_weight")}
     if any(isinstance(small.get_submodule(name), nn.MultiheadAttention) for name in written):
         free(small)
@@ -143,13 +144,16 @@ def cut(model: nn.Module, plan: Plan) -> nn.Module:
         module.groups = count
     lost = graph.lost({name: ~mask for name, mask in plan.keep.items()})
     for name, (group, each) in graph.counts.items():
-        if group in plan.keep and group not in lost:
+        if group in plan.keep and group not in lost and not name.startswith(inside):
             _recount(small, name, int(plan.keep[group].sum()) * each)
     for name, groups in graph.told.items():
+        if name.startswith(inside):
+            continue
         left = {group: each for group, each in groups.items() if group in plan.keep and group not in lost}
         _retell(small, name, sum(int((~plan.keep[group]).sum()) * each for group, each in left.items()))
     for name, openings in graph.openings.items():
-        opened(small.get_submodule(name), openings)
+        if not f"{name}.".startswith(inside):
+            opened(small.get_submodule(name), openings)
     for module in small.modules():
         refresh(module)
     return small

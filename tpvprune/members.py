@@ -119,6 +119,9 @@ class Group:
                     f"the group has {self.units}"
                 )
 
+    def __repr__(self) -> str:
+        return f"Group({self.id!r}, {self.kind}, {self.units:,} units, {len(self.members):,} members)"
+
     def of_role(self, *roles: Role) -> tuple[Member, ...]:
         """The members of these roles, in order."""
         return tuple(m for m in self.members if m.role in roles)

@@ -12,6 +12,7 @@ from tpvprune import report as reporting
 from tpvprune.batches import Batch, Progress, Selector, inputs_of, length_of, repeatable
 from tpvprune.budget import Budget
 from tpvprune.errors import DataError
+from tpvprune.kinds import check_kinds
 from tpvprune.measures import Report
 from tpvprune.plan import Plan
 from tpvprune.planning.graph import trace
@@ -43,7 +44,11 @@ class Pruned:
     scores: Scores
     report: Report
 
+    def __repr__(self) -> str:
+        return f"Pruned({type(self.model).__name__}, {self.plan!r})"
 
+
+@check_kinds
 def prune(
     model: nn.Module,
     batches: Iterable[Batch],

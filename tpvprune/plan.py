@@ -75,6 +75,13 @@ class Plan:
             weights = {name: mask | ~self.left(name) for name, mask in there.items()}
             object.__setattr__(self, "weights", weights)
 
+    def __repr__(self) -> str:
+        zeros = f"{self.zeros:,} weights at zero; " if self.weights else ""
+        return (
+            f"Plan({self.removed:,} of {self.graph.units:,} units leave; {zeros}{self.params:,} parameters, "
+            f"{self.macs:,} multiply-adds stay)"
+        )
+
     def _rewrite_units_of_weights(self) -> None:
         weights = {name: mask.clone() for name, mask in self.weights.items()}
         for name, mask in self.keep.items():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tpvprune.batches import Batch, Progress, inputs_of, repeatable
 from tpvprune.budget import QUANTITIES, Budget, Quantity
 from tpvprune.errors import BudgetError, DataError, PlanError
+from tpvprune.kinds import check_kinds
 from tpvprune.plan import Plan, plan_of
 from tpvprune.planning.allocate import ALLOCATORS, Allocator, allocate
 from tpvprune.planning.graph import trace
@@ -79,6 +80,7 @@ class Planning:
         return [dense - (dense - bound) * n / self.steps for n in range(1, self.steps + 1)]
 
 
+@check_kinds
 def plan_for(
     model: nn.Module,
     batches: Iterable[Batch],

@@ -52,6 +52,9 @@ class Sensitivities:
         if self.rows.ndim != 2 or self.rows.shape[1] != units or self.linear.shape != (units,):
             raise PlanError(f"sensitivities need {units} columns, one a unit; score again")
 
+    def __repr__(self) -> str:
+        return f"Sensitivities({self.rows.shape[1]:,} units, {self.samples:,} samples, {len(self.rows):,} rows)"
+
     def tensors(self, exact: bool = False) -> dict[str, Tensor]:
         """Half-precision rows, each column scaled to at most one, and what undoes it; rows as they are if `exact`."""
         if exact:
@@ -117,6 +120,12 @@ class Scores:
         for name, value in self.values.items():
             if value.ndim != 1 or not bool(torch.isfinite(value).all()):
                 raise PlanError(f"scores of group {name!r} are not finite values of shape (units,)")
+
+    def __repr__(self) -> str:
+        units = sum(len(value) for value in self.values.values())
+        more = ", with sensitivities" if self.sensitivities is not None else ""
+        of = f"{units:,} units in {len(self.values):,} groups"
+        return f"Scores({of} by {self.criterion}, {self.samples:,} samples{more})"
 
     @property
     def in_nats(self) -> bool:

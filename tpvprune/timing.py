@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.batches import arguments_of, device_of, evaluation_mode
+from tpvprune.kinds import check_kinds
 
 Clock = Callable[[], float]
 """Seconds that have passed since some moment."""
@@ -134,6 +135,7 @@ def latencies(models: Mapping[str, nn.Module], inputs: Tensor, *, rounds: int = 
         return {name: round(ms, 3) for name, ms in milliseconds(runs, inputs.device, rounds=rounds).items()}
 
 
+@check_kinds
 @torch.no_grad()
 def measured_latency(
     model: nn.Module, example: Any, *, compiled: bool = False, rounds: int = 15, clock: Clock = time.perf_counter

@@ -80,6 +80,12 @@ class Graph:
                 if int(used.max()) > 1:
                     raise PlanError(f"entries of {member.param!r}[{member.dim}] belong to two units")
 
+    def __repr__(self) -> str:
+        return (
+            f"Graph({self.units:,} units in {len(self.groups):,} groups; {self.params():,} parameters, "
+            f"{self.macs():,} multiply-adds; {len(self.skipped):,} layers stay whole)"
+        )
+
     def __getitem__(self, group_id: str) -> Group:
         try:
             return self._by_id[group_id]

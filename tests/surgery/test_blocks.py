@@ -6,6 +6,7 @@ import copy
 import json
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -171,3 +172,18 @@ def test_the_model_given_is_untouched_and_modes_are_kept() -> None:
     assert (small.stage1[0].training, small.stage1[1].training) == (False, True)
     assert isinstance(model.stage1[0], type(b.model.stage1[0]))
     assert plan_of(model) is None
+
+
+def test_widths_written_out_within_skipped_blocks_are_left_alone() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("edgenext_xx_small", num_classes=7).double().eval()
+    inputs = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    graph = tp.trace(model, inputs, depth=True)
+    block = "stages.3.blocks.1"
+    assert f"{block}.xca" in graph.openings
+    assert any(name.startswith(f"{block}.") for name in graph.counts)
+    plan = plan_without(graph, {block: [0], "stages.3.blocks.0.mlp.fc1": [1, 5]})
+    small = tp.apply(model, plan)
+    assert isinstance(small.get_submodule(block), nn.Identity)
+    assert vars(small.get_submodule(block)).keys() == vars(nn.Identity()).keys()
+    assert gap(outputs(small, inputs), outputs(tp.mask(model, plan), inputs)) < tolerances.SAME_FUNCTION

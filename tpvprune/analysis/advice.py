@@ -22,6 +22,7 @@ from tpvprune.batches import Batch, Progress, Selector, repeatable
 from tpvprune.budget import Budget
 from tpvprune.errors import BudgetError, InputError
 from tpvprune.groupwise import sensitivity
+from tpvprune.kinds import check_kinds
 from tpvprune.plan import Plan
 from tpvprune.planning.allocate import allocate
 from tpvprune.scores import Scores
@@ -123,6 +124,7 @@ class Advice:
         }
 
 
+@check_kinds
 def advise(
     model: nn.Module,
     batches: Iterable[Batch],

@@ -21,10 +21,12 @@ from tpvprune.batches import (
     select_output,
 )
 from tpvprune.errors import InputError, NonFiniteError
+from tpvprune.kinds import check_kinds
 from tpvprune.scoring.engine import stream
 from tpvprune.scoring.heads import Head, head_named
 
 
+@check_kinds
 @torch.no_grad()
 def movements(
     model: nn.Module,

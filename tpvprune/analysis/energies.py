@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.batches import Batch, Progress, Selector, finite_outputs, model_inputs
+from tpvprune.kinds import check_kinds
 from tpvprune.scoring.activations import backward
 from tpvprune.scoring.engine import stream
 from tpvprune.scoring.gradients import only
@@ -33,6 +34,7 @@ class Energies:
     samples: int
 
 
+@check_kinds
 def weight_energies(
     model: nn.Module,
     batches: Iterable[Batch],

@@ -31,6 +31,7 @@ from tpvprune.batches import (
     single_tensor,
 )
 from tpvprune.errors import InputError, ModelError
+from tpvprune.kinds import check_kinds
 from tpvprune.scoring.engine import stream
 from tpvprune.scoring.heads import Head, head_named
 
@@ -71,6 +72,7 @@ class LabelNoise:
                 raise InputError(f"{name}={getattr(self, name)!r} must be a whole number from 1")
 
 
+@check_kinds
 def label_noise_closed(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -183,6 +185,7 @@ def _jacobian(model: nn.Module, weights: Mapping[str, Tensor], inputs: Tensor, o
     return torch.cat([torch.cat([piece[name].flatten(2) for name in weights], 2) for piece in pieces]).detach()
 
 
+@check_kinds
 def label_noise_movements(
     model: nn.Module,
     batches: Iterable[Batch],

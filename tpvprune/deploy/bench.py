@@ -23,6 +23,7 @@ from tpvprune.deploy.export import rows_of
 from tpvprune.deploy.reasons import Case, causes_of, findings_of
 from tpvprune.deploy.runtime import Arguments
 from tpvprune.errors import InputError, TpvpruneError
+from tpvprune.kinds import check_kinds
 from tpvprune.planning.cost import Usage
 from tpvprune.timing import Clock, all_milliseconds, device_name
 
@@ -91,6 +92,7 @@ class Bench:
         return asdict(self)
 
 
+@check_kinds
 def bench(
     model: nn.Module,
     example: Any,

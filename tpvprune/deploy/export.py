@@ -25,6 +25,7 @@ from tpvprune.deploy import runtime
 from tpvprune.deploy.runtime import Arguments
 from tpvprune.errors import ExportError, InputError, ModelError, TpvpruneError
 from tpvprune.files import write_bytes
+from tpvprune.kinds import check_kinds
 from tpvprune.zoo.models import load_weights
 
 Format = Literal["onnx", "torch-export", "timm-state-dict"]
@@ -70,6 +71,7 @@ class Exported:
         return asdict(self)
 
 
+@check_kinds
 def export(
     model: nn.Module,
     path: str | PathLike[str],

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from tpvprune.budget import QUANTITIES, Budget, Quantity
 from tpvprune.errors import BudgetError, PlanError
+from tpvprune.kinds import check_kinds
 from tpvprune.plan import Plan
 from tpvprune.planning.greedy import Ladders, Spending, Steps, shrink
 from tpvprune.planning.joint import Joint
@@ -18,6 +19,7 @@ Allocator = Literal["auto", "joint", "global", "uniform", "isomorphic"]
 ALLOCATORS: tuple[Allocator, ...] = get_args(Allocator)
 
 
+@check_kinds
 def allocate(
     scores: Scores,
     graph: Graph,

@@ -17,6 +17,7 @@ from torch import nn
 from tpvprune.batches import Progress, arguments_of, device_of, evaluation_mode
 from tpvprune.copies import copied
 from tpvprune.errors import InputError, ModelError
+from tpvprune.kinds import check_kinds
 from tpvprune.layers import forget
 from tpvprune.multihead import free
 from tpvprune.plan import plan_of
@@ -29,6 +30,7 @@ from tpvprune.planning.traced import Traced, tensors_and_buffers
 from tpvprune.types import Graph, fingerprint
 
 
+@check_kinds
 def trace(
     model: nn.Module,
     example: Any,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tpvprune.budget import Budget
+from tpvprune.kinds import check_kinds
 from tpvprune.members import WORK, Group, Member
 from tpvprune.planning.blocks import RESIDUAL
 from tpvprune.planning.widths import Costs, costs_of, widths_of
@@ -120,6 +121,7 @@ class Inspection:
         return {"format": INSPECTION_FORMAT, **asdict(self)}
 
 
+@check_kinds
 def inspect(graph: Graph, budget: Budget | None = None, *, costs: Mapping[str, Costs] | None = None) -> Inspection:
     """Say what a graph's groups weigh, how far a model can shrink, and what cannot shrink.
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from tpvprune.batches import Progress, arguments_of, device_of, evaluation_mode
 from tpvprune.errors import ModelError, PlanError
 from tpvprune.files import write_text
+from tpvprune.kinds import check_kinds
 from tpvprune.members import WORK, Group
 from tpvprune.planning.graph import model_id
 from tpvprune.planning.layertimes import ROUNDS, Alone, LayerTimes, times_alone
@@ -191,6 +192,7 @@ class LatencyCost:
         return not set(self.layers[group.id]).isdisjoint(self.layers[other.id])
 
 
+@check_kinds
 def latency_table(
     model: nn.Module,
     graph: Graph,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tpvprune.budget import n_of_m
 from tpvprune.errors import BudgetError, PlanError
+from tpvprune.kinds import check_kinds
 from tpvprune.members import Group, Member
 from tpvprune.plan import Plan
 from tpvprune.planning.patterns import matching_groups
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 Scope = Literal["global", "layer"]
 
 
+@check_kinds
 def sparsify(
     scores: Scores,
     graph: Graph,

@@ -13,8 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tpvprune.batches import Batch, Progress, evaluation_mode, model_inputs
 from tpvprune.copies import copied
+from tpvprune.kinds import check_kinds
 
 
+@check_kinds
 @torch.no_grad()
 def reestimate_batchnorm(model: nn.Module, batches: Iterable[Batch], *, progress: Progress | None = None) -> nn.Module:
     """A copy whose running means and variances are the averages over the batches.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tpvprune.batches import Batch, Progress, evaluation_mode, model_inputs
 from tpvprune.copies import copied
+from tpvprune.kinds import check_kinds
 from tpvprune.plan import Plan
 from tpvprune.reads import ThroughLayers, read_by
 from tpvprune.recovery.axes import align
@@ -29,6 +30,7 @@ MOST_PASSES = 8
 GRAMS = 1 << 30  # bytes of Gram matrices that are summed in one pass
 
 
+@check_kinds
 def fold_means(
     model: nn.Module, batches: Iterable[Batch], teacher: nn.Module, *, progress: Progress | None = None
 ) -> nn.Module:

@@ -35,6 +35,7 @@ from tpvprune.batches import (
 )
 from tpvprune.copies import copied
 from tpvprune.errors import CheckpointError, DataError, InputError, NonFiniteError
+from tpvprune.kinds import check_kinds
 from tpvprune.plan import plan_of
 from tpvprune.processes import of_all, process
 from tpvprune.recovery.distance import Features, distillation_loss
@@ -52,6 +53,7 @@ STATE_FORMAT = 3
 LAST, BEST = "last.safetensors", "best.safetensors"
 
 
+@check_kinds
 def finetune(
     model: nn.Module,
     batches: Iterable[Batch],

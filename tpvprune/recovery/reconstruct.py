@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tpvprune.batches import Batch, Progress, evaluation_mode, model_inputs
 from tpvprune.copies import copied
 from tpvprune.errors import InputError, PlanError
+from tpvprune.kinds import check_kinds
 from tpvprune.plan import Plan
 from tpvprune.reads import ThroughLayers, read_by
 from tpvprune.recovery.axes import align
@@ -74,6 +75,7 @@ class Reconstruct:
             raise InputError(f"memory={self.memory} must be a number of MiB, zero or more")
 
 
+@check_kinds
 def reconstruct(
     model: nn.Module,
     batches: Iterable[Batch],

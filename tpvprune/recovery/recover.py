@@ -8,6 +8,7 @@ from os import PathLike
 from torch import nn
 
 from tpvprune.batches import Batch, Progress, Selector, repeatable
+from tpvprune.kinds import check_kinds
 from tpvprune.recovery.batchnorm import reestimate_batchnorm
 from tpvprune.recovery.denseinputs import fold_means
 from tpvprune.recovery.finetune import Log, finetune
@@ -19,6 +20,7 @@ CLOSED_FORM = Reconstruct()
 DISTILLATION = Finetune()
 
 
+@check_kinds
 def recover(
     model: nn.Module,
     batches: Iterable[Batch],

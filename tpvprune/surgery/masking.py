@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
+from tpvprune.kinds import check_kinds
 from tpvprune.plan import Plan
 from tpvprune.surgery.removal import apply
 
 
+@check_kinds
 def mask(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy of the same shape in which the plan's units are silenced: what reads them is zero.
 

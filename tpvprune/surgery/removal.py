@@ -6,10 +6,12 @@ import torch
 from torch import nn
 
 from tpvprune.errors import InternalError, PlanError
+from tpvprune.kinds import check_kinds
 from tpvprune.layers import cut
 from tpvprune.plan import Plan, attach, plan_of
 
 
+@check_kinds
 @torch.no_grad()
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
     """A new, smaller model without the plan's units and with its masked weights at zero; the old one is untouched.

@@ -1,0 +1,88 @@
+"""Arguments of another kind than a verb takes, refused before anything runs."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterable
+from functools import cache, wraps
+from types import NoneType, UnionType
+from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from torch import Tensor, nn
+
+from tpvprune.errors import DataError, InputError
+from tpvprune.types import Graph
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_GOT = {  # how one comes by what a verb takes, by the name of its class
+    "Module": "the network itself, as timm.create_model() makes one",
+    "Graph": "which tp.trace(model, example) gives",
+    "Scores": "which tp.score(model, batches, graph) gives",
+    "Plan": "which tp.allocate(scores, graph, budget) gives",
+    "Budget": "such as tp.Budget(macs=0.5)",
+    "LatencyTable": "which tp.latency_table(model, graph, example) gives",
+}
+_NO_BATCHES = (Tensor, nn.Module, Graph, str, bytes, os.PathLike)  # though most of these can be gone through
+
+
+def check_kinds(verb: Callable[P, R]) -> Callable[P, R]:
+    """Refuse arguments that are none of the classes in a verb's annotations, and batches that are but one.
+
+    Looked at are parameters annotated with a module or with classes of this package, and iterables. What else they
+    are, in numbers and names, the verb itself checks.
+
+    Raises:
+        InputError: by the verb. It names the parameter, what it takes, how one comes by that, and what was given.
+        DataError: likewise, where batches are asked for.
+    """
+    signature = inspect.signature(verb)
+
+    @cache
+    def kinds() -> dict[str, tuple[type, ...]]:
+        hints = get_type_hints(verb)
+        return {name: found for name in signature.parameters if (found := _classes(hints.get(name)))}
+
+    @wraps(verb)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError:  # which the call itself tells with the verb's name
+            return verb(*args, **kwargs)
+        for name, kind in kinds().items():
+            if name in given:
+                _check(verb.__name__, name, given[name], kind)
+        return verb(*args, **kwargs)
+
+    return checked
+
+
+def _classes(hint: Any) -> tuple[type, ...]:
+    """The classes that an annotation asks for; none where it asks for something else too."""
+    alternatives = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    wanted = tuple(get_origin(one) or one for one in alternatives)
+    told = [one is Iterable or _noun(one) for one in wanted if one is not NoneType]
+    return wanted if told and all(told) else ()
+
+
+def _noun(kind: Any) -> bool:
+    """Whether this is the class of a module, or one of this package that is no protocol."""
+    if not isinstance(kind, type) or getattr(kind, "_is_protocol", False):
+        return False
+    return kind is nn.Module or kind.__module__.partition(".")[0] == "tpvprune"
+
+
+def _check(verb: str, name: str, value: Any, kinds: tuple[type, ...]) -> None:
+    if value is None and NoneType in kinds:
+        return
+    was = f"the class {value.__name__}" if isinstance(value, type) else f"of type {type(value).__name__}"
+    was = f"what was given is {'None' if value is None else was}"
+    if Iterable in kinds:
+        if isinstance(value, _NO_BATCHES) or not (hasattr(value, "__iter__") or hasattr(value, "__getitem__")):
+            one = f": for a single one, {name}=[batch]" if isinstance(value, Tensor) else ", as a DataLoader gives them"
+            raise DataError(f"{verb}: {name} takes tensors batch by batch{one}; {was}")
+    elif not isinstance(value, kinds):
+        wanted = " or ".join(kind.__name__ for kind in kinds if kind is not NoneType)
+        raise InputError(f"{verb}: {name} takes a {wanted}, {_GOT.get(wanted, f'such as {wanted}()')}; {was}")
