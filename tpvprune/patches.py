@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+
+def channel_axis(module: nn.Module) -> int:
+    """Where a layer's channels lie in its input and output."""
+    channels_first = isinstance(module, (_ConvNd, _NormBase, nn.GroupNorm, nn.PReLU))
+    return 1 if channels_first or type(module).__name__.endswith("2d") else -1  # timm: LayerNorm2d, LayerScale2d
 
 
 def patches(layer: nn.Module, value: Tensor, size: tuple[int, ...] = ()) -> Tensor:

@@ -73,7 +73,27 @@ class Views(nn.Module):
         return one + other
 
 
+class Pointwise(nn.Linear):
+    """A linear layer whose channels come before its positions, as no name tells."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv1d(x, self.weight[:, :, None], self.bias)
+
+
+class Across(nn.Module):
+    """Twice as many positions as channels, which could be taken for two groups of channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Conv1d(1, 6, 1), Pointwise(6, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([x, x.sin(), x[:, :2].cos()], 1)
+        return self.last(self.middle(self.first(x[:, None]).tanh()).tanh().mean(2))
+
+
 UNSEEN = {
+    "along another axis": Across,
     "root's own": Own,
     "a module's own": lambda: nn.Sequential(nn.Linear(5, 6), nn.GELU(), Inside(), nn.GELU(), nn.Linear(6, 4)),
     "by hand": lambda: ByHand(False),

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.copies import copied
+from tpvprune.patches import channel_axis
 from tpvprune.plan import Plan
 from tpvprune.reads import ThroughLayers
-from tpvprune.recovery.fits import channel_axis, kept_outputs
+from tpvprune.recovery.fits import kept_outputs
 from tpvprune.recovery.order import SAMPLES, Course
 
 logger = logging.getLogger(__name__)

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from tpvprune.batches import Batch, Progress, evaluation_mode, model_inputs
 from tpvprune.copies import copied
 from tpvprune.kinds import check_kinds
+from tpvprune.patches import channel_axis
 from tpvprune.plan import Plan
 from tpvprune.reads import ThroughLayers, read_by
 from tpvprune.recovery.axes import align
-from tpvprune.recovery.fits import Fit, channel_axis, consumers, fitting_plan, kept_inputs, say_left, width
+from tpvprune.recovery.fits import Fit, consumers, fitting_plan, kept_inputs, say_left, width
 from tpvprune.recovery.order import Course, course
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from tpvprune.batches import device_of
 from tpvprune.errors import PlanError
-from tpvprune.patches import patches, some_of
+from tpvprune.patches import channel_axis, patches, some_of
 from tpvprune.plan import Plan, plan_of
 from tpvprune.recovery.normal import Normal, chosen_ridge
 from tpvprune.recovery.order import Course
@@ -70,11 +70,6 @@ def _lacking(plan: Plan) -> list[str]:
     params |= dict.fromkeys(name for name in masked if len(plan.graph.shapes[name]) > 1)
     held = {name.removesuffix(".bias") for name in masked if name.endswith(".bias")}  # as in a block held at zero
     return [n for n in dict.fromkeys(name.rpartition(".")[0] for name in params) if n not in held]
-
-
-def channel_axis(layer: nn.Module) -> int:
-    """Dimension of a layer's inputs and outputs that its channels lie along."""
-    return -1 if isinstance(layer, nn.Linear) else 1
 
 
 def kept_outputs(plan: Plan, layer: nn.Module, name: str) -> Tensor:

@@ -17,9 +17,10 @@ from torch.func import functional_call
 
 from tpvprune.batches import Progress
 from tpvprune.errors import ModelError
+from tpvprune.patches import channel_axis
 from tpvprune.plan import Plan
 from tpvprune.reads import read_by
-from tpvprune.recovery.fits import REFITTED, channel_axis, kept_inputs
+from tpvprune.recovery.fits import REFITTED, kept_inputs
 from tpvprune.recovery.kronecker import Factors, Vector
 from tpvprune.recovery.settings import GaussNewton
 

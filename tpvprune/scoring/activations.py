@@ -23,6 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from tpvprune.batches import Outputs, Selector, device_of, evaluation_mode, finite_outputs
 from tpvprune.errors import ModelError, PlanError, UnseenError
 from tpvprune.members import Group
+from tpvprune.patches import channel_axis
 from tpvprune.reads import ThroughLayers, read_by
 from tpvprune.scoring.layout import Layout, without_gradients
 from tpvprune.scoring.raw import check_raw, raw_readers
@@ -48,12 +49,6 @@ def backward(output: Outputs, cotangent: Outputs, wanted: list[Tensor], keep_gra
 _LAYERS = (_ConvNd, nn.Linear, nn.Embedding)
 
 
-def channel_axis(module: nn.Module) -> int:
-    """Where a layer's channels lie in its input and output."""
-    channels_first = isinstance(module, (_ConvNd, _NormBase, nn.GroupNorm, nn.PReLU))
-    return 1 if channels_first or type(module).__name__.endswith("2d") else -1  # timm: LayerNorm2d, LayerScale2d
-
-
 _SCALES = ("LayerScale", "RmsNorm", "RMSNorm", "SimpleNorm", "Affine")
 
 
@@ -74,10 +69,18 @@ def _fused_activation(module: nn.Module) -> nn.Module | None:
 
 
 class _Part(NamedTuple):
-    """A layer's share in the effects of a group: its tap, how many entries its weight has there, which a unit has."""
+    """A layer's share in the effects of a group.
+
+    Attributes:
+        key: of its tap.
+        size: how many entries its weight has there.
+        times: how often its inputs hold these: a grouped convolution's weight has one group's in-channels.
+        entries: which of them a unit has.
+    """
 
     key: str
     size: int
+    times: int
     entries: Tensor | None
 
 
@@ -292,14 +295,17 @@ class Tapped:
     def _parts_of(self, group: Group, device: torch.device) -> list[_Part]:
         """What the effects of a group's units are gathered from."""
         if group.kind == "block":
-            return [_Part(f"block:{group.id}", 1, None)]
+            return [_Part(f"block:{group.id}", 1, 1, None)]
         found: dict[str, _Part] = {}
         for member in group.members:
             key = ("in:" if member.role == "consume" else "out:") + member.layer
             tapped = self.inputs if member.role == "consume" else self.outputs
             if key not in found and member.layer in tapped:
                 entries = None if member.index is None else member.index.to(device)
-                found[key] = _Part(key, self.graph.shapes[member.param][member.axis], entries)
+                size, module = self.graph.shapes[member.param][member.axis], tapped[member.layer]
+                per_group = member.role == "consume" and isinstance(module, _ConvNd) and not module.transposed
+                times = int(getattr(module, "groups", 1)) if per_group else 1
+                found[key] = _Part(key, size, times, entries)
         return list(found.values())
 
     def _of_group(self, group: Group, zeros: Tensor) -> list[Tensor]:
@@ -307,8 +313,13 @@ class Tapped:
         for part in self._parts[group.id]:
             if part.key in self.sink.sums:
                 sums = self.sink.sums[part.key]
-                if sums.shape[1] != part.size:  # a grouped convolution's weight holds one group's in-channels
-                    sums = sums.reshape(sums.shape[0], -1, part.size).sum(1)
+                if sums.shape[1] != part.size * part.times:
+                    name, wanted = part.key.partition(":")[2], part.size * part.times
+                    raise UnseenError(
+                        f"{name!r} has {wanted} channels, and {sums.shape[1]} lie where layers of its class have them: "
+                        "what they do is not seen; score with TPV(engine='batched')"
+                    )
+                sums = sums.unflatten(1, (part.times, part.size)).sum(1) if part.times > 1 else sums
                 parts.append(sums if part.entries is None else sums[:, part.entries].sum(2))
         if not parts:
             return [zeros.expand(-1, group.units)]

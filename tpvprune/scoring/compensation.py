@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tpvprune.batches import Batch
 from tpvprune.errors import NonFiniteError, UnseenError
 from tpvprune.members import Member
-from tpvprune.scoring.activations import channel_axis
+from tpvprune.patches import channel_axis
 from tpvprune.scoring.moments import WIDEST, Moments, damped_inverse, together, watch
 from tpvprune.scoring.raw import raw_readers
 from tpvprune.types import Graph

@@ -14,9 +14,9 @@ from torch.nn.modules.conv import _ConvNd
 from tpvprune.batches import Batch, Progress, evaluation_mode, model_inputs
 from tpvprune.errors import ModelError, NonFiniteError
 from tpvprune.members import Group, Member
+from tpvprune.patches import channel_axis
 from tpvprune.reads import ThroughLayers, read_by
 from tpvprune.scores import Scores
-from tpvprune.scoring.activations import channel_axis
 from tpvprune.scoring.blocks import refuse_blocks
 from tpvprune.scoring.collect import collect
 from tpvprune.scoring.engine import Parts
