@@ -48,7 +48,9 @@ def counted_attributes(traced: Traced, known: frozenset[str] | None) -> tuple[di
             continue
         each, found = width.length // sizes[group], []
         for key, value in numbers(author):
-            tells = ("head" in key and "dim" not in key) == (kinds[group] == "head" and each == 1)
+            # Where several heads of queries share one of keys, a unit is all of these.
+            heads = kinds[group] == "head" and (each == 1 or (width.heads and key in width.named))
+            tells = ("head" in key and "dim" not in key) == heads
             one = kinds[group] == "head" and any(part in key for part in OF_ONE_HEAD)
             if value == width.length and tells and not one:
                 found.append(key)

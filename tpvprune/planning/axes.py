@@ -12,9 +12,9 @@ from torch import Tensor
 from tpvprune.members import Role
 from tpvprune.multihead import Heads
 from tpvprune.planning.follower import FIXED, Follower
-from tpvprune.planning.labels import Origin, State
+from tpvprune.planning.labels import Origin, State, is_free
 from tpvprune.planning.seen import Call
-from tpvprune.planning.units import FREE, modulo
+from tpvprune.planning.units import modulo
 
 
 def elementwise(f: Follower, call: Call) -> None:
@@ -44,7 +44,7 @@ def elementwise(f: Follower, call: Call) -> None:
                 slots = f.along(torch.empty(shape, device="meta"), mine, role, state)
                 fixed |= slots is None
                 held += [] if slots is None else [slots]
-        held.sort(key=lambda slots: bool((slots == FREE).all()))
+        held.sort(key=is_free)
         for other in held[1:]:
             f.units.tie(held[0], other, FIXED)
         if fixed:

@@ -144,3 +144,8 @@ def gathered(slots: Tensor, axis: int, tie: Callable[[Tensor, Tensor], None]) ->
 def is_static(slots: Tensor) -> bool:
     """Whether no unit lies along a vector of slots."""
     return not bool((slots > STATIC).any())
+
+
+def is_free(slots: Tensor) -> bool:
+    """Whether slots take whatever length they meet."""
+    return bool((slots == FREE).all())

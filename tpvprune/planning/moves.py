@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tpvprune.planning.cost import tensors_of
 from tpvprune.planning.follower import FIXED, Follower, numbers, shapes
-from tpvprune.planning.labels import Origin, gathered, spread, varying
+from tpvprune.planning.labels import Origin, gathered, is_free, spread, varying
 from tpvprune.planning.seen import Call
 from tpvprune.planning.units import FREE, STATIC, modulo
 
@@ -45,20 +45,46 @@ def move(f: Follower, call: Call) -> None:
             if not joins:
                 labels += call.given[1:]
                 break
+        if not joins and is_free(labels[0]):
+            _repeated(f, call, axis, found)
+            continue
         for number, moved in enumerate(_run(f, call, labels)):
             place = _settled(f, call, moved)
             if place is not None:
                 at, slots = place
-                if found[number].get(at) is not None:
-                    f.units.tie(found[number][at], slots, FIXED)  # type: ignore[arg-type]
-                    f.units.pin(slots, FIXED)
-                found[number][at] = slots
+                found[number][at] = _merged(f, found[number].get(at), slots)
     if call.name == "expand":  # what is repeated takes the length it meets
         shape, to = (1,) * (call.out[0].ndim - len(call.shapes[0])) + call.shapes[0], call.out[0].shape
         found[0] |= {a: torch.full((n,), FREE) for a, n in enumerate(to) if n != shape[a] and a not in found[0]}
     for tensor, axes_of in zip(call.out, found, strict=True):
         f.settle(tensor, axes_of)
     _cuts(f, call)
+
+
+def _repeated(f: Follower, call: Call, axis: int, found: list[dict[int, Tensor | None]]) -> None:
+    """Where an axis that takes whatever length it meets lies after a move; nowhere once others are mixed into it."""
+    shape = call.shapes[0]
+    labels = [spread(torch.arange(1, shape[axis] + 1), axis, shape), *call.given[1:]]
+    for number, moved in enumerate(_run(f, call, labels)):
+        for at in varying(moved):
+            # Of several samples, what is repeated for each of them still is.
+            if moved.shape[at] == shape[axis] or (at, axis) == (0, 1):
+                found[number].setdefault(at, torch.full((moved.shape[at],), FREE))
+
+
+def _merged(f: Follower, one: Tensor | None, other: Tensor) -> Tensor:
+    """What lies along an axis that two axes were joined to: heads if one has them, and the other stays whole."""
+    if one is None or is_free(one):
+        return other
+    heads = {f.units.find(slot) for width in f.widths if width.heads for slot in width.slots.tolist()} - {STATIC}
+    has = [bool(heads & {f.units.find(slot) for slot in slots.unique().tolist()}) for slots in (one, other)]
+    if has[0] != has[1]:
+        kept, left = (one, other) if has[0] else (other, one)
+        f.units.pin(left, f"each head of {f.called!r} has all of them")
+        return kept
+    f.units.tie(one, other, FIXED)
+    f.units.pin(other, FIXED)
+    return other
 
 
 def _by_place(f: Follower, call: Call) -> None:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from tpvprune.planning.follower import FIXED, Follower
-from tpvprune.planning.labels import Origin
+from tpvprune.planning.labels import Origin, is_free
 from tpvprune.planning.seen import Call, Product
 from tpvprune.planning.units import STATIC, modulo
+
+SUMMED = "its channels are summed over in {!r} with others that stay"
 
 
 def matmul(f: Follower, call: Call) -> None:
@@ -25,9 +27,11 @@ def matmul(f: Follower, call: Call) -> None:
     together = None
     if last == 2:
         one, other = f.along(a, 0), f.along(b, 0)
-        together = one if one is not None else other
+        if one is None or (other is not None and is_free(one)):
+            one, other = other, one
+        together = one
         if together is not None and out.shape[0] > 1:
-            f.ties(together, other if together is one else one)
+            f.ties(together, other)
     if len(call.given) == 3 and columns is not None and call.given[0].shape[-1] > 1:
         f.ties(columns, f.along(call.given[0], call.given[0].ndim - 1))
     weight, other = (b, a) if f.state(b).origins else (a, b)
@@ -63,7 +67,7 @@ def _contract(f: Follower, a: Tensor, b: Tensor, last: int) -> None:
     for one, other_slots in ((left, right), (right, left)):
         if one is not None:
             f.units.pool(one)
-            f.ties(one, other_slots)
+            f.ties(one, other_slots, SUMMED.format(f.called) if other_slots is None else FIXED)
             if f.scaled:
                 f.units.pin(one, f"how many there are sets the scale of the attention in {f.called!r}")
 
