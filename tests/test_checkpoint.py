@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import tpvprune as tp
 from tests import tolerances
@@ -248,3 +248,27 @@ def test_a_model_name_that_is_none_is_refused(saved: Path, model: dict[str, obje
     (saved / "tpvprune.json").write_text(json.dumps(about | {"model": model}))
     with pytest.raises(tp.InputError):
         tp.load(saved)
+
+
+class Halves(nn.Module):
+    """As many parameters whatever the heads."""
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads, self.qkv, self.out = num_heads, nn.Linear(8, 24), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)).mean(1)
+
+
+def test_a_model_of_equal_shapes_and_other_heads_is_refused(tmp_path: Path) -> None:
+    four, two = (nn.Sequential(nn.Linear(5, 8), Halves(heads)).double().eval() for heads in (4, 2))
+    graph = tp.trace(four, torch.randn(2, 6, 5, dtype=torch.float64))
+    plan = plan_without(graph, {"1": [0, 3]})
+    tp.save(tp.apply(four, plan), tmp_path)
+    assert tp.load(tmp_path, skeleton=four)[1].num_heads == 2
+    told = r"does not fit this Sequential: 1\.num_heads should be 4, it is 2; use the model the plan was traced from"
+    for use in (lambda: tp.load(tmp_path, skeleton=two), lambda: tp.apply(two, plan), lambda: tp.mask(two, plan)):
+        with pytest.raises(tp.PlanError, match=told):
+            use()

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -125,6 +128,9 @@ def test_save_and_load(name: str, tmp_path) -> None:
         ({"keep": {"0": []}}, "would lose all 8 units"),
         ({"keep": {"nine": [0]}}, "no group 'nine'"),
         ({"keep": {"0": ["a"]}}, "incomplete or damaged"),
+        ({"keep": {"0": [0.5, 1.7]}}, "0.5 is no whole number"),
+        ({"keep": {"0": [True, False]}}, "True is no whole number"),
+        ({"keep": {"0": [10**30]}}, "incomplete or damaged"),
         ({"graph": {"format": 7}}, "graph: format 7 is not 1"),
         ({"graph": {"format": 1}}, "graph is incomplete"),
         ({"made_by": 3}, "incomplete or damaged"),
@@ -135,6 +141,40 @@ def test_other_formats_and_damage_are_refused(mlp, tmp_path, change: dict[str, o
     (tmp_path / "plan.json").write_text(json.dumps(data))
     with pytest.raises(tp.PlanError, match=match):
         tp.Plan.load(tmp_path / "plan.json")
+
+
+def _changed(value: object, path: tuple[object, ...], to: object) -> object:
+    if not path:
+        return to
+    copy: Any = dict(value) if isinstance(value, dict) else list(value)  # type: ignore[call-overload]
+    copy[path[0]] = _changed(copy[path[0]], path[1:], to)
+    return copy
+
+
+def _paths(value: object, before: tuple[object, ...] = ()) -> Iterator[tuple[object, ...]]:
+    pairs = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
+    for key, inner in pairs:
+        yield (*before, key)
+        yield from _paths(inner, (*before, key))
+
+
+@pytest.mark.parametrize("name", ["vit", "grouped"])
+def test_whatever_is_damaged_is_refused_or_can_be_read(name: str) -> None:
+    b = built(name)
+    graph = dataclasses.replace(b.graph, told={"wide": {b.graph.groups[0].id: 1}})
+    opening = tp.members.Opening("forward", "x.view(3)", 0, None)
+    graph = dataclasses.replace(graph, openings={b.graph.groups[0].id: (opening,)})
+    whole = plan_without(graph, {g.id: [1] for g in graph.groups}).to_json()
+    refused = tried = 0
+    for path in _paths(whole):
+        for to in (None, -1, 1.5, True, "x", [], {}, [1, 2], 10**30) if path[0] != "made_by" else ():
+            tried += 1
+            try:
+                plan = tp.Plan.from_json(json.loads(json.dumps(_changed(whole, path, to))))
+                assert plan.params + plan.macs >= 0
+            except tp.PlanError:
+                refused += 1
+    assert refused > tried / 2
 
 
 def test_units_counted_from_the_end_are_refused(mlp) -> None:

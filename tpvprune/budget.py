@@ -14,6 +14,7 @@ Quantity = Literal["macs", "params", "bytes", "latency_ms", "units"]
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 BOUNDS = (*QUANTITIES, "drift")  # all that can be bounded
 _SUFFIXES = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_COUNTED = ("macs", "params", "bytes", "units")
 _UNITS = {"bytes": "b", "latency_ms": "ms", "drift": "nats", "units": "units"}
 
 
@@ -44,9 +45,10 @@ def _read(value: float | str, what: str) -> tuple[float, bool]:
     unit = _UNITS.get(what, "")
     has_unit = bool(unit) and text.endswith(unit)
     number = text.removesuffix(unit).rstrip() if has_unit else text
-    suffix = next((s for s in sorted(_SUFFIXES, key=len, reverse=True) if number.endswith(s)), "")
+    short = what not in ("latency_ms", "drift")  # "50m" of these would be no bound at all
+    suffix = next((s for s in sorted(_SUFFIXES, key=len, reverse=True) if short and number.endswith(s)), "")
     try:
-        if number.endswith("%") and not has_unit:
+        if number.endswith("%") and not has_unit and what != "drift":
             amount = float(number[:-1]) / 100
             if amount > 1:
                 raise BudgetError(f"{what}={value!r} is above 100%")
@@ -61,6 +63,8 @@ def _read(value: float | str, what: str) -> tuple[float, bool]:
         ) from error
     if isinstance(value, bool) or not math.isfinite(amount) or amount <= 0:
         raise BudgetError(f"{what}={value!r} must be above zero")
+    if what in _COUNTED and 1 < amount < 100 and amount % 1 and not has_unit and not suffix:
+        raise BudgetError(f"{what}={value!r} is more than all; write a share of at most 1, 50%, 1.2G or a whole number")
     return amount, amount <= 1 and not has_unit and not suffix and what != "drift"
 
 
@@ -108,10 +112,10 @@ class Budget:
         for name, value in self.as_written.items():
             parse_amount(value, name)
         for name, share in {"min_keep": self.min_keep, **self.per_group}.items():
-            if not 0 < share <= 1:
-                raise BudgetError(f"{name}={share} is no share of units in (0, 1]")
-        if self.round_to is not None and self.round_to < 1:
-            raise BudgetError(f"round_to={self.round_to} must be at least 1")
+            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+                raise BudgetError(f"{name}={share!r} is no share of units in (0, 1]")
+        if self.round_to is not None and (type(self.round_to) is not int or self.round_to < 1):
+            raise BudgetError(f"round_to={self.round_to!r} is no whole number of channels, 1 or more")
         if isinstance(self.protect, str):  # type: ignore[unreachable]  # the type says so, a caller may not
             raise BudgetError(f"protect={self.protect!r} is one string; give a list of patterns")
         object.__setattr__(self, "protect", tuple(self.protect))

@@ -171,8 +171,25 @@ def _retell(model: nn.Module, name: str, gone: int) -> None:
         setattr(module, key, getattr(module, key) - gone)
 
 
+def counted(model: nn.Module, name: str) -> int | None:
+    """A number among a module's attributes, or in a tuple or list there; None if there is no such number.
+
+    Args:
+        model: any.
+        name: qualified, as in `Graph.counts`; the place in a tuple or list follows in brackets.
+    """
+    around, _, key = name.rpartition(".")
+    key, _, place = key.partition("[")
+    try:
+        found = getattr(model.get_submodule(around), key)
+        found = found[int(place.rstrip("]"))] if place else found
+    except (AttributeError, TypeError, IndexError):
+        return None
+    return found if type(found) is int else None
+
+
 def _recount(model: nn.Module, name: str, number: int) -> None:
-    """Set a number among a module's attributes, or in a tuple or list there."""
+    """Set such a number."""
     around, _, key = name.rpartition(".")
     module = model.get_submodule(around)
     key, _, place = key.partition("[")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tpvprune.errors import PlanError
 from tpvprune.files import write_text
-from tpvprune.types import Graph, check_format, read_json
+from tpvprune.types import DAMAGED, Graph, check_format, read_json, whole
 
 PLAN_FORMAT = 2  # 1 had no weights, and masks over a weight graph among `keep`; it is read for ever
 _ATTRIBUTE = "_tpvprune_plan"
@@ -290,14 +290,14 @@ class Plan:
             keep = {}
             for name, units in data["keep"].items():
                 mask = torch.zeros(graph[name].units, dtype=torch.bool)
-                if any(unit < 0 for unit in units):
-                    raise PlanError(f"the plan names unit {min(units)} of group {name!r}; plan again")
-                mask[torch.tensor(units, dtype=torch.int64)] = True
+                mask[torch.tensor([whole(unit) for unit in units], dtype=torch.int64)] = True
                 keep[name] = mask
             written = data["weights"] if data["format"] != 1 else {}
             weights = {name: _unpacked(name, bits, graph) for name, bits in written.items()}
             return cls(keep, graph, dict(data["made_by"]), weights)
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
+        except PlanError:
+            raise
+        except DAMAGED as error:
             raise PlanError(f"the plan is incomplete or damaged ({error!r}); plan again") from error
 
     def save(self, path: str | PathLike[str]) -> None:

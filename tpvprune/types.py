@@ -24,6 +24,7 @@ from tpvprune.members import WORK, Group, Member, Opening
 GRAPH_FORMAT = 1
 FEATURES = "feature_info"  # timm's list of what a model's stages give
 
+DAMAGED = (LookupError, TypeError, AttributeError, ValueError, RuntimeError, OverflowError)  # what such files lead to
 REST = "#rest"  # the multiply-adds that belong to no layer, and that no plan changes
 
 
@@ -227,7 +228,7 @@ class Graph:
                 Group(
                     id=g["id"],
                     kind=g["kind"],
-                    units=int(g["units"]),
+                    units=whole(g["units"]),
                     exact_mask=bool(g["exact_mask"]),
                     signature=g["signature"],
                     members=tuple(
@@ -238,17 +239,19 @@ class Graph:
             )
             return cls(
                 groups=groups,
-                shapes={name: tuple(shape) for name, shape in data["shapes"].items()},
-                reuse=dict(data["reuse"]),
+                shapes={name: tuple(map(whole, shape)) for name, shape in data["shapes"].items()},
+                reuse={name: whole(times) for name, times in data["reuse"].items()},
                 model_id=data["model_id"],
                 skipped=dict(data["skipped"]),
-                itemsize=dict(data.get("itemsize", {})),
-                counts={name: (group, int(each)) for name, (group, each) in data.get("counts", {}).items()},
-                told={name: dict(groups) for name, groups in data.get("told", {}).items()},
+                itemsize={name: whole(size) for name, size in data.get("itemsize", {}).items()},
+                counts={name: (str(group), whole(each)) for name, (group, each) in data.get("counts", {}).items()},
+                told={n: {g: whole(k) for g, k in groups.items()} for n, groups in data.get("told", {}).items()},
                 openings={n: tuple(map(_opening, all_of)) for n, all_of in data.get("openings", {}).items()},
             )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise PlanError(f"the graph is incomplete ({error!r}); trace the model again") from error
+        except PlanError:
+            raise
+        except DAMAGED as error:
+            raise PlanError(f"the graph is incomplete or damaged ({error!r}); trace the model again") from error
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the graph as JSON."""
@@ -274,7 +277,7 @@ def _groups_within(groups: Iterable[Group]) -> dict[str, tuple[str, ...]]:
 
 def _opening(data: Mapping[str, Any]) -> Opening:
     given = data.get("given")
-    return Opening(data["method"], data["call"], int(data["size"]), given and (int(given[0]), int(given[1])))
+    return Opening(data["method"], data["call"], whole(data["size"]), given and (whole(given[0]), whole(given[1])))
 
 
 def _pack_index(index: Tensor | None) -> Any:
@@ -288,16 +291,28 @@ def _pack_index(index: Tensor | None) -> Any:
 
 
 def _dim(written: Any) -> int | None:
-    return None if written is None else int(written)
+    return None if written is None else whole(written)
 
 
 def _unpack_index(packed: Any) -> Tensor | None:
     if packed is None:
         return None
-    shape = tuple(packed["shape"])
+    shape = tuple(map(whole, packed["shape"]))
     if "start" in packed:
-        return torch.arange(packed["start"], packed["start"] + math.prod(shape)).reshape(shape)
-    return torch.tensor(packed["list"], dtype=torch.int64).reshape(shape)
+        start = whole(packed["start"])
+        return torch.arange(start, start + math.prod(shape)).reshape(shape)
+    return torch.tensor([whole(entry) for entry in packed["list"]], dtype=torch.int64).reshape(shape)
+
+
+def whole(number: Any) -> int:
+    """A whole number from a file, as it is.
+
+    Raises:
+        TypeError: it is none, or below zero.
+    """
+    if type(number) is not int or number < 0:
+        raise TypeError(f"{number!r} is no whole number")
+    return number
 
 
 def fingerprint(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> str:

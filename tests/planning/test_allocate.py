@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import tpvprune as tp
 from tests import tolerances
@@ -28,8 +29,8 @@ def got(plan: tp.Plan, quantity: str) -> int:
 
 def least(graph: tp.Graph, quantity: str, **kwargs: object) -> int:
     """The floor that an unreachable budget names."""
-    with pytest.raises(tp.BudgetError, match=f"{quantity} <= 1 cannot be reached: the floor is") as caught:
-        tp.allocate(random_scores(graph), graph, tp.Budget(**{quantity: "1.5"}, **{"round_to": 1, **kwargs}))
+    with pytest.raises(tp.BudgetError, match=f"{quantity} <= 2 cannot be reached: the floor is") as caught:
+        tp.allocate(random_scores(graph), graph, tp.Budget(**{quantity: "2"}, **{"round_to": 1, **kwargs}))
     return int(str(caught.value).split("floor is ")[1].split(" ")[0].replace(",", ""))
 
 
@@ -283,6 +284,48 @@ def test_bad_amounts_are_refused(written: float | str) -> None:
         parse_amount(written, "macs")
     with pytest.raises(tp.BudgetError):
         tp.Budget(macs=written)
+
+
+@pytest.mark.parametrize("bound", [{"drift": "5%"}, {"drift": "50m"}, {"drift": "0.1 k"}, {"latency_ms": "8m"}])
+def test_a_slip_of_a_unit_is_no_bound_of_millions(bound: dict[str, str]) -> None:
+    with pytest.raises(tp.BudgetError, match="is no amount; write"):
+        tp.Budget(**bound)
+
+
+@pytest.mark.parametrize("quantity", ["macs", "params", "bytes", "units"])
+def test_a_share_above_one_is_no_absolute_amount(quantity: str) -> None:
+    for value in (1.5, "1.5", 99.9):
+        with pytest.raises(tp.BudgetError, match=f"{quantity}={value!r} is more than all; write a share of at most 1"):
+            tp.Budget(**{quantity: value})
+    assert tp.Budget(**{quantity: 1234567.5}).bound(quantity, 10**9) == 1234567
+    assert tp.Budget(**{quantity: "1.5k"}).bound(quantity, 10**9) == 1500
+    assert tp.Budget(**{quantity: 2}).bound(quantity, 10**9) == 2
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"round_to": value} for value in (2.5, "8", True, 0)),
+        *({"min_keep": value} for value in ("a", True, 0)),
+        *({"per_group": {"stem*": value}} for value in ("half", None, 2)),
+    ],
+)
+def test_floors_and_roundings_of_another_type_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(tp.BudgetError, match=r"is no (whole number of channels|share of units)"):
+        tp.Budget(macs=0.5, **wrong)
+
+
+@pytest.mark.parametrize("round_to", [4, 8, None])
+def test_channels_that_are_flattened_are_rounded_as_channels(round_to: int | None) -> None:
+    layers = nn.Conv2d(3, 32, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(512, 5)
+    graph = tp.trace(nn.Sequential(*layers).eval(), torch.zeros(1, 3, 8, 8))
+    assert graph["0"].of_role("consume")[0].width() == 16
+    for seed in range(3):
+        for share in (0.9, 0.66, 0.42):
+            plan = tp.allocate(random_scores(graph, seed), graph, tp.Budget(macs=share, round_to=round_to))
+            kept = int(plan.mask("0").sum())
+            assert kept % (4 if round_to is None else round_to) == 0
+            assert 32 * share - 8 <= kept <= 32 * share
 
 
 @STEADY

@@ -49,7 +49,9 @@ def step_of(group: Group, budget: Budget) -> int:
     """Units of a group that leave together, so that its width stays a multiple of the rounding."""
     if group.kind in ("head", "block"):
         return 1
-    channels = max(m.width() for m in group.of_role("consume"))
+    # A linear layer behind `flatten` reads a channel at every position, which makes it no wider.
+    sides = group.of_role("consume"), group.of_role("produce", "affine")
+    channels = min(max(member.width() for member in side) for side in sides)
     if budget.round_to is not None:
         wanted = budget.round_to
     else:

@@ -7,7 +7,7 @@ from torch import nn
 
 from tpvprune.errors import InternalError, PlanError
 from tpvprune.kinds import check_kinds
-from tpvprune.layers import cut
+from tpvprune.layers import counted, cut
 from tpvprune.plan import Plan, attach, plan_of
 
 
@@ -44,10 +44,10 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def check_fits(model: nn.Module, plan: Plan) -> None:
-    """Refuse a model whose tensors are not the ones the plan speaks of.
+    """Refuse a model that is not the one a plan speaks of, as far as shapes and the numbers in its modules tell.
 
     Raises:
-        PlanError: names the first tensor that is missing, extra or of another shape.
+        PlanError: names the first tensor that is missing, extra or of another shape, or the first number of units.
     """
     have = {name: tuple(tensor.shape) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     for name, shape in plan.graph.shapes.items():
@@ -59,3 +59,10 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
     extra = next((name for name, _ in model.named_parameters() if name not in plan.graph.shapes), None)
     if extra is not None:
         raise PlanError(f"the plan does not fit this {type(model).__name__}: it does not know parameter {extra!r}")
+    for name, (group, each) in plan.graph.counts.items():
+        wanted, found = plan.graph[group].units * each, counted(model, name)
+        if found != wanted:
+            raise PlanError(
+                f"the plan does not fit this {type(model).__name__}: {name} should be {wanted}, it is "
+                f"{'missing' if found is None else found}; use the model the plan was traced from"
+            )
