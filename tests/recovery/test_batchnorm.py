@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from torch import nn
 
 import tpvprune as tp
 from tests import tolerances
-from tests.helpers import assert_same_state, built, outputs, plan_without, random_gone
+from tests.cases import randomise
+from tests.helpers import assert_same_state, built, gap, outputs, plan_without, random_gone
+from tests.recovery.test_reconstruct import Convs, close, cut, data, refit_conv
 
 
 def test_statistics_are_the_plain_average_over_batches(conv_bn) -> None:
@@ -65,3 +68,69 @@ def test_the_plan_stays_with_the_model() -> None:
     small = tp.apply(b.model, plan_without(b.graph, {"conv1": [0]}))
     again = tp.reconstruct(tp.reestimate_batchnorm(small, [b.inputs]), [b.inputs], b.model)
     assert again.conv1.out_channels == 5
+
+
+def normed() -> tuple[nn.Module, nn.Module, list[torch.Tensor]]:
+    """A model, what a cut leaves of it, and batches; its second convolution hands its shift to the norm behind it."""
+    model = randomise(Convs(norm=True, kernel_size=3, padding=1))
+    batches = data(6, 3, 8, 7)
+    return model, cut(model, batches[0], {"first": [0, 2], "conv": [1]}), batches
+
+
+@pytest.mark.parametrize("inputs", ["pruned", "dense"])
+def test_a_shift_that_the_running_mean_holds_already_is_not_taken_off_twice(inputs: Any) -> None:
+    model, small, batches = normed()
+    settings = tp.Reconstruct(ridge=0.1, inputs=inputs)
+    once = tp.reconstruct(small, batches, model, settings)
+    twice = tp.reconstruct(once, batches, model, settings)
+    rows = [0, 2, 3, 4, 5]
+    assert gap(once.norm.running_mean, small.norm.running_mean) > 1e-2
+    with torch.no_grad():
+        kept = [1, 3, 4, 5, 6, 7]
+        seen = [small.read(b) if inputs == "pruned" else model.read(b)[:, kept] for b in batches]
+        # The same layer with that shift as a bias of its own.
+        biased = nn.Conv2d(6, 5, 3, padding=1).double()
+        biased.weight.copy_(once.conv.weight)
+        biased.bias.copy_(small.norm.running_mean - once.norm.running_mean)
+        wanted = [model.conv(model.read(b))[:, rows] for b in batches]
+    weight, bias = refit_conv(biased, seen, wanted, 0.1, free_bias=True)
+    close(twice.conv.weight, weight)
+    close(small.norm.running_mean - twice.norm.running_mean, bias)
+
+
+def test_a_mean_that_was_folded_is_not_folded_again_and_folding_changes_nothing_of_the_closed_form() -> None:
+    model, small, batches = normed()
+    folded = tp.fold_means(small, batches, model)
+    assert gap(folded.norm.running_mean, small.norm.running_mean) > 1e-2
+    again = tp.fold_means(folded, batches, model)
+    assert gap(again.norm.running_mean, folded.norm.running_mean) < tolerances.SAME_FUNCTION
+    plain, after = (tp.reconstruct(m, batches, model) for m in (small, folded))
+    for found, wanted in zip(after.state_dict().values(), plain.state_dict().values(), strict=True):
+        close(found, wanted)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_behind_a_norm_that_has_changed_the_dense_norms_outputs_are_aimed_at(bias: bool) -> None:
+    model = randomise(Convs(norm=True, kernel_size=3, padding=1))
+    if bias:
+        model.conv.bias = nn.Parameter(torch.linspace(-1, 1, 6, dtype=torch.float64))
+    batches = data(6, 3, 8, 7)
+    small = cut(model, batches[0], {"first": [0, 2], "conv": [1]})
+    small.norm.load_state_dict(randomise(nn.BatchNorm2d(5), seed=5).state_dict())
+    with torch.no_grad():
+        small.norm.weight[3] = 1e-12  # whatever is given to it, nothing comes out
+    found = tp.reconstruct(small, batches, model, tp.Reconstruct(ridge=0.1))
+    with torch.no_grad():
+        gain = small.norm.weight / (small.norm.running_var + small.norm.eps).sqrt()
+        mean, shift = (t.reshape(-1, 1, 1) for t in (small.norm.running_mean, small.norm.bias))
+        seen = [small.read(b) for b in batches]
+        through = [model.norm(model.conv(model.read(b)))[:, [0, 2, 3, 4, 5]] for b in batches]
+        wanted = [(t - shift) / gain.reshape(-1, 1, 1) + mean for t in through]
+    weight, moved = refit_conv(small.conv, seen, wanted, 0.1, free_bias=True)
+    usable = [0, 1, 2, 4]
+    close(found.conv.weight[usable], weight[usable])
+    close(
+        found.conv.bias[usable] if bias else (small.norm.running_mean - found.norm.running_mean)[usable], moved[usable]
+    )
+    assert all(bool(torch.isfinite(t).all()) for t in found.state_dict().values())
+    assert gap(found.conv.weight[3], small.conv.weight[3]) < 10

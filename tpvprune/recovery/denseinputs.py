@@ -64,7 +64,7 @@ def fold_means(
                 way = course(small, inputs, consumers(small, plan), ())
                 say_left(plan, way, "fold_means")
                 align(way, course(teacher, inputs, way.calls, ()), teacher, plan, inputs)
-                fits = {name: Fit(small, name, way, plan, halves=False) for name in way.calls}
+                fits = {name: Fit(small, teacher, name, way, plan, halves=False) for name in way.calls}
 
             def take(fit: Fit, value: Tensor, output: Tensor) -> None:
                 mean = fit.mean_lost(value, output)
@@ -92,7 +92,7 @@ def refit_on_dense_inputs(
     portions = _portions(small, list(way.calls), 2 if ridge == "auto" else 1)
     done = 0
     for names in portions:
-        fits = {name: Fit(small, name, way, plan, ridge == "auto", positions) for name in names}
+        fits = {name: Fit(small, teacher, name, way, plan, ridge == "auto", positions) for name in names}
         first = 0
         for batch in inputs:
 

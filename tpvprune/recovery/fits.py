@@ -116,6 +116,7 @@ class Fit:
 
     Args:
         model: the pruned model; its layer changes in `finish` alone.
+        teacher: the dense model.
         name: the layer's.
         way: of the pruned model.
         plan: what the model lacks.
@@ -124,7 +125,14 @@ class Fit:
     """
 
     def __init__(
-        self, model: nn.Module, name: str, way: Course, plan: Plan, halves: bool, positions: int = 1 << 62
+        self,
+        model: nn.Module,
+        teacher: nn.Module,
+        name: str,
+        way: Course,
+        plan: Plan,
+        halves: bool,
+        positions: int = 1 << 62,
     ) -> None:
         self.name = name
         self.layer: Any = model.get_submodule(name)
@@ -132,6 +140,8 @@ class Fit:
         device = device_of(model)
         self._left = {dim: kept.to(device) for dim, kept in way.cuts.get(name, {}).items()}
         self._rows = kept_outputs(plan, self.layer, name).to(device)
+        dense_norm = None if self.norm is None else teacher.get_submodule(way.norms[name])
+        self._undone = None if dense_norm is None else _undone(self.norm, dense_norm, self._rows)
         mask = plan.weight_masks().get(f"{name}.weight")
         self._mask = None if mask is None or bool(mask.all()) else mask
         self._groups = int(getattr(self.layer, "groups", 1))
@@ -160,7 +170,7 @@ class Fit:
             first: number of the first sample among all.
             lacks: what the layer's outputs are to give on top, shaped as they are.
         """
-        target = self.cut(target)
+        target = self._wanted(target)
         for half, chosen in self._parts(value, target, samples, first):
             part = value[chosen]
             residual = target[chosen] - self._given(part, target)
@@ -185,7 +195,7 @@ class Fit:
             value: what the pruned layer reads, `(batch, ...)`; only its mean over the batch matters.
             target: what the dense layer gives, `(batch, ...)`, all of its outputs.
         """
-        target = self.cut(target)
+        target = self._wanted(target)
         middle = value.double().mean(0, keepdim=True).to(value.dtype)
         return self._flat(target).double().mean(0) - self._flat(self._given(middle, target)).double().mean(0)
 
@@ -214,22 +224,22 @@ class Fit:
             self.norm.running_mean -= shift.to(self.norm.running_mean.dtype)
         return self.layer.bias is not None or self.norm is not None
 
-    def gained(self) -> Tensor | None:
-        """By what the norm behind the layer multiplies each of its outputs, `(outputs,)`; None without a norm."""
-        if self.norm is None:
-            return None
-        gain = (self.norm.running_var + self.norm.eps).rsqrt()
-        return gain if self.norm.weight is None else gain * self.norm.weight
-
     def before_norm(self, difference: Tensor) -> Tensor:
         """What the layer has to give for a difference `(batch, ...)` behind its norm; `difference` without a norm."""
-        gain = self.gained()
-        if gain is None:
+        if self.norm is None:
             return difference
-        size = gain.abs()
-        usable = size > LEAST_SCALE * size.max()
+        gain = _gain(self.norm.running_var, self.norm)
+        usable = _usable(gain)
         factor = torch.where(usable, 1 / gain.masked_fill(~usable, 1), 0)
         return difference * factor.reshape(-1, *[1] * (difference.ndim - 2))
+
+    def _wanted(self, target: Tensor) -> Tensor:
+        """What the layer is to give where the dense layer gives `target`, so that the norm behind it gives the same."""
+        target = self.cut(target)
+        if self._undone is None:
+            return target
+        scale, offset = (t.to(target.dtype).reshape(-1, *[1] * (target.ndim - 2)) for t in self._undone)
+        return target * scale + offset
 
     def _given(self, value: Tensor, target: Tensor) -> Tensor:
         """The layer's outputs, as large as the target: what calls a transposed convolution may choose among sizes."""
@@ -268,3 +278,40 @@ class Fit:
         if isinstance(self.layer, nn.Linear):
             return output.reshape(-1, output.shape[-1])
         return output.flatten(2).transpose(1, 2).reshape(-1, output.shape[1])
+
+
+def _gain(variance: Tensor, norm: Any) -> Tensor:
+    """By what a batch norm of this variance multiplies each channel, `(channels,)`."""
+    gain = (variance + norm.eps).rsqrt()
+    return gain if norm.weight is None else gain * norm.weight
+
+
+def _usable(gain: Tensor) -> Tensor:
+    """Which channels a norm does not scale to next to nothing."""
+    size = gain.abs()
+    return size > LEAST_SCALE * size.max()
+
+
+def _undone(mine: Any, dense: Any, rows: Tensor) -> tuple[Tensor, Tensor] | None:
+    """What two norms differ by, as a scale and an offset, `(channels,)` in float64, of what the dense one reads.
+
+    A refit hands the shift of a layer without a bias to the norm behind it, and training and new statistics move norms
+    too: what a layer gives is right if its norm makes of it what the dense norm makes of the dense output.
+
+    Args:
+        mine: the pruned model's norm.
+        dense: the dense model's.
+        rows: the dense channels that are left.
+
+    Returns:
+        None where the norms are the same.
+    """
+    gain = _gain(mine.running_var.double(), mine)
+    wanted = _gain(dense.running_var.double(), dense)[rows]
+    usable = _usable(gain)
+    gain, wanted = gain.masked_fill(~usable, 1), wanted.masked_fill(~usable, 1)
+    scale = wanted / gain
+    offset = mine.running_mean.double() - scale * dense.running_mean.double()[rows]
+    if mine.bias is not None:
+        offset = offset + (dense.bias[rows] - mine.bias).masked_fill(~usable, 0) / gain
+    return None if bool((scale == 1).all() and (offset == 0).all()) else (scale, offset)

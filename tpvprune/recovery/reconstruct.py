@@ -153,7 +153,7 @@ def _in_turn(
         students = stack.enter_context(strands(small, inputs, way.layers, "input", known))
         masters = stack.enter_context(strands(teacher, inputs, way.layers, "output", wanted))
         for done, (layer, calls) in enumerate(way.calls.items(), 1):
-            fit = Fit(small, layer, way, plan, settings.ridge == "auto", settings.positions)
+            fit = Fit(small, teacher, layer, way, plan, settings.ridge == "auto", settings.positions)
             if calls > 1:
                 _all_calls(fit, small, teacher, inputs, firsts)
             else:
