@@ -23,7 +23,8 @@ from tpvprune.patches import channel_axis
 from tpvprune.plan import Plan
 from tpvprune.reads import ThroughLayers, read_by
 from tpvprune.recovery.axes import align
-from tpvprune.recovery.fits import Fit, consumers, fitting_plan, kept_inputs, say_left, width
+from tpvprune.recovery.fits import Fit, consumers, fitting_plan, kept_inputs, say_left
+from tpvprune.recovery.linear import foldable, width
 from tpvprune.recovery.order import Course, course
 
 logger = logging.getLogger(__name__)
@@ -61,9 +62,9 @@ def fold_means(
         rows: dict[str, int] = {}
         for inputs in model_inputs(small, batches, "fold", progress):
             if way is None:
-                way = course(small, inputs, consumers(small, plan), ())
+                way = course(small, inputs, consumers(plan, foldable(small)))
                 say_left(plan, way, "fold_means")
-                align(way, course(teacher, inputs, way.calls, ()), teacher, plan, inputs)
+                align(way, course(teacher, inputs, way.calls), teacher, plan, inputs)
                 fits = {name: Fit(small, teacher, name, way, plan, halves=False) for name in way.calls}
 
             def take(fit: Fit, value: Tensor, output: Tensor) -> None:

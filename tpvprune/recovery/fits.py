@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Literal
 
 import torch
@@ -14,12 +14,11 @@ from tpvprune.batches import device_of
 from tpvprune.errors import PlanError
 from tpvprune.patches import channel_axis, patches, some_of
 from tpvprune.plan import Plan, plan_of
+from tpvprune.recovery.linear import TRANSPOSED, given, grouped, holders, width
 from tpvprune.recovery.normal import Normal, chosen_ridge
 from tpvprune.recovery.order import Course
 
 logger = logging.getLogger(__name__)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-REFITTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 TOLD = 8  # names in a log line
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 COLUMNS = 1 << 23  # numbers of unfolded inputs that are looked at together
@@ -42,19 +41,19 @@ def fitting_plan(model: nn.Module, teacher: nn.Module, verb: str) -> Plan:
     return plan
 
 
-def consumers(model: nn.Module, plan: Plan) -> list[str]:
-    """Layers that lack inputs or weights, but no bias, and whose refit is linear least squares."""
-    return [name for name in _lacking(plan) if isinstance(model.get_submodule(name), REFITTED)]
+def consumers(plan: Plan, able: Collection[str]) -> list[str]:
+    """Those of the layers in `able` that lack inputs or weights, but no bias."""
+    return [name for name in _lacking(plan) if name in able]
 
 
 def say_left(plan: Plan, way: Course, verb: str) -> None:
-    """Log which modules lack inputs or weights and keep what they have: of other kinds, or never called."""
+    """Log which modules lack inputs or weights and keep what they have."""
     left = [repr(name) if name else "the model itself" for name in _lacking(plan) if name not in way.calls]
     if left:
         more = f" and {len(left) - TOLD} more" if len(left) > TOLD else ""
         logger.warning(
             "%s: %s%s read less than before and keep their weights: only linear layers and convolutions that are "
-            "called as layers are refitted",
+            "called as layers, give what torch's own would and share their weight with no other are refitted",
             verb,
             ", ".join(left[:TOLD]),
             more,
@@ -105,12 +104,6 @@ def kept_inputs(plan: Plan, layer: nn.Module, name: str) -> Tensor:
     return (left.unsqueeze(1) * width + own).flatten()
 
 
-def width(layer: Any) -> int:
-    """How many numbers each output of a layer is computed from."""
-    weight: Tensor = layer.weight
-    return weight[:, 0].numel() // layer.groups if isinstance(layer, TRANSPOSED) else weight[0].numel()
-
-
 class Fit:
     """The regression of one layer, gathered part by part.
 
@@ -137,6 +130,8 @@ class Fit:
         self.name = name
         self.layer: Any = model.get_submodule(name)
         self.norm: Any = model.get_submodule(way.norms[name]) if name in way.norms else None
+        bias: Any = self.layer.bias
+        self._bias: Tensor | None = bias if holders(model)[id(bias)] == 1 else None  # one that others add too stays
         device = device_of(model)
         self._left = {dim: kept.to(device) for dim, kept in way.cuts.get(name, {}).items()}
         self._rows = kept_outputs(plan, self.layer, name).to(device)
@@ -146,7 +141,7 @@ class Fit:
         self._mask = None if mask is None or bool(mask.all()) else mask
         self._groups = int(getattr(self.layer, "groups", 1))
         self._halves = tuple(Normal() for _ in range(1 + halves))
-        self._odd, self._positions = False, positions
+        self._positions = positions
 
     def cut(self, target: Tensor) -> Tensor:
         """What is left of a tensor that is shaped as the dense layer's outputs are."""
@@ -173,14 +168,11 @@ class Fit:
         target = self._wanted(target)
         for half, chosen in self._parts(value, target, samples, first):
             part = value[chosen]
-            residual = target[chosen] - self._given(part, target)
+            residual = target[chosen] - given(self.layer, part, tuple(target.shape[2:]))
             if lacks is not None:
                 residual = residual + lacks[chosen]
             flat = self._flat(residual)
             columns = patches(self.layer, part, tuple(target.shape[2:]))
-            if columns.shape[0] * columns.shape[3] != len(flat):
-                self._odd = True
-                return
             some = some_of(columns.shape[3], self._positions)
             flat = flat.unflatten(0, columns.shape[::3])[:, some].flatten(0, 1)
             columns = columns[..., some]
@@ -196,18 +188,16 @@ class Fit:
             target: what the dense layer gives, `(batch, ...)`, all of its outputs.
         """
         target = self._wanted(target)
+        size = tuple(target.shape[2:])
         middle = value.double().mean(0, keepdim=True).to(value.dtype)
-        return self._flat(target).double().mean(0) - self._flat(self._given(middle, target)).double().mean(0)
+        return self._flat(target).double().mean(0) - self._flat(given(self.layer, middle, size)).double().mean(0)
 
     @torch.no_grad()
-    def finish(self, ridge: float | Literal["auto"]) -> float | None:
+    def finish(self, ridge: float | Literal["auto"]) -> float:
         """Write the refitted weights and bias into the layer; the ridge that was taken."""
-        if self._odd:
-            logger.info("%s pads in a way of its own and keeps its weights", self.name)
-            return None
         total = self._halves[0] if len(self._halves) == 1 else self._halves[0] + self._halves[1]
-        biased = self.layer.bias is not None or self.norm is not None
-        free = None if self._mask is None else self._grouped(self._mask)
+        biased = self._bias is not None or self.norm is not None
+        free = None if self._mask is None else grouped(self.layer, self._mask)
         taken = chosen_ridge(self._halves, RIDGES, biased, free) if ridge == "auto" else float(ridge)
         change, shift = total.solve(taken, biased, free)
         weight: Tensor = self.layer.weight
@@ -217,12 +207,12 @@ class Fit:
 
     @torch.no_grad()
     def move(self, shift: Tensor) -> bool:
-        """Add `shift`, `(outputs,)`, to what the layer gives; False where it has no bias and no norm to add it to."""
-        if self.layer.bias is not None:
-            self.layer.bias += shift.to(self.layer.bias.dtype)
+        """Add `shift`, `(outputs,)`, to what the layer gives; False without a bias or norm of its own to add it to."""
+        if self._bias is not None:
+            self._bias += shift.to(self._bias.dtype)
         elif self.norm is not None:
             self.norm.running_mean -= shift.to(self.norm.running_mean.dtype)
-        return self.layer.bias is not None or self.norm is not None
+        return self._bias is not None or self.norm is not None
 
     def before_norm(self, difference: Tensor) -> Tensor:
         """What the layer has to give for a difference `(batch, ...)` behind its norm; `difference` without a norm."""
@@ -240,19 +230,6 @@ class Fit:
             return target
         scale, offset = (t.to(target.dtype).reshape(-1, *[1] * (target.ndim - 2)) for t in self._undone)
         return target * scale + offset
-
-    def _given(self, value: Tensor, target: Tensor) -> Tensor:
-        """The layer's outputs, as large as the target: what calls a transposed convolution may choose among sizes."""
-        if isinstance(self.layer, TRANSPOSED):
-            return self.layer.forward(value, list(target.shape[2:]))
-        given: Tensor = self.layer.forward(value)
-        return given
-
-    def _grouped(self, weight: Tensor) -> Tensor:
-        """Something shaped as the weights, as `(groups, outputs, inputs)`."""
-        if isinstance(self.layer, TRANSPOSED):
-            weight = weight.unflatten(0, (self._groups, -1)).transpose(1, 2)
-        return weight.reshape(self._groups, -1, width(self.layer))
 
     def _ungrouped(self, change: Tensor) -> Tensor:
         """Of `(groups, outputs, inputs)`, shaped as the weights are."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from tpvprune.patches import patches, some_of
 from tpvprune.reads import read_by
-from tpvprune.recovery.fits import COLUMNS, REFITTED, TRANSPOSED
+from tpvprune.recovery.fits import COLUMNS
+from tpvprune.recovery.linear import REFITTED, TRANSPOSED, is_product
 from tpvprune.recovery.settings import GaussNewton
 
 WIDEST = 8192  # inputs of a layer up to which their second moments are inverted, and not their diagonal alone
@@ -32,9 +33,11 @@ class Factors:
     """
 
     def __init__(self, model: nn.Module, theta: Vector, settings: GaussNewton, masks: Mapping[str, Tensor]) -> None:
-        # The weights of transposed ones have other axes: they take the diagonal.
-        modules = {n: m for n, m in model.named_modules() if isinstance(m, REFITTED) and not isinstance(m, TRANSPOSED)}
-        self._layers: dict[str, Any] = {n: m for n, m in modules.items() if f"{n}.weight" in theta}
+        modules = {n: m for n, m in model.named_modules() if isinstance(m, REFITTED) and f"{n}.weight" in theta}
+        # The weights of transposed ones have other axes, and those of code of its own another curvature: the diagonal.
+        self._layers: dict[str, Any] = {
+            n: m for n, m in modules.items() if not isinstance(m, TRANSPOSED) and is_product(m)
+        }
         self._settings, self._masks = settings, masks
         self._read: dict[str, Tensor] = {}
         self._told: dict[str, Tensor] = {}

@@ -20,8 +20,9 @@ from tpvprune.errors import ModelError
 from tpvprune.patches import channel_axis
 from tpvprune.plan import Plan
 from tpvprune.reads import read_by
-from tpvprune.recovery.fits import REFITTED, kept_inputs
+from tpvprune.recovery.fits import kept_inputs
 from tpvprune.recovery.kronecker import Factors, Vector
+from tpvprune.recovery.linear import REFITTED
 from tpvprune.recovery.settings import GaussNewton
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,7 +67,11 @@ class _Source:
 
 @torch.no_grad()
 def course(
-    model: nn.Module, inputs: Tensor, layers: Collection[str], kinds: tuple[type, ...], behind: Collection[str] = ()
+    model: nn.Module,
+    inputs: Tensor,
+    layers: Collection[str],
+    others: Collection[str] = (),
+    behind: Collection[str] = (),
 ) -> Course:
     """Run a model once and see which way it takes.
 
@@ -76,7 +79,7 @@ def course(
         model: in eval mode.
         inputs: `(batch, ...)`; the first two samples are looked at.
         layers: to look for.
-        kinds: of layers to look for wherever something in `behind` has run before, unless others hold their weight too.
+        others: names of layers to look for where something in `behind` has run before.
         behind: names of modules.
     """
     found = Course()
@@ -122,10 +125,8 @@ def course(
 
         return hook
 
-    holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     for name, module in model.named_modules():
-        alone = isinstance(module, kinds) and holders[id(getattr(module, "weight", None))] == 1
-        if name in layers or name in behind or (behind and alone):
+        if name in layers or name in behind or (behind and name in others):
             handles += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after(name))]
         elif isinstance(module, _BatchNorm) and module.running_mean is not None:
             handles.append(module.register_forward_hook(norm(name)))

@@ -28,7 +28,8 @@ from tpvprune.plan import Plan
 from tpvprune.reads import ThroughLayers, read_by
 from tpvprune.recovery.axes import align
 from tpvprune.recovery.denseinputs import refit_on_dense_inputs
-from tpvprune.recovery.fits import REFITTED, Fit, consumers, fitting_plan, say_left
+from tpvprune.recovery.fits import Fit, consumers, fitting_plan, say_left
+from tpvprune.recovery.linear import refittable
 from tpvprune.recovery.lockstep import Strand, strands
 from tpvprune.recovery.order import Course, course
 
@@ -112,11 +113,12 @@ def reconstruct(
     inputs = _merged(list(model_inputs(model, batches, "reconstruct", None)))
     small = copied(model)
     with evaluation_mode(small, teacher), torch.no_grad():
-        names, behind = consumers(small, plan), _skipped(plan)
+        able, behind = refittable(small), _skipped(plan)
+        names = consumers(plan, able)
         if settings.every:
             behind += names
-        way = course(small, inputs[0], names, REFITTED, behind)
-        goal = course(teacher, inputs[0], way.calls, ())
+        way = course(small, inputs[0], names, able, behind)
+        goal = course(teacher, inputs[0], way.calls)
         say_left(plan, way, "reconstruct")
         align(way, goal, teacher, plan, inputs[0])
         told: dict[str, float] = {"layers": len(way.calls), "samples": sum(map(len, inputs))}
