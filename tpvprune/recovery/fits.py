@@ -135,6 +135,8 @@ class Fit:
         device = device_of(model)
         self._left = {dim: kept.to(device) for dim, kept in way.cuts.get(name, {}).items()}
         self._rows = kept_outputs(plan, self.layer, name).to(device)
+        summed = way.sums[name].norm if name in way.sums else None
+        self._summed: Any = None if summed is None else model.get_submodule(summed)
         dense_norm = None if self.norm is None else teacher.get_submodule(way.norms[name])
         self._undone = None if dense_norm is None else _undone(self.norm, dense_norm, self._rows)
         mask = plan.weight_masks().get(f"{name}.weight")
@@ -215,10 +217,10 @@ class Fit:
         return self._bias is not None or self.norm is not None
 
     def before_norm(self, difference: Tensor) -> Tensor:
-        """What the layer has to give for a difference `(batch, ...)` behind its norm; `difference` without a norm."""
-        if self.norm is None:
+        """What the layer has to give for a difference `(batch, ...)` in a sum, behind the norm before it, if any."""
+        if self._summed is None:
             return difference
-        gain = _gain(self.norm.running_var, self.norm)
+        gain = _gain(self._summed.running_var, self._summed)
         usable = _usable(gain)
         factor = torch.where(usable, 1 / gain.masked_fill(~usable, 1), 0)
         return difference * factor.reshape(-1, *[1] * (difference.ndim - 2))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,10 +25,12 @@ class Sum:
     Attributes:
         other: number of the torch function call that made what it is added to.
         norm: the batch norm between the layer and the sum, if there is one.
+        share: how often what it is added to goes into the sum for once that the layer's output does.
     """
 
     other: int
     norm: str | None
+    share: float
 
 
 @dataclass
@@ -91,9 +94,9 @@ def course(
     passed = False
     handles = []
 
-    def seen(number: int, function: Any, args: Any, result: Any) -> None:
+    def seen(number: int, function: Any, args: Any, kwargs: Any, result: Any) -> None:
         if getattr(function, "__name__", "") in SUMS and isinstance(result, Tensor):
-            _note(found, sources, made, started, [a for a in args if isinstance(a, Tensor)], result)
+            _note(found, sources, made, started, args, kwargs.get("alpha", 1), result)
         for tensor in tensors_in(result):
             made[id(tensor)] = number, tensor
 
@@ -153,17 +156,30 @@ def _note(
     sources: dict[int, _Source],
     made: dict[int, tuple[int, Tensor]],
     started: dict[str, int],
-    terms: list[Tensor],
+    terms: Sequence[Any],
+    alpha: Any,
     total: Tensor,
 ) -> None:
-    """Note a sum of two tensors of one shape, if one is a layer's output and the other was there before that layer."""
-    if len(terms) != 2 or terms[0].shape != terms[1].shape:
+    """Note a sum of two tensors of one shape, if one is a layer's output and the other was there before that layer.
+
+    Args:
+        found: what is noted goes there.
+        sources: outputs of layers, by their ids.
+        made: the call that made each tensor, by its id.
+        started: the number of calls when each layer began.
+        terms: what is added.
+        alpha: how often the second term is added.
+        total: the sum.
+    """
+    if len(terms) != 2 or not all(isinstance(t, Tensor) for t in terms) or terms[0].shape != terms[1].shape:
         return
-    for term, other in (terms, terms[::-1]):
+    if not (isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha):
+        return
+    for (term, other), share in ((terms, alpha), (terms[::-1], 1 / alpha)):
         written = total is term  # in place: its version has just moved on
         source = sources.get(id(term))
         if source is None or source.version != term._version - int(written) or id(other) not in made:
             continue
         number = made[id(other)][0]
         if number < started[source.layer]:
-            found.sums[source.layer] = Sum(number, source.norm)
+            found.sums[source.layer] = Sum(number, source.norm, share)

@@ -146,7 +146,8 @@ def _in_turn(
     progress: Progress | None,
 ) -> dict[str, float]:
     """Refit layer after layer, all passes waiting at each."""
-    summed = {name for name in way.sums if settings.sums and name in goal.sums and name in way.layers}
+    both = [name for name in way.layers if settings.sums and name in way.sums and name in goal.sums]
+    summed = {name for name in both if way.sums[name].share == goal.sums[name].share}
     firsts = [sum(map(len, inputs[:i])) for i in range(len(inputs))]
     limit = settings.memory * MIB
     memory = file = 0.0
@@ -207,7 +208,7 @@ def _all_calls(fit: Fit, small: nn.Module, teacher: nn.Module, inputs: Sequence[
 def _lacks(fit: Fit, student: Strand, master: Strand, way: Course, goal: Course) -> Tensor | None:
     """What a layer's output is to make up for: what it is added to, in the dense model and in the pruned one."""
     wanted, there = (s.kept.pop(c.sums[fit.name].other) for s, c in ((master, goal), (student, way)))
-    return fit.before_norm(fit.cut(wanted) - there)
+    return fit.before_norm(fit.cut(wanted) - there) * way.sums[fit.name].share
 
 
 def _merged(inputs: list[Tensor]) -> list[Tensor]:

@@ -37,10 +37,12 @@ class Watch(TorchFunctionMode):
 
     Args:
         keep: numbers of the calls whose result is to be kept in `kept`.
-        seen: called as `seen(number, function, args, result)` after each call.
+        seen: called as `seen(number, function, args, kwargs, result)` after each call.
     """
 
-    def __init__(self, keep: Collection[int] = (), seen: Callable[[int, Any, Any, Any], None] | None = None) -> None:
+    def __init__(
+        self, keep: Collection[int] = (), seen: Callable[[int, Any, Any, Any, Any], None] | None = None
+    ) -> None:
         super().__init__()
         self.calls = 0
         self.kept: dict[int, Tensor] = {}
@@ -66,7 +68,7 @@ class Watch(TorchFunctionMode):
         if number in self._keep and isinstance(result, Tensor):
             self.kept[number] = result
         if self._seen is not None:
-            self._seen(number, func, args, result)
+            self._seen(number, func, args, kwargs, result)
         return result
 
     def storages(self) -> list[torch.UntypedStorage]:
