@@ -12,6 +12,7 @@ from tests import tolerances
 from tests.cases import randomise
 from tests.helpers import assert_same_state, built, gap, outputs, plan_without, random_gone
 from tests.recovery.test_reconstruct import Convs, close, cut, data, refit_conv
+from tests.reference import ridge_refit
 
 
 def test_statistics_are_the_plain_average_over_batches(conv_bn) -> None:
@@ -134,3 +135,27 @@ def test_behind_a_norm_that_has_changed_the_dense_norms_outputs_are_aimed_at(bia
     )
     assert all(bool(torch.isfinite(t).all()) for t in found.state_dict().values())
     assert gap(found.conv.weight[3], small.conv.weight[3]) < 10
+
+
+@pytest.mark.parametrize("tokens", [4, 6])
+def test_a_norm_along_tokens_takes_no_shift_of_a_linear_layers_channels(tokens: int) -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.layer = nn.Linear(5, 8), nn.Linear(8, 6, bias=False)
+            self.norm, self.last = nn.BatchNorm1d(tokens), nn.Linear(6, 3)
+
+        def read(self, x: torch.Tensor) -> torch.Tensor:
+            return self.first(x).tanh()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.norm(self.layer(self.read(x))).tanh().mean(1))
+
+    model = randomise(Tokens())
+    batches = data(10, tokens, 5)
+    small = cut(model, batches[0], {"first": [1, 4]})
+    found = tp.reconstruct(small, batches, model, tp.Reconstruct(ridge=0.1))
+    assert_same_state(found.norm.state_dict(), small.norm.state_dict())
+    x = torch.cat(batches)
+    read, wanted = (outputs(f, x).flatten(0, 1).numpy() for f in (small.read, lambda x: model.layer(model.read(x))))
+    close(found.layer.weight, ridge_refit(read, wanted, small.layer.weight.detach().numpy(), None, 0.1, False)[0])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tpvprune.patches import channel_axis
 from tpvprune.reads import ThroughLayers
 from tpvprune.recovery.spill import Watch, tensors_in
 
@@ -122,6 +123,8 @@ def course(
     def norm(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             source = _source(sources, args[0]) if args else None
+            if source is not None and channel_axis(model.get_submodule(source.layer)) % args[0].ndim != 1:
+                source = None  # what it normalises along are not the layer's channels: tokens, say
             normed.setdefault(name, []).append(None if source is None else source.layer)
             if source is not None and isinstance(output, Tensor):
                 sources[id(output)] = _Source(source.layer, name, output, output._version)
