@@ -13,6 +13,7 @@ from torch import nn
 from tpvprune.batches import Batch, Progress, Selector, repeatable
 from tpvprune.budget import BOUNDS, Budget
 from tpvprune.comparison import ComparedPoint, Comparison
+from tpvprune.digests import weights_digest
 from tpvprune.errors import InputError
 from tpvprune.groupwise import checked_shares, digest_of
 from tpvprune.kinds import check_kinds
@@ -21,7 +22,6 @@ from tpvprune.recovery.reconstruct import Reconstruct, reconstruct
 from tpvprune.report import compare
 from tpvprune.schedule import Planning, plan_for
 from tpvprune.scoring.criteria import Criterion, score
-from tpvprune.scoring.engine import weights_digest
 from tpvprune.surgery.removal import apply
 from tpvprune.types import Graph
 

@@ -13,6 +13,7 @@ from torch import nn
 from tpvprune.batches import Batch, Progress, Selector, length_of, repeatable
 from tpvprune.budget import Budget
 from tpvprune.curves import SensitivityCurve, SensitivityCurves, SensitivityPoint
+from tpvprune.digests import weights_digest
 from tpvprune.errors import DataError, InputError, ModelError, PlanError
 from tpvprune.kinds import check_kinds
 from tpvprune.members import Group
@@ -21,7 +22,7 @@ from tpvprune.planning.widths import costs_of, floors_of
 from tpvprune.report import compare
 from tpvprune.scores import Scores
 from tpvprune.scoring.criteria import check_groups, check_model, score
-from tpvprune.scoring.engine import Watched, weights_digest
+from tpvprune.scoring.engine import Watched
 from tpvprune.scoring.tpv import TPV
 from tpvprune.surgery.removal import apply
 from tpvprune.types import Graph

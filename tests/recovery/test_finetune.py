@@ -167,3 +167,17 @@ def test_recover_refuses_what_it_cannot_read_again() -> None:
     model, small, batches = cut()
     with pytest.raises(tp.DataError, match="read once only"):
         tp.recover(small, iter(batches), teacher=model)
+
+
+@pytest.mark.parametrize("frozen", ["some", "all"])
+def test_frozen_parameters_stay_unless_all_are(frozen: str) -> None:
+    model, small, batches = cut()
+    chosen = {"conv1.weight", "fc.bias"} if frozen == "some" else {name for name, _ in small.named_parameters()}
+    for name in chosen:
+        small.get_parameter(name).requires_grad_(False)
+    settings = tp.Finetune(epochs=2, lr=1e-2, weight_decay=0.1, ema=0.5)
+    found = tp.finetune(small, batches, model, settings)
+    moved = {name for name, p in found.named_parameters() if not torch.equal(p, small.get_parameter(name))}
+    everything = {name for name, _ in small.named_parameters()}
+    assert moved == (everything - chosen if frozen == "some" else everything)
+    assert {name for name, p in found.named_parameters() if not p.requires_grad} == chosen

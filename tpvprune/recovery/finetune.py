@@ -34,14 +34,14 @@ from tpvprune.batches import (
     single_tensor,
 )
 from tpvprune.copies import copied
-from tpvprune.errors import CheckpointError, DataError, InputError, NonFiniteError
+from tpvprune.errors import DataError, InputError, NonFiniteError
 from tpvprune.kinds import check_kinds
-from tpvprune.plan import plan_of
-from tpvprune.processes import of_all, process
+from tpvprune.processes import from_first, of_all, process
 from tpvprune.recovery.distance import Features, distillation_loss
 from tpvprune.recovery.judge import Judge
 from tpvprune.recovery.masks import Masks
 from tpvprune.recovery.optimisation import Mixture, optimizer_for, schedule_for
+from tpvprune.recovery.origin import check_origin, origin
 from tpvprune.recovery.replay import Replay
 from tpvprune.recovery.settings import Finetune
 from tpvprune.recovery.state import load_state, save_state
@@ -49,7 +49,6 @@ from tpvprune.recovery.teacher import Teacher
 from tpvprune.statedicts import fill
 
 Log = Callable[[dict[str, float]], None]
-STATE_FORMAT = 3
 LAST, BEST = "last.safetensors", "best.safetensors"
 
 
@@ -69,7 +68,8 @@ def finetune(
 ) -> nn.Module:
     """A copy of a model, distilled from the teacher on unlabeled batches.
 
-    Weights that the model's plan holds at zero stay exactly zero, after every step. With `held_out` batches what comes
+    Weights that the model's plan holds at zero stay exactly zero, after every step. Frozen parameters
+    (`requires_grad=False`) stay as they are; where all are frozen, all are trained. With `held_out` batches what comes
     back is what was closest to the teacher on them: the model of an epoch, or, with a warning, the one given, where
     few images or a high rate have brought nothing closer. Without them it is the last epoch's.
 
@@ -96,7 +96,7 @@ def finetune(
     Raises:
         DataError: the batches are empty or can be read once only, or labels are asked for and missing.
         InputError: a name in the settings is unknown, or there is nothing to count `patience` on.
-        CheckpointError: the folder holds the run of other settings.
+        CheckpointError: the folder holds a run of another model, teacher or plan, or of other settings.
         NonFiniteError: the loss became NaN or infinite.
     """
     settings = settings or Finetune()
@@ -123,10 +123,9 @@ class _Training:
         held_out: Iterable[Batch] | None,
     ) -> None:
         self.model, self.batches, self.settings, self.output = model, batches, settings, output
-        self.teacher = Teacher(teacher, output, settings.mirrored)
+        self.dense, self.teacher = teacher, Teacher(teacher, output, settings.mirrored)
         self.student = copied(model)
-        for parameter in self.student.parameters():
-            parameter.requires_grad_(True)
+        _thaw(self.student)
         self.device = device_of(self.student)
         self.accelerator = _accelerator(settings.precision, self.device)
         if self.accelerator.num_processes != process()[1]:
@@ -152,10 +151,14 @@ class _Training:
         self.shared = bool(getattr(batches, "shared", False))  # they are this process's share already
         self.replay = Replay(batches)
         self.saved_by_all = False  # or by the first process alone
+        self.origin: dict[str, Any] = {}
 
     def run(self, folder: Path | None, save_every: int, progress: Progress | None, log: Log | None) -> nn.Module:
         settings, whole = self.settings, self.settings.epochs * self.per_epoch
-        self.saved_by_all = all(of_all(folder is not None))
+        given = of_all(folder is not None)
+        self.saved_by_all = all(given)
+        if any(given):
+            self.origin = from_first(self._origin() if process()[0] == 0 else {})
         if folder is not None and (folder / LAST).is_file():
             self._restore(load_state(folder / LAST))
         elif self.judge is not None:
@@ -266,21 +269,14 @@ class _Training:
             )
         return mean
 
-    def _about(self) -> dict[str, Any]:
-        plan = plan_of(self.model)
-        kept = None if plan is None else {name: int(mask.sum()) for name, mask in plan.keep.items()}
-        return {
-            "format": STATE_FORMAT,
-            "held_out": self.judge is not None,
-            "settings": repr(self.settings),
-            "batches": self.per_epoch,
-            "kept": kept,
-        }
+    def _origin(self) -> dict[str, Any]:
+        frozen = [name for name, p in self.student.named_parameters() if not p.requires_grad]
+        return origin(self.model, self.dense, self.settings, self.per_epoch, self.judge is not None, frozen)
 
     def _save(self, folder: Path) -> None:
         scaler, totals = self.accelerator.scaler, of_all(self.total) if self.saved_by_all else [self.total]
         state = {
-            "about": self._about(),
+            "about": self.origin,
             "model": self.student.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -293,11 +289,7 @@ class _Training:
             save_state(folder / LAST, state)
 
     def _restore(self, state: dict[str, Any]) -> None:
-        if state["about"] != self._about():
-            raise CheckpointError(
-                "finetune: the folder holds a run of other settings, batches, another plan or an older version; give "
-                "another folder, or delete it"
-            )
+        check_origin(state["about"], self.origin)
         fill(self.student, state["model"])
         if self.ema is not None:
             fill(self.ema.module, state["ema"])
@@ -340,6 +332,14 @@ def _accelerator(precision: str, device: torch.device) -> Accelerator:
         return Accelerator(mixed_precision=precision, cpu=device.type == "cpu", device_placement=False)
     except ValueError as error:
         raise InputError(f"finetune: precision={precision!r} cannot be used on {device.type}: {error}") from error
+
+
+def _thaw(model: nn.Module) -> None:
+    """Where all parameters are frozen, as of a model that is there for its answers alone, let all be trained."""
+    parameters = list(model.parameters())
+    if not any(p.requires_grad for p in parameters):
+        for parameter in parameters:
+            parameter.requires_grad_(parameter.is_floating_point())
 
 
 def _train_mode(model: nn.Module, norms: str) -> None:

@@ -93,8 +93,9 @@ def reconstruct(
     Costs one forward pass of the dense network over the batches, one of the pruned one and one more of its refitted
     layers, plus Gram matrices and solves. Between layers the passes over all batches are suspended; what they hold is
     kept in memory up to a bound, and in temporary files beyond it. Masked weights stay zero: each output is
-    refitted over the weights that are left to it. A layer that runs several times in a pass is refitted to all that it
-    reads, by a pass of both networks more.
+    refitted over the weights that are left to it. Frozen parameters (`requires_grad=False`) are refitted like all
+    others: leaving units out has changed what they are to do. A layer that runs several times in a
+    pass is refitted to all that it reads, by a pass of both networks more.
 
     Args:
         model: from `apply`; carries its plan.

@@ -16,16 +16,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tpvprune.batches import Batch, filled_inputs, labels_of, length_of
+from tpvprune.digests import LOOKED_AT, entries_digest
 from tpvprune.errors import DataError, InputError
 from tpvprune.processes import of_all, process
 from tpvprune.scores import Sensitivities
 from tpvprune.tally import Tally
 
 logger = logging.getLogger(__name__)
-_FINGERPRINT = 256  # entries of a sample's input that its digest looks at
 
 
 def stream(seed: int, batch: int, probe: int) -> torch.Generator:
@@ -195,32 +195,15 @@ class Watched:
     def _digest(self, before: str, batch: Batch, number: int) -> str:
         """A fingerprint of a batch and all before it."""
         inputs, told = filled_inputs(batch, number), labels_of(batch) if self.labelled else None
-        found = _hash(before, tuple(inputs.shape), _entries(inputs))
-        return found if told is None else _hash(found, tuple(told.shape), told.detach().double())
+        found = entries_digest(before, tuple(inputs.shape), _entries(inputs))
+        return found if told is None else entries_digest(found, tuple(told.shape), told.detach().double())
 
 
 def _entries(inputs: Tensor) -> Tensor:
     """Evenly spaced entries of every sample, `(samples, entries)` in float64."""
     flat = inputs.detach().reshape(len(inputs), -1)
-    stride = max(1, flat.shape[1] // _FINGERPRINT)
+    stride = max(1, flat.shape[1] // LOOKED_AT)
     return flat[:, ::stride].double()
-
-
-def _hash(before: str, shape: tuple[int, ...], entries: Tensor) -> str:
-    data = entries.cpu().contiguous().numpy().tobytes()
-    return hashlib.sha256(before.encode() + str(shape).encode() + data).hexdigest()
-
-
-def weights_digest(model: nn.Module) -> str:
-    """A fingerprint of a model's parameters and buffers."""
-    named = [*model.named_parameters(), *model.named_buffers()]
-    about = ";".join(f"{name}{tuple(tensor.shape)}" for name, tensor in named)
-    with torch.no_grad():
-        entries = [tensor.reshape(-1)[:: max(1, tensor.numel() // _FINGERPRINT)].double() for _, tensor in named]
-        if len({tensor.device for tensor in entries}) > 1:
-            entries = [tensor.cpu() for tensor in entries]
-        looked_at = torch.cat(entries) if entries else torch.zeros(0)  # one copy from a device, not hundreds
-    return _hash(about, tuple(looked_at.shape), looked_at)
 
 
 def labels(batch: Batch, criterion: str) -> Tensor:

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from tpvprune.digests import weights_digest
 from tpvprune.errors import PlanError
 from tpvprune.processes import process
 from tpvprune.scores import Scores
-from tpvprune.scoring.engine import weights_digest
 from tpvprune.scoring.settings import settings_of
 from tpvprune.tally import Tally
 from tpvprune.types import Graph

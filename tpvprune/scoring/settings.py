@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpvprune.scoring.engine import weights_digest
+from tpvprune.digests import raw_bytes, weights_digest
 from tpvprune.scoring.heads import HEADS
 from tpvprune.scoring.perturb import PERTURBATIONS
 
@@ -100,7 +100,7 @@ class _Described:
         if isinstance(value, nn.Module):
             return weights_digest(value) if [*value.parameters(), *value.buffers()] else repr(value)
         if isinstance(value, Tensor):
-            return ["tensor", str(value.dtype), list(value.shape), _hashed(_bytes(value))]
+            return ["tensor", str(value.dtype), list(value.shape), _hashed(raw_bytes(value))]
         if isinstance(value, (bytes, bytearray)):
             return ["bytes", _hashed(bytes(value))]
         if isinstance(value, Mapping):  # in its order, which may matter
@@ -142,11 +142,6 @@ def _is_filled(cell: types.CellType) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _bytes(value: Tensor) -> bytes:
-    flat = value.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes()
 
 
 def _hashed(data: bytes) -> str:

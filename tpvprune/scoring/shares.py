@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import nn
 
+from tpvprune.digests import weights_digest
 from tpvprune.processes import of_all, process
 from tpvprune.scores import Scores
-from tpvprune.scoring.engine import weights_digest
 
 
 def kept_scores(state: Path, model: nn.Module, what: str) -> Path:

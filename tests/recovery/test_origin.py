@@ -1,0 +1,74 @@
+"""A distillation's folder gives back what it was begun with, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tpvprune as tp
+from tests.helpers import assert_same_state, plan_without
+from tests.recovery.test_training import noisy
+from tpvprune.errors import CheckpointError
+from tpvprune.plan import plan_of
+
+
+def mlp_plan(model: nn.Module, graph: tp.Graph, kept: int) -> tp.Plan:
+    weights = torch.zeros_like(model[0].weight, dtype=torch.bool)
+    weights.view(-1)[kept::2] = True
+    return tp.Plan({}, graph, weights={"0.weight": weights})
+
+
+def other_run(name: str, model: nn.Module, graph: tp.Graph, batches: list[Tensor]) -> tuple[nn.Module, nn.Module]:
+    """(pruned, dense) that differ in one thing from those of the first run, and in no count of units."""
+    dense, units = copy.deepcopy(model), [0, 2] if name == "units" else [1, 5]
+    if name == "teacher":
+        with torch.no_grad():
+            dense[2].bias[3] += 1e-3
+    small = tp.apply(model, plan_without(graph, {"0": units}))
+    if name == "start":
+        small = tp.reconstruct(small, batches, model)
+    if name == "frozen":
+        small[2].bias.requires_grad_(False)
+    return small, dense
+
+
+WORDS = {"units": "another plan", "start": "other weights", "frozen": "other frozen parameters", "teacher": "teacher"}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_a_folder_gives_no_weights_of_another_run(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    batches = [torch.randn(16, 6) for _ in range(3)]
+    graph = tp.trace(model, batches[0])
+    settings = tp.Finetune(epochs=1, lr=1e-2)
+    small, dense = other_run("same", model, graph, batches)
+    first = tp.finetune(small, batches, dense, settings, save=tmp_path)
+    assert_same_state(tp.finetune(small, batches, dense, settings, save=tmp_path).state_dict(), first.state_dict())
+    small, dense = other_run(name, model, graph, batches)
+    with pytest.raises(CheckpointError, match=WORDS[name]):
+        tp.finetune(small, batches, dense, settings, save=tmp_path)
+
+
+def test_a_folder_gives_no_weights_that_another_plan_holds_at_zero(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    batches = [torch.randn(16, 6) for _ in range(3)]
+    graph, settings = tp.weight_graph(model), tp.Finetune(epochs=1, lr=1e-2)
+    even, odd = (tp.apply(model, mlp_plan(model, graph, kept)) for kept in (0, 1))
+    tp.finetune(even, batches, model, settings, save=tmp_path)
+    with pytest.raises(CheckpointError, match="another plan"):
+        tp.finetune(odd, batches, model, settings, save=tmp_path)
+
+
+def test_how_a_plan_was_made_does_not_part_a_run_from_its_folder(tmp_path: Path) -> None:
+    model, small, batches = noisy()
+    settings, plan = tp.Finetune(epochs=1), plan_of(small)
+    first = tp.finetune(small, batches, model, settings, save=tmp_path / "state")
+    tp.save(tp.apply(model, tp.Plan(plan.keep, plan.graph, {"scores": 0.1})), tmp_path / "model")
+    again = tp.finetune(tp.load(tmp_path / "model", skeleton=model), batches, model, settings, save=tmp_path / "state")
+    assert_same_state(again.state_dict(), first.state_dict())

@@ -1,0 +1,71 @@
+"""What a distillation began with, by which its folder knows it again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from tpvprune.digests import state_digest
+from tpvprune.errors import CheckpointError
+from tpvprune.plan import plan_of
+from tpvprune.recovery.settings import Finetune
+
+STATE_FORMAT = 4
+OTHERS = {
+    "format": "an older version of tpvprune",
+    "settings": "other settings",
+    "batches": "another number of batches",
+    "held_out": "held-out batches where there are none now, or the reverse",
+    "plan": "another plan",
+    "start": "other weights to begin with",
+    "frozen": "other frozen parameters",
+    "teacher": "another teacher",
+}
+
+
+def origin(
+    model: nn.Module, teacher: nn.Module, settings: Finetune, batches: int, held_out: bool, frozen: list[str]
+) -> dict[str, Any]:
+    """What the result follows from besides the images themselves, as a state holds it.
+
+    Args:
+        model: the one that is given to the distillation.
+        teacher: the dense model.
+        settings: of the distillation.
+        batches: number of them in an epoch.
+        held_out: whether it is judged on held-out batches.
+        frozen: names of the parameters that stay as they are.
+    """
+    plan = plan_of(model)
+    masks = None if plan is None else {name: plan.to_json()[name] for name in ("keep", "weights")}
+    return {
+        "format": STATE_FORMAT,
+        "settings": repr(settings),
+        "batches": batches,
+        "held_out": held_out,
+        "plan": hashlib.sha256(json.dumps(masks, sort_keys=True).encode()).hexdigest(),
+        "start": state_digest(model),
+        "frozen": frozen,
+        "teacher": state_digest(teacher),
+    }
+
+
+def check_origin(had: Mapping[str, Any], has: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run that began with something else.
+
+    Raises:
+        CheckpointError: it did; names what differs.
+    """
+    if had.get("format") != has["format"]:
+        differs = [OTHERS["format"]]
+    else:
+        differs = [told for name, told in OTHERS.items() if had.get(name) != has[name]]
+    if differs:
+        raise CheckpointError(
+            f"finetune: the folder holds a run of {' and '.join(differs)}; give another folder, delete it, or give "
+            "what the run began with"
+        )
