@@ -159,3 +159,62 @@ def test_a_norm_along_tokens_takes_no_shift_of_a_linear_layers_channels(tokens: 
     x = torch.cat(batches)
     read, wanted = (outputs(f, x).flatten(0, 1).numpy() for f in (small.read, lambda x: model.layer(model.read(x))))
     close(found.layer.weight, ridge_refit(read, wanted, small.layer.weight.detach().numpy(), None, 0.1, False)[0])
+
+
+def test_batches_count_by_their_samples() -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double().eval()
+    batches = [torch.randn(n, 3, dtype=torch.float64, generator=generator) * n for n in (12, 3, 5)]
+    found = tp.reestimate_batchnorm(model, batches)[1]
+    seen = [outputs(model[0], b) for b in batches]
+    variance = sum(len(s) * s.var(0) for s in seen) / 20
+    torch.testing.assert_close(found.running_mean, torch.cat(seen).mean(0), rtol=tolerances.EXACT, atol=0)
+    torch.testing.assert_close(found.running_var, variance, rtol=tolerances.EXACT, atol=0)
+
+
+def test_equal_batches_give_the_plain_average_to_the_bit(conv_bn) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(4, 3, 8, 8, generator=generator) for _ in range(7)]
+    plain = copy.deepcopy(conv_bn.model).float().eval()
+    found = tp.reestimate_batchnorm(plain, batches)
+    for norm in (m for m in plain.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    for batch in batches:
+        outputs(plain, batch)
+    assert_same_state(found.state_dict(), plain.state_dict())
+
+
+class Pooled(nn.Module):
+    """One norm over a map and one over a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.map = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.vector, self.unused = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+        nn.init.constant_(self.unused.running_mean, 7.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.vector(self.map(self.conv(x)).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_single_sample_counts_where_it_has_a_variance(first: bool) -> None:
+    torch.manual_seed(0)
+    model, batches = Pooled().eval(), [torch.randn(5, 3, 8, 8), torch.randn(1, 3, 8, 8)]
+    found = tp.reestimate_batchnorm(model, batches[::-1] if first else batches)
+    torch.testing.assert_close(found.map.running_mean, outputs(model.conv, torch.cat(batches)).mean((0, 2, 3)))
+    alone = tp.reestimate_batchnorm(model, batches[:1])
+    assert torch.equal(found.vector.running_mean, alone.vector.running_mean)
+    assert torch.equal(found.vector.running_var, alone.vector.running_var)
+    assert torch.equal(found.unused.running_mean, model.unused.running_mean)
+    with pytest.raises(tp.DataError, match="'vector' is given one number a channel"):
+        tp.reestimate_batchnorm(model, batches[1:])
+
+
+def test_modes_of_norms_stay_as_they_were() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4)).eval()
+    model[2].train()
+    found = tp.reestimate_batchnorm(model, [torch.randn(5, 3)])
+    assert [m.training for m in found.modules()] == [m.training for m in model.modules()]
