@@ -12,10 +12,9 @@ from torch.nn import functional as F
 
 from tpvprune.batches import is_classifier
 from tpvprune.errors import InputError
-from tpvprune.plan import plan_of
+from tpvprune.patches import channel_axis
+from tpvprune.plan import Plan, plan_of
 from tpvprune.recovery.fits import kept_outputs
-
-LAST = (nn.Linear, nn.LayerNorm)  # whose channels lie along the last dimension
 
 
 def output_distance(output: Tensor, wanted: Tensor, temperature: float = 1.0) -> Tensor:
@@ -71,12 +70,11 @@ class Features:
                 raise InputError(f"finetune: features={name!r} is no module of both models; see named_modules()")
         self._modules = [[known[name] for name in names] for known in modules]
         plan = plan_of(student)
-        shapes = {} if plan is None else plan.graph.shapes
-        self._rows = {
-            name: kept_outputs(plan, module, name)
-            for name, module in zip(names, self._modules[0], strict=True)
-            if plan and f"{name}.weight" in shapes
-        }
+        self._rows: dict[str, tuple[Tensor, int]] = {}  # the channels that are left, and how many there were
+        for name, mine, wanted in zip(names, *self._modules, strict=True):
+            if plan is not None and f"{name}.weight" in plan.graph.shapes:
+                whole = kept_outputs(Plan({}, plan.graph), wanted, name)
+                self._rows[name] = kept_outputs(plan, mine, name), len(whole)
 
     @contextmanager
     def watched(self) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
@@ -97,14 +95,18 @@ class Features:
         """Squared distance as a share of the teacher's mean square, in the mean over modules.
 
         Raises:
-            InputError: outputs have different shapes, and nothing says which channels are left.
+            InputError: outputs are no tensors, or have different shapes, and nothing says which channels are left.
         """
         parts = []
         for name, module in zip(self._names, self._modules[0], strict=True):
+            if not isinstance(found[0][name], Tensor):
+                kind = type(found[0][name]).__name__
+                raise InputError(f"finetune: features={name!r} gives a {kind}; name a module that gives one tensor")
             mine, wanted = (held[name].float() for held in found)
-            if name in self._rows:
-                dim = -1 if isinstance(module, LAST) else 1
-                wanted = wanted.index_select(dim % wanted.ndim, self._rows[name].to(wanted.device))
+            if name in self._rows and mine.shape != wanted.shape:
+                rows, whole = self._rows[name]
+                dim = _axis(module, mine.shape, wanted.shape, len(rows), whole)
+                wanted = wanted if dim is None else wanted.index_select(dim, rows.to(wanted.device))
             if mine.shape != wanted.shape:
                 raise InputError(
                     f"finetune: features={name!r} gives {tuple(mine.shape)} in the pruned model and "
@@ -112,6 +114,15 @@ class Features:
                 )
             parts.append((mine - wanted).square().mean() / wanted.square().mean().clamp(min=1e-12))
         return torch.stack(parts).mean()
+
+
+def _axis(module: nn.Module, mine: Sequence[int], wanted: Sequence[int], left: int, whole: int) -> int | None:
+    """The axis along which `left` of `whole` channels lie in what a layer gives: its own, or the only one it can be."""
+    can_be = [dim for dim, lengths in enumerate(zip(mine, wanted, strict=False)) if dim and lengths == (left, whole)]
+    own = channel_axis(module) % len(wanted)
+    if own in can_be:
+        return own
+    return can_be[0] if len(can_be) == 1 else None
 
 
 def _keep(held: dict[str, Tensor], name: str) -> Any:
