@@ -272,3 +272,37 @@ def test_a_model_of_equal_shapes_and_other_heads_is_refused(tmp_path: Path) -> N
     for use in (lambda: tp.load(tmp_path, skeleton=two), lambda: tp.apply(two, plan), lambda: tp.mask(two, plan)):
         with pytest.raises(tp.PlanError, match=told):
             use()
+
+
+class Rotating(nn.Module):
+    """Computes a table as it is built, which no file holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.register_buffer("table", torch.linspace(0, 1, 4), persistent=False)
+        self.register_buffer("places", torch.arange(4), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a((x * self.table)[:, self.places]).relu())
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("older", [False, True])
+def test_buffers_that_no_file_holds_keep_their_precision(kind: torch.dtype, older: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Rotating().eval().to(kind), torch.randn(5, 4).to(kind)
+    small = tp.apply(model, plan_without(tp.trace(model, x), {"a": [0, 3]}))
+    tp.save(small, tmp_path)
+    if older:
+        about = json.loads((tmp_path / "tpvprune.json").read_text())
+        del about["kinds"]
+        (tmp_path / "tpvprune.json").write_text(json.dumps(about))
+    back = tp.load(tmp_path, skeleton=Rotating())
+    assert_same_state(back.state_dict(), small.state_dict())
+    assert back.places.dtype == torch.int64
+    if older:
+        assert back.table.dtype == torch.float32
+    else:
+        assert back.table.dtype == kind
+        assert torch.equal(outputs(back, x), outputs(small, x))
