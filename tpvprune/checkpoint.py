@@ -122,6 +122,8 @@ def _digest(data: bytes) -> str:
 def load(folder: str | PathLike[str], *, skeleton: nn.Module | None = None) -> nn.Module:
     """Rebuild a saved model, in eval mode on the CPU, without unpickling or importing anything named in it.
 
+    Parameters and buffers have the precision they were saved in, computed buffers that no file holds too.
+
     Args:
         folder: written by `save`.
         skeleton: the dense original with any weights, for a model that is not known by name. It is left

@@ -129,7 +129,9 @@ def test_a_loss_that_is_nan_is_an_error() -> None:
     "change",
     [
         {"epochs": 0}, {"lr": 0}, {"weight_decay": -1}, {"temperature": 0}, {"label_weight": 1.5}, {"warmup": 1},
-        {"clip": 0}, {"accumulate": 0}, {"norms": "melt"}, {"precision": "fp8"},
+        {"clip": 0}, {"accumulate": 0}, {"norms": "melt"}, {"precision": "fp8"}, {"epochs": 1.5}, {"accumulate": 1.5},
+        {"lr": float("inf")}, {"lr": float("nan")}, {"lr": "0.1"}, {"temperature": float("inf")}, {"features": "fc"},
+        {"mixup": float("inf")}, {"weight_decay": float("inf")}, {"feature_weight": float("inf")}, {"patience": 1.5},
     ],
     ids=str,
 )  # fmt: skip

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tpvprune.errors import InputError
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "constant")
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and value >= 1
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -30,9 +38,9 @@ class GaussNewton:
     def __post_init__(self) -> None:
         for name in ("steps", "iterations", "positions"):
             value = getattr(self, name)
-            if not (isinstance(value, int) and value >= 1):
+            if not _whole(value):
                 raise InputError(f"{name}={value!r} must be a whole number from 1")
-        if not (math.isfinite(self.damping) and self.damping > 0):
+        if not (_number(self.damping) and self.damping > 0):
             raise InputError(f"damping={self.damping} must be a number above zero")
 
 
@@ -87,24 +95,28 @@ class Finetune:
 
     def __post_init__(self) -> None:
         checks = {
-            "epochs": self.epochs >= 1,
-            "lr": self.lr > 0,
-            "weight_decay": self.weight_decay >= 0,
-            "temperature": self.temperature > 0,
-            "label_weight": 0 <= self.label_weight <= 1,
-            "feature_weight": self.feature_weight >= 0,
+            "lr": _number(self.lr) and self.lr > 0,
+            "weight_decay": _number(self.weight_decay) and self.weight_decay >= 0,
+            "temperature": _number(self.temperature) and self.temperature > 0,
+            "label_weight": _number(self.label_weight) and 0 <= self.label_weight <= 1,
+            "feature_weight": _number(self.feature_weight) and self.feature_weight >= 0,
             "features": bool(self.features) or self.feature_weight == 0,
             "schedule": self.schedule in SCHEDULES,
-            "warmup": 0 <= self.warmup < 1,
-            "clip": self.clip > 0,
-            "ema": self.ema is None or 0 < self.ema < 1,
-            "mixup": self.mixup >= 0,
-            "cutmix": self.cutmix >= 0,
-            "accumulate": self.accumulate >= 1,
+            "warmup": _number(self.warmup) and 0 <= self.warmup < 1,
+            "clip": isinstance(self.clip, (int, float)) and self.clip > 0,  # infinity clips nothing
+            "ema": self.ema is None or (_number(self.ema) and 0 < self.ema < 1),
+            "mixup": _number(self.mixup) and self.mixup >= 0,
+            "cutmix": _number(self.cutmix) and self.cutmix >= 0,
             "norms": self.norms in ("train", "freeze"),
             "precision": self.precision in ("no", "fp16", "bf16"),
-            "patience": self.patience is None or self.patience >= 1,
         }
+        if isinstance(self.features, str):  # type: ignore[unreachable]  # the type says so, a caller may not
+            raise InputError(f"finetune: features={self.features!r} is one string; give a tuple of names")
+        object.__setattr__(self, "features", tuple(self.features))
+        for name in ("epochs", "accumulate", "patience"):
+            value = getattr(self, name)
+            if not (_whole(value) or (name == "patience" and value is None)):
+                raise InputError(f"finetune: {name}={value!r} must be a whole number from 1")
         for name, good in checks.items():
             if not good:
                 raise InputError(f"finetune: {name}={getattr(self, name)!r} is out of range")
