@@ -125,6 +125,19 @@ def test_a_loss_that_is_nan_is_an_error() -> None:
         tp.finetune(small, [torch.full_like(batches[0], torch.nan)], model, QUICK)
 
 
+def test_float16_weights_are_said_to_be_the_cause() -> None:
+    model, small, batches = cut("mlp")
+    with torch.no_grad():
+        small[0].bias[0] = -100  # a channel that is never on, and without gradients
+    half = [x.half() for x in batches]
+    with pytest.raises(tp.NonFiniteError, match=r"float16.* model.float\(\)"):
+        tp.finetune(small.half(), half, model.half(), QUICK)
+    with pytest.raises(tp.InputError, match=r"precision='fp16' keeps weights in float32"):
+        tp.finetune(small, half, model, tp.Finetune(precision="fp16"))
+    small, model = small.float(), model.float()
+    tp.finetune(small, batches, model, tp.Finetune(epochs=1, precision="bf16"))  # as the error says
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -144,6 +157,9 @@ def test_an_unknown_optimiser_is_named() -> None:
     model, small, batches = cut("mlp")
     with pytest.raises(tp.InputError, match="no optimiser 'sgdd'"):
         tp.finetune(small, batches, model, tp.Finetune(optimizer="sgdd"))
+    for name in ("adahessian", "lookahead_adahessian"):
+        with pytest.raises(tp.InputError, match=f"'{name}' takes second derivatives"):
+            tp.finetune(small, batches, model, tp.Finetune(optimizer=name))
 
 
 def test_recover_runs_what_is_asked_in_order() -> None:

@@ -37,9 +37,11 @@ from tpvprune.copies import copied
 from tpvprune.errors import DataError, InputError, NonFiniteError
 from tpvprune.kinds import check_kinds
 from tpvprune.processes import from_first, of_all, process
+from tpvprune.recovery.classes import class_labels
 from tpvprune.recovery.distance import Features, distillation_loss
 from tpvprune.recovery.judge import Judge
 from tpvprune.recovery.masks import Masks
+from tpvprune.recovery.modes import thaw, train_mode
 from tpvprune.recovery.optimisation import Mixture, optimizer_for, schedule_for
 from tpvprune.recovery.origin import check_origin, origin
 from tpvprune.recovery.replay import Replay
@@ -49,6 +51,10 @@ from tpvprune.recovery.teacher import Teacher
 from tpvprune.statedicts import fill
 
 Log = Callable[[dict[str, float]], None]
+HALF = (
+    "weights are float16, in which an optimiser's small numbers are zero; give both models as model.float() with "
+    "float32 inputs, and precision='fp16' or 'bf16' if it is to be fast"
+)
 LAST, BEST = "last.safetensors", "best.safetensors"
 
 
@@ -94,8 +100,9 @@ def finetune(
             held-out batches the distance to the teacher there, "held_out", and the given model's, "held_out_before".
 
     Raises:
-        DataError: the batches are empty or can be read once only, or labels are asked for and missing.
-        InputError: a name in the settings is unknown, or there is nothing to count `patience` on.
+        DataError: the batches are empty or can be read once only, or labels are asked for and missing or of no class.
+        InputError: a name in the settings is unknown, there is nothing to count `patience` on, or float16 weights are
+            to be trained with `precision="fp16"`.
         CheckpointError: the folder holds a run of another model, teacher or plan, or of other settings.
         NonFiniteError: the loss became NaN or infinite.
     """
@@ -125,8 +132,10 @@ class _Training:
         self.model, self.batches, self.settings, self.output = model, batches, settings, output
         self.dense, self.teacher = teacher, Teacher(teacher, output, settings.mirrored)
         self.student = copied(model)
-        _thaw(self.student)
+        thaw(self.student)
         self.device = device_of(self.student)
+        if settings.precision == "fp16" and any(p.dtype == torch.float16 for p in self.student.parameters()):
+            raise InputError(f"finetune: precision='fp16' keeps weights in float32, and {HALF}")
         self.accelerator = _accelerator(settings.precision, self.device)
         if self.accelerator.num_processes != process()[1]:
             raise InputError(
@@ -141,6 +150,8 @@ class _Training:
         self.schedule = schedule_for(self.optimizer, settings, self.steps)
         self.ema = None if settings.ema is None else ModelEmaV3(self.student, decay=settings.ema, use_warmup=True)
         self.mixture: Mixture | None = None
+        self.mixed = bool(settings.mixup or settings.cutmix)
+        self.shape: tuple[int, ...] | None = None
         self.features = Features(self.student, teacher, settings.features) if settings.feature_weight else None
         self.wrapped, self.stepper = self.accelerator.prepare(self.student, self.optimizer)
         self.masks = Masks(self.student)
@@ -167,7 +178,7 @@ class _Training:
         with ExitStack() as stack:
             watched = None if self.features is None else stack.enter_context(self.features.watched())
             while self.epoch < settings.epochs and not self._enough():
-                _train_mode(self.student, settings.norms)
+                train_mode(self.student, settings.norms)
                 for batch in self.replay.rest(self.batch):
                     last = self.batch + 1 == self.per_epoch
                     self._learn(batch, watched, last)
@@ -212,7 +223,7 @@ class _Training:
         world = 1 if self.shared else self.accelerator.num_processes
         alone = len(inputs_of(batch)) < 2 * world  # statistics of one sample: none of a vector, and poor ones of a map
         if alone:
-            _train_mode(self.student, "freeze")
+            train_mode(self.student, "freeze")
         with accelerator.autocast():
             wanted = self.teacher(inputs)
         with nullcontext() if closing else accelerator.no_sync(self.wrapped):
@@ -222,7 +233,7 @@ class _Training:
                 loss = loss + settings.feature_weight * share * self.features.distance(watched)
             accelerator.backward(loss / window)
         if alone:
-            _train_mode(self.student, settings.norms)
+            train_mode(self.student, settings.norms)
         if closing:
             self.masks.gradients()
             accelerator.clip_grad_norm_(self.wrapped.parameters(), settings.clip)
@@ -243,10 +254,10 @@ class _Training:
             labels = labels_of(batch)
             if labels is None or bool((labels < 0).any()):
                 raise DataError("finetune: label_weight is above zero and the batches hold no labels; set it to 0")
-            labels = labels.to(self.device)
-        if self.settings.mixup or self.settings.cutmix:
+            labels = class_labels(labels, len(inputs), self._given(inputs), self.mixed).to(self.device)
+        if self.mixed:
             if self.mixture is None:
-                self.mixture = Mixture(self.settings, self.teacher(inputs[:1]).shape[1])
+                self.mixture = Mixture(self.settings, self._given(inputs)[0])
             inputs, labels = self.mixture(inputs, labels)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if world == 1:
@@ -260,13 +271,19 @@ class _Training:
             return inputs[:1], None if labels is None else labels[:1], 0.0
         return mine, None if labels is None else labels[rank::world], len(mine) * world / len(inputs)
 
+    def _given(self, inputs: Tensor) -> tuple[int, ...]:
+        """The shape of what the teacher gives for a sample."""
+        if self.shape is None:
+            self.shape = tuple(self.teacher(inputs[:1]).shape[1:])
+        return self.shape
+
     def _mean_loss(self) -> float:
         total = torch.tensor(self.total / self.per_epoch, device=self.device)
         mean = float(self.accelerator.reduce(total, "mean"))
         if not math.isfinite(mean):
-            raise NonFiniteError(
-                f"finetune: the loss is {mean} in epoch {self.epoch + 1}; lower lr={self.settings.lr:g}"
-            )
+            half = any(p.dtype == torch.float16 for p in self.student.parameters())
+            mend = HALF if half else f"lower lr={self.settings.lr:g}"
+            raise NonFiniteError(f"finetune: the loss is {mean} in epoch {self.epoch + 1}; {mend}")
         return mean
 
     def _origin(self) -> dict[str, Any]:
@@ -332,19 +349,3 @@ def _accelerator(precision: str, device: torch.device) -> Accelerator:
         return Accelerator(mixed_precision=precision, cpu=device.type == "cpu", device_placement=False)
     except ValueError as error:
         raise InputError(f"finetune: precision={precision!r} cannot be used on {device.type}: {error}") from error
-
-
-def _thaw(model: nn.Module) -> None:
-    """Where all parameters are frozen, as of a model that is there for its answers alone, let all be trained."""
-    parameters = list(model.parameters())
-    if not any(p.requires_grad for p in parameters):
-        for parameter in parameters:
-            parameter.requires_grad_(parameter.is_floating_point())
-
-
-def _train_mode(model: nn.Module, norms: str) -> None:
-    model.train()
-    if norms == "freeze":
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tpvprune.batches import Batch, Selector, device_of, evaluation_mode, inputs_of, labels_of, single_tensor
 from tpvprune.errors import DataError
+from tpvprune.recovery.classes import class_labels
 from tpvprune.recovery.distance import distillation_loss
 from tpvprune.recovery.settings import Finetune
 from tpvprune.recovery.teacher import Teacher
@@ -90,7 +91,10 @@ class Judge:
             for batch in self._batches:
                 inputs, labels = inputs_of(batch).to(device), labels_of(batch) if weight else None
                 mine, wanted = single_tensor(model(inputs), model, self._output), self._teacher(inputs)
-                known = None if labels is None or bool((labels < 0).any()) else labels.to(device)
+                if labels is None or bool((labels < 0).any()):
+                    known = None
+                else:
+                    known = class_labels(labels, len(inputs), mine.shape[1:]).to(device)
                 total += float(distillation_loss(mine, wanted, 1.0, known, weight)) * len(inputs)
                 samples += len(inputs)
         sums = torch.tensor([total, samples], dtype=torch.float64, device=device)

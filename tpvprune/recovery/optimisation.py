@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_info
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,7 +19,7 @@ def optimizer_for(model: nn.Module, settings: Finetune) -> torch.optim.Optimizer
     """Timm's optimiser of that name over all parameters.
 
     Raises:
-        InputError: timm knows no such name.
+        InputError: timm knows no such name, or it takes second derivatives, which the distillation does not make.
     """
     try:
         found: torch.optim.Optimizer = create_optimizer_v2(
@@ -27,6 +27,11 @@ def optimizer_for(model: nn.Module, settings: Finetune) -> torch.optim.Optimizer
         )
     except (ValueError, AssertionError, KeyError) as error:
         raise InputError(f"finetune: timm has no optimiser {settings.optimizer!r}; see timm.optim") from error
+    if get_optimizer_info(settings.optimizer.lower().split("_")[-1]).second_order:
+        raise InputError(
+            f"finetune: {settings.optimizer!r} takes second derivatives, which are not made here; take another one, as "
+            "'adamw', or refine() for a second-order refit"
+        )
     return found
 
 

@@ -96,6 +96,7 @@ class Finetune:
     def __post_init__(self) -> None:
         checks = {
             "lr": _number(self.lr) and self.lr > 0,
+            "optimizer": isinstance(self.optimizer, str),
             "weight_decay": _number(self.weight_decay) and self.weight_decay >= 0,
             "temperature": _number(self.temperature) and self.temperature > 0,
             "label_weight": _number(self.label_weight) and 0 <= self.label_weight <= 1,
