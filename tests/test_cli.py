@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 import tpvprune as tp
 from tpvprune import cli
+from tpvprune.budget import BOUNDS
 from tpvprune.console import number
 from tpvprune.runfolder import one_line
 
@@ -312,6 +313,11 @@ def test_weights_of_another_shape_name_the_tensor(place, run):
             ["'layr1' matches no layer", "layer1"],
         ),
         (["prune", "test_resnet", "--data", "images", "--macs", "0.5", "--set", "device=abacus"], ["abacus"]),
+        (
+            ["prune", "test_resnet", "--data", "images", "--macs", "0.5", "--set", "budget.macs=0.9"],
+            ["'budget.macs=0.9'", "budget.macs is set by 'budget.macs=\"0.5\"' too"],
+        ),
+        (["plan", "test_resnet", "data.images=images", "--data", "images"], ["data.images is set by", "set it once"]),
         (["run", "quickstrt"], ["no recipe 'quickstrt'", "quickstart"]),
         (["run", "images"], ["no folder of a run"]),
         (["frobnicate"], ["frobnicate"]),
@@ -401,6 +407,12 @@ def test_bounds_are_options_and_replace_those_of_a_recipe(place, run):
     assert code == 0
     assert json.loads(told)["share_of_params"] <= 0.7
     assert yaml.safe_load((place / "other" / "recipe.yaml").read_text())["budget"]["drift"] is None
+    code, told, _ = run("plan", "out", "budget.bytes=0.9", "--params", "0.7", "--out", "both", "--json")
+    bounds = yaml.safe_load((place / "both" / "recipe.yaml").read_text())["budget"]
+    assert {name: value for name, value in bounds.items() if name in BOUNDS and value} == {
+        "params": "0.7",
+        "bytes": 0.9,
+    }
     code, _, said = run("prune", "test_resnet", "--data", "images")
     assert code == 2
     assert "no budget" in said

@@ -51,6 +51,16 @@ def test_export_in_words(run):
     assert Path("weights.safetensors").is_file()
 
 
+def test_a_file_of_another_format_is_not_replaced(run):
+    Path("weights.onnx").write_text("something")
+    for kind, suffix in (("torch-export", ".pt2"), ("timm-state-dict", ".safetensors")):
+        code, told, said = run("export", "small", "-f", kind, "-o", "weights.onnx")
+        assert code == 2
+        assert told == ""
+        assert f"ends as a file of onnx does, and {kind} is asked for; name one that ends in {suffix}" in said
+    assert Path("weights.onnx").read_text() == "something"
+
+
 def test_bench_says_what_it_measured(run):
     words = [
         "bench",

@@ -84,6 +84,13 @@ def test_settings_that_a_criterion_lacks_are_refused(overrides, message):
         parse_recipe(FULL, "mine.yaml", overrides)
 
 
+def test_a_key_is_overridden_once():
+    with pytest.raises(tp.RecipeError, match=r"'score.seed=3'.* is set by 'score.seed = 2' too"):
+        parse_recipe(FULL, "mine.yaml", ["score.seed = 2", "score.seed=3"])
+    recipe = parse_recipe(FULL, "mine.yaml", ["recover.finetune=null", "recover.finetune.epochs=3"])
+    assert recipe.distillation().epochs == 3
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -88,7 +88,7 @@ def tpv(
     if "prune" in wanted and macs is None:
         raise InputError("--noise prune needs --macs, the multiply-adds to keep: 0.9")
     told = []
-    for recipe, folder in resolve(target, [*flags(checkpoint=checkpoint, data=data), *(overrides or [])], None):
+    for recipe, folder in resolve(target, flags(overrides, checkpoint=checkpoint, data=data), None):
         with bars() as progress:
             run = Run(recipe, folder, progress=progress, log=log_line)
             train, test = _images(run, recipe, samples, seed)
@@ -214,7 +214,7 @@ def advise(
 ) -> None:
     """Say which layers to prune and which bit-width each can bear, under one budget of KL."""
     told = []
-    for recipe, folder in resolve(target, [*flags(checkpoint=checkpoint, data=data), *(overrides or [])], None):
+    for recipe, folder in resolve(target, flags(overrides, checkpoint=checkpoint, data=data), None):
         with bars() as progress:
             run = Run(recipe, folder, progress=progress, log=log_line)
             train, test = _images(run, recipe, samples, seed)

@@ -120,8 +120,8 @@ def prune(
     bounds = {"macs": macs, "params": params, "bytes": size, "latency_ms": latency_ms, "drift": drift}
     if not any(bounds.values()):
         raise InputError("no budget; give --macs 0.5, --params 0.5, --bytes 20MB, --latency-ms '8 ms' or --drift 0.05")
-    given = flags(checkpoint=checkpoint, data=data, labels=labels, **bounds)
-    finish(resolve_model(model, [*given, *(overrides or [])], out_dir), "report", as_json)
+    given = flags(overrides, checkpoint=checkpoint, data=data, labels=labels, **bounds)
+    finish(resolve_model(model, given, out_dir), "report", as_json)
 
 
 def _stage(name: str, text: str) -> None:
@@ -142,14 +142,14 @@ def _stage(name: str, text: str) -> None:
         as_json: AsJson = False,
     ) -> None:
         bounds = {"macs": macs, "params": params, "bytes": size, "latency_ms": latency_ms, "drift": drift}
-        given = flags(checkpoint=checkpoint, data=data, labels=labels, **bounds)
+        given = flags(overrides, checkpoint=checkpoint, data=data, labels=labels, **bounds)
         if name == "eval" and is_saved_model(target):
             if overrides or checkpoint or any(bounds.values()) or out_dir:
                 raise InputError("a saved model is measured with --data and --labels alone")
             if launched()[0] == 0:
                 _evaluate(Path(target), data, labels, as_json)
         else:
-            finish(resolve(target, [*given, *(overrides or [])], out_dir), name, as_json)
+            finish(resolve(target, given, out_dir), name, as_json)
 
     app.command(name, help=text)(command)
 

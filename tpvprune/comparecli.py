@@ -51,9 +51,7 @@ def compare(
         plots.check()
     names, shares = _names(criteria), _shares(macs)
     found = []
-    for recipe, folder in resolve(
-        target, [*flags(checkpoint=checkpoint, data=data, labels=labels), *(overrides or [])], out_dir
-    ):
+    for recipe, folder in resolve(target, flags(overrides, checkpoint=checkpoint, data=data, labels=labels), out_dir):
         with stoppable(folder):
             compared = _compared(recipe, folder, names, shares, refit, samples)
         if plot:

@@ -68,9 +68,9 @@ def report(
 ) -> None:
     """Print the report of a run, and write it as a page: report.html in its folder."""
     bounds = {"macs": macs, "params": params, "bytes": size, "latency_ms": latency_ms, "drift": drift}
-    given = flags(checkpoint=checkpoint, data=data, labels=labels, **bounds)
+    given = flags(overrides, checkpoint=checkpoint, data=data, labels=labels, **bounds)
     stored = Path(target) / PRODUCTS["eval"]
-    if stored.is_file() and not (given or overrides or out_dir):
+    if stored.is_file() and not (given or out_dir):
         if launched()[0]:
             return
         told = stored_report(stored)  # looking at a result needs neither its images nor its weights
@@ -82,7 +82,7 @@ def report(
         return
     if as_markdown:
         raise InputError(f"--markdown reads a finished run, and {target} holds no report; run it first")
-    finish(resolve(target, [*given, *(overrides or [])], out_dir), "report", as_json)
+    finish(resolve(target, given, out_dir), "report", as_json)
 
 
 def export_(

@@ -92,7 +92,7 @@ def inspect(
     only_bounds = all(word.startswith("budget.") for word in words)
     asked = bool(words and only_bounds) or any(bounds.values()) or not is_model(target)
     found = []
-    for recipe, folder in resolve(target, [*flags(checkpoint=checkpoint, **bounds), *words], None):
+    for recipe, folder in resolve(target, flags(words, checkpoint=checkpoint, **bounds), None):
         stored = folder / PRODUCTS["trace"]
         timed = latency or recipe.limits().latency_ms is not None
         costs: dict[str, Costs] = {}
@@ -266,7 +266,7 @@ def sensitivity(
             f"--at {at:g} is none of the shares {', '.join(f'{one:g}' for one in wanted)}; name one of them"
         )
     found = []
-    for recipe, folder in resolve(target, [*flags(checkpoint=checkpoint, data=data), *(overrides or [])], out_dir):
+    for recipe, folder in resolve(target, flags(overrides, checkpoint=checkpoint, data=data), out_dir):
         if out_dir is None:  # a run of its own beside the one it looks at, which stays as it is
             branch(folder, folder / "sensitivity")
             folder = folder / "sensitivity"

@@ -49,7 +49,7 @@ def select(
             name, file = _parsed(word, model)
             if word in runs:
                 raise InputError(f"{word} is given twice")
-            given = [*flags(checkpoint=file, data=data, labels=labels), *(overrides or [])]
+            given = flags(overrides, checkpoint=file, data=data, labels=labels)
             [(recipe, folder)] = resolve_model(name, given, None)
             runs[word] = Run(recipe, folder, progress=progress, log=log_line)
         models = {word: run.inputs.dense for word, run in runs.items()}

@@ -16,14 +16,17 @@ from tpvprune.runfolder import RECIPE, branch, stored_recipe
 from tpvprune.zoo.models import is_model, near_models
 
 
-def flags(**given: str | None) -> list[str]:
-    """Options as overrides; quoted as YAML strings, so that a path is never read as anything else."""
+def flags(overrides: Sequence[str] | None, **given: str | None) -> list[str]:
+    """Options as overrides, then the overrides; quoted as YAML strings, so that a path is never anything else."""
+    written = list(overrides or ())
     keys = {"checkpoint": "model.checkpoint", "data": "data.images", "labels": "data.labels"}
     keys |= {name: f"budget.{name}" for name in BOUNDS}
     found = [f"{keys[name]}={json.dumps(value)}" for name, value in given.items() if value is not None]
     if any(given.get(name) is not None for name in BOUNDS):  # what a recipe bounds besides gives way
-        found = [f"budget.{name}=null" for name in BOUNDS if given.get(name) is None] + found
-    return found
+        named = {override.partition("=")[0].strip() for override in written}
+        gone = [f"budget.{name}" for name in BOUNDS if given.get(name) is None]
+        found = [f"{key}=null" for key in gone if key not in named] + found
+    return [*found, *written]
 
 
 def resolve(target: str, overrides: Sequence[str], folder: Path | None) -> list[tuple[Recipe, Path]]:

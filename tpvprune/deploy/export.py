@@ -98,7 +98,7 @@ def export(
         Sizes, and the largest difference found.
 
     Raises:
-        InputError: no such format, a package is missing, or the file cannot be written.
+        InputError: no such format, the suffix is another one's, a package is missing, or the file cannot be written.
         ModelError: the exporter cannot take the model.
         ExportError: what was written does not give the model's outputs; nothing is left at `path`.
     """
@@ -167,6 +167,12 @@ def _format_of(path: Path, named: Format | None) -> Format:
         raise InputError(
             f"{named or path.suffix or path.name!r} is no format; give format= one of {', '.join(SUFFIXES)}, or a file "
             f"that ends in {', '.join(by_suffix)}"
+        )
+    other = by_suffix.get(path.suffix, kind)
+    if other != kind:
+        raise InputError(
+            f"{path.name} ends as a file of {other} does, and {kind} is asked for; name one that ends in "
+            f"{SUFFIXES[kind]}"
         )
     return kind
 
