@@ -13,7 +13,7 @@ import tpvprune as tp
 from tests import tolerances
 from tests.cases import example
 from tests.helpers import assert_same_state, built, gap, outputs
-from tpvprune import schedule
+from tpvprune import schedule, stepping
 from tpvprune.plan import plan_of
 
 NETS = ("mlp", "conv_bn", "residual", "vit", "grouped")
@@ -97,6 +97,76 @@ def test_a_drift_is_held_against_what_was_measured(most: float) -> None:
     assert max(before) <= most
 
 
+def kl_by_hand(name: str, plan: tp.Plan, data: list[torch.Tensor]) -> float:
+    b = built(name)
+    p, q = (outputs(model, torch.cat(data)).log_softmax(1) for model in (b.model, tp.apply(b.model, plan)))
+    return float((p.exp() * (p - q)).sum(1).mean())
+
+
+@pytest.mark.parametrize("most", [0.005, 0.03, 0.1])
+@pytest.mark.parametrize("steps", [2, 3])
+@pytest.mark.parametrize("name", ["residual", "conv_bn", "vit", "mlp"])
+def test_no_step_measures_more_than_its_share_of_the_drift(name: str, steps: int, most: float) -> None:
+    b, data = built(name), batches(name)
+    budget = tp.Budget(drift=most, round_to=1, min_keep=0.01)
+    plan = tp.plan_for(b.model, data, b.graph, budget, planning=tp.Planning(steps=steps))
+    measured = kl_by_hand(name, plan, data)
+    assert measured <= most
+    assert plan.made_by["measured_kl"] == pytest.approx(measured, rel=tolerances.FLOAT32, abs=1e-7)
+    for number, step in enumerate(plan.made_by["steps"], 1):
+        assert step["measured_kl"] <= most * number / steps + 1e-12
+    assert plan.made_by["steps"][-1]["measured_kl"] == plan.made_by["measured_kl"]
+    assert plan.made_by["predicted_kl"] >= 0
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+@pytest.mark.parametrize("name", ["residual", "conv_bn", "vit", "mlp"])
+def test_a_cost_and_a_drift_in_steps_are_a_promise_or_an_error(name: str, steps: int) -> None:
+    b, data, refused = built(name), batches(name), list[tuple[str, str]]()
+    for macs, most in ((0.7, 0.03), (0.5, 0.1), (0.4, 0.003), (0.3, 1e-4)):
+        budget = tp.Budget(macs=macs, drift=most, round_to=1, min_keep=0.01)
+        try:
+            plan = tp.plan_for(b.model, data, b.graph, budget, planning=tp.Planning(steps=steps))
+        except tp.BudgetError as error:
+            refused.append((f"macs={macs}, drift={most}", str(error)))
+            continue
+        assert plan.macs <= macs * b.graph.macs()
+        assert kl_by_hand(name, plan, data) <= most
+    assert 0 < len(refused) < 4
+    for asked, said in refused:  # in the numbers that were asked, whatever a step was to keep to
+        assert asked in said
+        assert f"of {steps}" in said
+
+
+def test_a_drift_that_is_measured_above_the_bound_is_refused_and_what_was_scored_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b, data, save = built("residual"), batches("residual"), tmp_path / "plan.json"
+    budget, planning = tp.Budget(macs=0.5, drift=0.1, round_to=1), tp.Planning(steps=2)
+    whole = tp.plan_for(b.model, data, b.graph, budget, planning=planning)
+    with monkeypatch.context() as patched:
+        found = iter([0.04, 0.2])
+        patched.setattr(schedule, "_measured", lambda *args, **kwargs: next(found))
+        match = (
+            r"macs=0\.5, drift=0\.1 .* after step 2 of 2 the drift .* 0\.2 nats, with macs [\d,]+ \(\d+\.\d%\); allow"
+        )
+        with pytest.raises(tp.BudgetError, match=match):
+            tp.plan_for(b.model, data, b.graph, budget, planning=planning, save=save)
+    assert len(tp.Plan.load(save).made_by["steps"]) == 1
+    counted = Stopping()
+    again = tp.plan_for(b.model, data, b.graph, budget, planning=planning, save=save, progress=counted)
+    assert counted.batches == 0
+    assert again.diff(whole) == {}
+
+
+def test_a_finished_plan_that_breaks_another_bound_is_refused(tmp_path: Path) -> None:
+    b, data, save = built("residual"), batches("residual"), tmp_path / "plan.json"
+    planning = tp.Planning(steps=2)
+    tp.plan_for(b.model, data, b.graph, tp.Budget(macs=0.8, round_to=1), planning=planning, save=save)
+    with pytest.raises(tp.BudgetError, match=r"macs=0\.5 in 2 steps: .* macs [\d,]+ \(7\d\.\d%\)"):
+        tp.plan_for(b.model, data, b.graph, tp.Budget(macs=0.5, round_to=1), planning=planning, save=save)
+
+
 @pytest.mark.parametrize("stop", [1, 2])
 def test_a_stopped_schedule_goes_on_where_it_was(stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     b, data, save = built("residual"), batches("residual"), tmp_path / "plan.json"
@@ -164,7 +234,7 @@ def test_a_schedule_stopped_after_a_scoring_does_not_score_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     b, data, save = built("residual"), batches("residual"), tmp_path / "plan.json"
-    budget, planning, real = tp.Budget(macs=0.6, round_to=1), tp.Planning(steps=2), schedule.allocate
+    budget, planning, real = tp.Budget(macs=0.6, round_to=1), tp.Planning(steps=2), stepping.allocate
     whole = tp.plan_for(b.model, data, b.graph, budget, planning=planning)
 
     def second(*args: Any, **kwargs: Any) -> tp.Plan:
@@ -172,10 +242,10 @@ def test_a_schedule_stopped_after_a_scoring_does_not_score_again(
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(schedule, "allocate", second)
+    monkeypatch.setattr(stepping, "allocate", second)
     with pytest.raises(KeyboardInterrupt):
         tp.plan_for(b.model, data, b.graph, budget, planning=planning, save=save)
-    monkeypatch.setattr(schedule, "allocate", real)
+    monkeypatch.setattr(stepping, "allocate", real)
     counted = Stopping()
     again = tp.plan_for(b.model, data, b.graph, budget, planning=planning, save=save, progress=counted)
     assert again.to_json() == whole.to_json()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from tpvprune.batches import Batch, Progress, inputs_of, repeatable
 from tpvprune.budget import QUANTITIES, Budget, Quantity
 from tpvprune.errors import BudgetError, DataError, PlanError
 from tpvprune.kinds import check_kinds
-from tpvprune.plan import Plan, plan_of
+from tpvprune.plan import Plan
 from tpvprune.planning.allocate import ALLOCATORS, Allocator, allocate
 from tpvprune.planning.graph import trace
 from tpvprune.planning.latency import LatencyTable
@@ -30,6 +31,7 @@ from tpvprune.scoring.criteria import Criterion, score
 from tpvprune.scoring.losses import JBR
 from tpvprune.scoring.shares import kept_scores
 from tpvprune.scoring.tpv import TPV
+from tpvprune.stepping import Asked, Step
 from tpvprune.surgery.removal import apply
 from tpvprune.types import Graph
 
@@ -99,8 +101,10 @@ def plan_for(
     """Score and allocate, in as many steps as asked; one plan of the dense model.
 
     After the first step, TPV and JBR score what is left with the dense model as the reference, so that the drift
-    that is already there counts. A bound on drift is held against the drift measured on the batches so far plus
-    what the next step is predicted to add.
+    that is already there counts. What is left is measured against the dense model after every step where drift is
+    bounded, and a step takes at most what is left of the bound. Under drift alone a step gets its share of the bound;
+    one that measures more is taken again, smaller, or left out. With costs, the plan meets them within the drift that
+    is measured, or there is an error.
 
     Under several processes each gives its own share of the batches, and all get the same plan.
 
@@ -120,6 +124,7 @@ def plan_for(
         refit_batches: unlabeled batches for those, the same in all of several processes; `batches` by default.
 
     Raises:
+        BudgetError: the bounds cannot be met, in one step or in those asked for (says in which, and how far it got).
         InputError: see `score` and `allocate`; what is kept in `save` stays valid.
     """
     planning, criterion = planning or Planning(), criterion or TPV()
@@ -144,7 +149,10 @@ def plan_for(
     if planning.refit and refit_batches is None and process()[1] > 1:
         raise BudgetError("refit=True under several processes: give refit_batches, the same in all of them")
     source = batches if refit_batches is None else refit_batches
-    small = _left(model, plan, planning, source, refit_with, progress) if plan.removed else model
+    refit = partial(_left, model, planning=planning, batches=source, settings=refit_with, progress=progress)
+    measure = partial(_measured, model=model, batches=batches, criterion=criterion)
+    asked = Asked.of(budget, finals, planning.steps, latency)
+    small = refit(plan) if plan.removed else model
     for step in range(len(plan.made_by["steps"]), planning.steps):
         if progress:
             progress("plan", step, planning.steps)
@@ -158,32 +166,18 @@ def plan_for(
             )
         if all(len(widths) == 1 for widths in widths_of(now, budget, None if first else plan).values()):
             break  # nothing can leave any more
-        share = (step + 1) / planning.steps
-        limit, so_far = _limit_of(budget, {name: way[step] for name, way in ways.items()}), 0.0
-        if budget.most_drift is not None:
-            so_far = _measured(small, model, batches, criterion)
-            if share * budget.most_drift <= so_far:
-                plan = _told(plan, {**plan.made_by, "steps": [*plan.made_by["steps"], {"measured_kl": so_far}]})
-                continue
-            limit = replace(limit, drift=f"{share * budget.most_drift - so_far} nats")
         found = scores if first else None
         if found is None:
             again, kept = criterion if first else _from(criterion, model), _kept(state, small, f"step{step + 1}")
             found = score(small, batches, now, again, progress=progress, save=kept, exact=True)
-        part = from_first(allocate(found, now, limit, after=None if first else plan, **choice))
-        about = {**part.made_by, "asked": finals | _drift_of(budget), "steps": [*plan.made_by["steps"]]}
-        about["steps"].append({"got": part.made_by["got"]} | ({"measured_kl": so_far} if so_far else {}))
-        if budget.most_drift is not None:
-            about["predicted_kl"] = so_far + part.made_by["predicted_kl"]
-        else:
-            about.pop("predicted_kl", None)  # of this step alone
-        small = apply(small, part)
-        plan = _told(plan_of(small) or plan, about)
+        limit = _limit_of(budget, {name: way[step] for name, way in ways.items()})
+        more = planning.refit and step + 1 < planning.steps
+        taken = Step(step, asked, plan, small, now, found, limit, choice, refit if more else None, measure)
+        plan, small = taken.taken()
         if state is not None and process()[0] == 0:
             plan.save(state)
         _forget(kept)
-        if planning.refit and step + 1 < planning.steps:
-            small = _left(model, plan, planning, source, refit_with, progress)
+    asked.check(plan)
     if progress:
         progress("plan", planning.steps, planning.steps)
     return plan
@@ -213,6 +207,11 @@ def _measured(small: nn.Module, model: nn.Module, batches: Iterable[Batch], crit
     metrics, samples = {"now": {"kl": 0.0}}, 0
     if process()[1] == 1 or next(iter(batches), None) is not None:
         metrics, samples = compare({"now": small}, model, batches, output=getattr(criterion, "output", None))
+    if "kl" not in metrics["now"]:
+        raise BudgetError(
+            "drift is measured between steps on logits (batch, classes), and the model gives others: plan in one step, "
+            "or bound a cost"
+        )
     if process()[1] == 1:
         return metrics["now"]["kl"]
     found = of_all((metrics["now"]["kl"], samples))
@@ -241,14 +240,6 @@ def _again(small: nn.Module, inputs: Any, plan: Plan, progress: Progress | None)
     now = trace(small, inputs, depth="block" in kinds, bundles="bundle" in kinds, progress=progress)
     # A block of blocks may come to count as one once most of those in it are gone.
     return replace(now, groups=tuple(g for g in now.groups if g.kind != "block" or g.id in plan.graph))
-
-
-def _told(plan: Plan, made_by: dict[str, object]) -> Plan:
-    return replace(plan, made_by=made_by)
-
-
-def _drift_of(budget: Budget) -> dict[str, float]:
-    return {} if budget.most_drift is None else {"drift": budget.most_drift}
 
 
 def _limit_of(budget: Budget, bounds: dict[str, float]) -> Budget:

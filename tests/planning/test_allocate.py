@@ -460,6 +460,21 @@ def test_drift_alone_takes_what_fits_and_nothing_more(name: str, most: float, se
             assert spent + float(scores.values[group.id][mask].min()) / 2 > most - 1e-9, group.id
 
 
+@pytest.mark.parametrize("name", ["vit", "residual"])
+def test_groups_whose_cut_a_mask_does_not_tell_are_named_under_a_bound_on_drift(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    graph = built(name).graph
+    plan = tp.allocate(in_nats(graph), graph, tp.Budget(drift=2.0, round_to=1))
+    pooled = [g.id for g in graph.groups if not g.exact_mask and not bool(plan.mask(g.id).all())]
+    assert bool(pooled) is (name == "vit")
+    assert plan.made_by.get("understated", []) == pooled
+    assert ["pools over their units" in record.message for record in caplog.records] == [True] * bool(pooled)
+    caplog.clear()
+    assert "understated" not in tp.allocate(in_nats(graph), graph, tp.Budget(macs=0.6, round_to=1)).made_by
+    assert not caplog.records
+
+
 def test_more_drift_never_leaves_a_bigger_model(residual) -> None:
     scores = in_nats(residual.graph)
     sizes = [tp.allocate(scores, residual.graph, tp.Budget(drift=d, round_to=1)).macs for d in (0.01, 0.3, 1, 3, 9)]

@@ -121,7 +121,7 @@ class Story:
         steps = self.plan.made_by.get("steps")
         found: list[tuple[str, float | None]] = [("predicted", drift.get("predicted_kl"))]
         for number, step in enumerate(steps if isinstance(steps, list) else (), 1):
-            found.append((f"measured before step {number}", step.get("measured_kl")))
+            found.append((f"measured after step {number}", step.get("measured_kl")))
         found += [("measured, pruned", drift.get("pruned_kl")), ("measured, recovered", drift.get("recovered_kl"))]
         return [(name, value) for name, value in found if value is not None]
 

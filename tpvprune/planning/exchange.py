@@ -72,6 +72,8 @@ class Exchange:
             self._descend(graph, left, spending)
             if not spending.bounded or not self._chained(graph, left, spending):
                 break
+        if spending.bounded and self._fill(graph, left, spending):
+            self._descend(graph, left, spending, between=False)
         for name, span in self.spans.items():
             gone[name] = left[span].clone()
 
@@ -88,13 +90,14 @@ class Exchange:
             float(self.linear[left].sum() + square),
         )
 
-    def _descend(self, graph: Graph, left: Tensor, spending: Spending) -> None:
-        """Take the best move until none is left."""
+    def _descend(self, graph: Graph, left: Tensor, spending: Spending, between: bool = True) -> None:
+        """Take the best move until none is left; moves within groups alone unless those between them are wanted."""
         while self.passes > 0:
             adds, back, drift = self._slopes(left)
             worth = -LEAST * abs(drift)
             found = self._inside(left, adds, back, worth)
-            found = self._between(graph, left, adds, back, spending, found[0] if found else worth) or found
+            if between:
+                found = self._between(graph, left, adds, back, spending, found[0] if found else worth) or found
             if found is None:
                 break
             _, comes, goes = found
@@ -132,6 +135,24 @@ class Exchange:
             if kept:
                 return True
         return False
+
+    def _fill(self, graph: Graph, left: Tensor, spending: Spending) -> bool:
+        """Take back what the bounds do not ask for, even where leaving is said to lower the drift; whether any was.
+
+        A falling slope, noisy where images are few, makes chains end far below the bounds.
+        """
+        filled = False
+        while self.passes > 0:
+            coming = self._steps(left, self._slopes(left)[1], True)
+            for number in coming.changes.argsort().tolist():
+                group, columns = graph[coming.groups[number]], coming.units[number]
+                if spending.affords(group, len(columns)):
+                    self._do(graph, left, spending, group.id, columns, True)
+                    filled = True
+                    break
+            else:
+                break
+        return filled
 
     def _do(self, graph: Graph, left: Tensor, spending: Spending, name: str, columns: Tensor, comes: bool) -> None:
         spending.remove(graph[name], -len(columns) if comes else len(columns))

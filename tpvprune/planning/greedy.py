@@ -146,7 +146,7 @@ def shrink(graph: Graph, steps: Steps, spending: Spending, most: float | None) -
         group, ratio = graph[best], added / saving[best] if saving[best] else math.inf
         gone = steps.take(best)
         taken.append((group, gone, ratio))
-        drift += added
+        drift = max(0.0, drift + added)  # a slope that falls makes no room for more
         closed.update(graph.within(best))  # what lies in a skipped block competes no more
         spending.remove(group, len(gone))
         if spending.unmet != unmet:
@@ -167,7 +167,12 @@ def shrink(graph: Graph, steps: Steps, spending: Spending, most: float | None) -
     gone_of = _gone_of(graph, taken)
     if spending.bounded:
         _give_back(graph, steps, spending, taken, gone_of, most)
+    greedy = {name: mask.clone() for name, mask in gone_of.items()}
     steps.improve(graph, gone_of, spending)
+    if most is not None and steps.drift(gone_of) > most:  # what came back had lowered the drift by leaving
+        for group in graph.groups:
+            spending.remove(group, int(greedy[group.id].sum() - gone_of[group.id].sum()))
+        gone_of = greedy
     return {name: ~mask for name, mask in gone_of.items() if bool(mask.any())}
 
 

@@ -1,0 +1,183 @@
+"""One step of a plan in several: taken within the costs of its turn, and within a drift that is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from tpvprune.budget import Budget
+from tpvprune.errors import BudgetError
+from tpvprune.plan import Plan, plan_of
+from tpvprune.planning.allocate import allocate
+from tpvprune.planning.latency import LatencyTable
+from tpvprune.planning.widths import costs_of
+from tpvprune.processes import from_first
+from tpvprune.scores import Scores
+from tpvprune.surgery.removal import apply
+from tpvprune.types import Graph
+
+RETAKES = 4  # how often a step that drifts too far is taken again, under a smaller bound
+SMALLER = 0.7  # share of the bound before that is asked for then, at most
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step of a plan is made of.
+
+    Attributes:
+        number: of the step, from 0.
+        asked: of the whole plan, and in how many steps.
+        plan: what has left so far.
+        small: what that leaves.
+        graph: of `small`.
+        scores: of `small`.
+        limit: what the step may cost.
+        choice: further arguments of `allocate`.
+        refit: gives what a plan leaves, refitted; None where nothing is refitted after this step.
+        measure: KL in nats from the dense model to what a plan leaves.
+    """
+
+    number: int
+    asked: Asked
+    plan: Plan
+    small: nn.Module
+    graph: Graph
+    scores: Scores
+    limit: Budget
+    choice: Mapping[str, Any]
+    refit: Callable[[Plan], nn.Module] | None
+    measure: Callable[[nn.Module], float]
+
+    def taken(self) -> tuple[Plan, nn.Module]:
+        """The plan with this step in it, and what it leaves.
+
+        Raises:
+            BudgetError: the costs of this step cannot be met within the drift that is asked for.
+        """
+        if self.asked.drift is None:
+            return self._under(self.limit, 0.0)
+        before = measured_kl(self.plan) if self.plan.removed else 0.0
+        before = self.measure(self.small) if before is None else before
+        return self._promised(before) if self.asked.costs else self._drifting(before)
+
+    def _promised(self, before: float) -> tuple[Plan, nn.Module]:
+        """Under costs, the plan of least drift that meets them: within the drift, or an error."""
+        most = self.asked.drift or 0.0
+        if before >= most:
+            raise BudgetError(self.asked.too_far(self.number, self.plan, before))
+        try:
+            plan, small = self._under(replace(self.limit, drift=f"{most - before} nats"), before)
+        except BudgetError as error:
+            gone = f" ({before:.3g} nats measured before it)" if before else ""
+            where = f"step {self.number + 1} of {self.asked.steps} of {self.asked.words}{gone}"
+            raise BudgetError(f"in {where}: {error}") from error
+        now = self.measure(small)
+        plan = _told(plan, now)
+        if now > most:
+            raise BudgetError(self.asked.too_far(self.number + 1, plan, now))
+        return plan, small
+
+    def _drifting(self, before: float) -> tuple[Plan, nn.Module]:
+        """Under drift alone: a step that measures more than its share is taken again, smaller, or left out."""
+        most = (self.asked.drift or 0.0) * (self.number + 1) / self.asked.steps
+        room, small, about = most - before, self.small, self.plan.made_by
+        for _ in range(RETAKES + 1):
+            if room <= 0:
+                break
+            plan, small = self._under(replace(self.limit, drift=f"{room} nats"), before)
+            now, about = self.measure(small), plan.made_by
+            if now <= most:
+                return _told(plan, now), small
+            room *= min(SMALLER, room / (now - before))
+        steps = [*self.plan.made_by["steps"], {"got": {}}]
+        kept = replace(self.plan, made_by={**about, "steps": steps, "predicted_kl": before})
+        return _told(kept, before), self.small
+
+    def _under(self, limit: Budget, before: float) -> tuple[Plan, nn.Module]:
+        after = self.plan if self.plan.removed else None
+        part = from_first(allocate(self.scores, self.graph, limit, after=after, **self.choice))
+        steps = [*self.plan.made_by["steps"], {"got": part.made_by["got"]}]
+        about = {**part.made_by, "asked": self.asked.bounds, "steps": steps}
+        if self.asked.drift is None:
+            about.pop("predicted_kl", None)  # of this step alone
+        else:
+            about["predicted_kl"] = before + part.made_by["predicted_kl"]
+        small = apply(self.small, part)
+        plan = replace(plan_of(small) or self.plan, made_by=about)
+        return plan, small if self.refit is None else self.refit(plan)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a plan in steps, as a whole.
+
+    Attributes:
+        steps: how many.
+        words: the bounds as they were written.
+        costs: the bounds on costs, in absolute numbers.
+        drift: the bound on drift in nats, or None.
+        latency: see `allocate`.
+    """
+
+    steps: int
+    words: str
+    costs: dict[str, float]
+    drift: float | None
+    latency: LatencyTable | None = None
+
+    @classmethod
+    def of(cls, budget: Budget, costs: dict[str, float], steps: int, latency: LatencyTable | None) -> Asked:
+        """What a budget asks."""
+        words = ", ".join(f"{name}={value}" for name, value in budget.as_written.items())
+        return cls(steps, words, costs, budget.most_drift, latency)
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """All bounds in absolute numbers."""
+        return self.costs | ({} if self.drift is None else {"drift": self.drift})
+
+    def check(self, plan: Plan) -> None:
+        """Refuse what exceeds the bounds once all steps are taken.
+
+        Raises:
+            BudgetError: a cost, or the measured drift, is above what was asked.
+        """
+        measured = measured_kl(plan)
+        if self.drift is not None and measured is not None and measured > self.drift:
+            raise BudgetError(self.too_far(self.steps, plan, measured))
+        if any(self._cost(name, plan) > bound for name, bound in self.costs.items()):
+            raise BudgetError(
+                f"{self.words} in {self.steps} steps: nothing more can leave at {self._reached(plan)}; ask for no less "
+                "than that, or plan in one step"
+            )
+
+    def too_far(self, done: int, plan: Plan, measured: float) -> str:
+        """What to say of a plan that drifts more than asked after so many steps."""
+        reached = f", with {self._reached(plan)}" if self.costs else ""
+        return (
+            f"{self.words} cannot be met: after step {done} of {self.steps} the drift measured on the scored batches "
+            f"is {measured:.3g} nats{reached}; allow more drift, ask for less to leave, or take other steps"
+        )
+
+    def _reached(self, plan: Plan) -> str:
+        dense = {name: costs_of(name, plan.graph, latency=self.latency).total for name in self.costs}
+        return ", ".join(f"{n} {self._cost(n, plan):,.10g} ({self._cost(n, plan) / dense[n]:.1%})" for n in self.costs)
+
+    def _cost(self, name: str, plan: Plan) -> float:
+        return costs_of(name, plan.graph, plan.keep, latency=self.latency).total
+
+
+def measured_kl(plan: Plan) -> float | None:
+    """KL in nats that was measured of what a plan leaves; None if it was not."""
+    found = plan.made_by.get("measured_kl")
+    return float(found) if isinstance(found, float) else None
+
+
+def _told(plan: Plan, measured: float) -> Plan:
+    """With what its last step measures."""
+    steps = [*plan.made_by["steps"]]
+    steps[-1] = {**steps[-1], "measured_kl": measured}
+    return replace(plan, made_by={**plan.made_by, "steps": steps, "measured_kl": measured})
