@@ -93,6 +93,7 @@ def test_stages_never_import_each_other(stage: str) -> None:
         "workflow",
         "zoo",
         "schedule",
+        "stepping",
         "targets",
         "",
     }
