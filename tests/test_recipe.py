@@ -9,6 +9,7 @@ import yaml
 
 import tpvprune as tp
 from tpvprune.recipe import Recipe, Suite, builtin_recipes, load_recipe, parse_recipe
+from tpvprune.targets import resolve, resolve_model
 from tpvprune.zoo.models import create_model
 
 FULL = """
@@ -84,10 +85,12 @@ def test_settings_that_a_criterion_lacks_are_refused(overrides, message):
         parse_recipe(FULL, "mine.yaml", overrides)
 
 
-def test_a_key_is_overridden_once():
+@pytest.mark.parametrize("find", [resolve, resolve_model])
+def test_a_key_is_set_once_on_the_command_line(find):
     with pytest.raises(tp.RecipeError, match=r"'score.seed=3'.* is set by 'score.seed = 2' too"):
-        parse_recipe(FULL, "mine.yaml", ["score.seed = 2", "score.seed=3"])
-    recipe = parse_recipe(FULL, "mine.yaml", ["recover.finetune=null", "recover.finetune.epochs=3"])
+        find("test_resnet", ["score.seed = 2", "score.seed=3"], None)
+    words = ["data.images=images", "recover.finetune=null", "recover.finetune.epochs=3", "budget.macs=0.5"]
+    [(recipe, _)] = find("test_resnet", words, None)
     assert recipe.distillation().epochs == 3
 
 

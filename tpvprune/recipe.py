@@ -179,7 +179,7 @@ def load_recipe(target: str, overrides: Sequence[str] = ()) -> Recipe | Suite:
 
     Args:
         target: a YAML file or a built-in name.
-        overrides: `key=value`, dotted keys, YAML values: `budget.macs=0.4`, `recover.finetune=null`; each key once.
+        overrides: `key=value`, dotted keys, YAML values: `budget.macs=0.4`, `recover.finetune=null`.
 
     Raises:
         RecipeError: names the file, the key and the line.
@@ -216,8 +216,6 @@ def validate_recipe(
         keys, value = _read_override(override)
         if kind is Suite:
             raise RecipeError(f"{origin} is a list of recipes; override a single one, not the list ({override})")
-        if keys in set_by:
-            raise RecipeError(f"override {override!r}: {'.'.join(keys)} is set by {set_by[keys]!r} too; set it once")
         _put(merged, keys, value)
         set_by[keys] = override
     try:

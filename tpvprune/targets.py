@@ -23,18 +23,33 @@ def flags(overrides: Sequence[str] | None, **given: str | None) -> list[str]:
     keys |= {name: f"budget.{name}" for name in BOUNDS}
     found = [f"{keys[name]}={json.dumps(value)}" for name, value in given.items() if value is not None]
     if any(given.get(name) is not None for name in BOUNDS):  # what a recipe bounds besides gives way
-        named = {override.partition("=")[0].strip() for override in written}
+        named = {_key(override) for override in written}
         gone = [f"budget.{name}" for name in BOUNDS if given.get(name) is None]
         found = [f"{key}=null" for key in gone if key not in named] + found
     return [*found, *written]
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].strip()
+
+
+def _check_once(overrides: Sequence[str]) -> None:
+    """Refuse two values of one key, of which it is not known which one is meant."""
+    by_key: dict[str, str] = {}
+    for override in overrides:
+        if _key(override) in by_key:
+            first = by_key[_key(override)]
+            raise RecipeError(f"override {override!r}: {_key(override)} is set by {first!r} too; set it once")
+        by_key[_key(override)] = override
 
 
 def resolve(target: str, overrides: Sequence[str], folder: Path | None) -> list[tuple[Recipe, Path]]:
     """The recipe (or several) a target stands for, and the folder each result goes to.
 
     Raises:
-        RecipeError: there is no such recipe, folder or model, or an override is wrong.
+        RecipeError: there is no such recipe, folder or model, or an override is wrong, or sets what another one does.
     """
+    _check_once(overrides)
     path = Path(target).expanduser()
     stored = stored_recipe(path) if path.is_dir() else None
     if stored is not None:
@@ -60,7 +75,12 @@ def resolve(target: str, overrides: Sequence[str], folder: Path | None) -> list[
 
 
 def resolve_model(name: str, overrides: Sequence[str], folder: Path | None) -> list[tuple[Recipe, Path]]:
-    """A recipe of nothing but a model's name and overrides."""
+    """A recipe of nothing but a model's name and overrides.
+
+    Raises:
+        RecipeError: an override is wrong, or sets what another one does.
+    """
+    _check_once(overrides)
     recipe = _as_recipe({"name": name, "model": {"name": name}}, "command line", overrides)
     return [(recipe, folder or Path("runs") / name)]
 
