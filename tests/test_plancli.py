@@ -11,6 +11,7 @@ import torch
 import tpvprune as tp
 from tests.helpers import built, plan_without
 from tests.test_cli import call
+from tpvprune.report import asked_and_got
 
 
 @pytest.fixture
@@ -92,6 +93,13 @@ def test_bounds_of_every_kind_have_an_answer(run, mlp, tmp_path) -> None:
         "latency_ms": 2.25,
         "unheard of": None,
     }
+    told, got = asked_and_got(tp.Budget(drift=0.5), plan)
+    assert (told["drift"]["at_most"], got["drift"]["value"]) == (0.5, 0.25)
+    measured = tp.Plan(keep, mlp.graph, made_by | {"measured_kl": 0.0})  # which comes before what was predicted
+    measured.save(tmp_path / "plan.json")
+    bounds = json.loads(run("show", "plan.json", "--json")[1])["bounds"]
+    assert [bound["got"] for bound in bounds if bound["quantity"] == "drift"] == [0.0]
+    assert asked_and_got(tp.Budget(drift=0.5), measured)[1]["drift"]["value"] == 0.0
 
 
 def test_folders_are_read(run, plans, tmp_path) -> None:

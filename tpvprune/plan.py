@@ -317,6 +317,12 @@ def _apart(a: Tensor, b: Tensor) -> dict[str, list[int]]:
     }
 
 
+def drift_of(made_by: Mapping[str, Any]) -> Any:
+    """KL in nats from the dense model that a plan says of itself: measured between steps, or else predicted."""
+    measured = made_by.get("measured_kl")
+    return made_by.get("predicted_kl") if measured is None else measured
+
+
 def _packed(mask: Tensor) -> str:
     """Eight entries a byte, first entry in the highest bit, in base64."""
     return base64.b64encode(np.packbits(mask.flatten().numpy()).tobytes()).decode("ascii")

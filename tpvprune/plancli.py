@@ -13,7 +13,7 @@ from tpvprune.console import number, out, print_json, print_table
 from tpvprune.errors import PlanError
 from tpvprune.members import KINDS
 from tpvprune.options import AsJson
-from tpvprune.plan import Plan
+from tpvprune.plan import Plan, drift_of
 
 plans_app = typer.Typer(help="Show, compare and compose plans.", no_args_is_help=True)
 File = Annotated[Path, typer.Argument(help="A plan, or the folder of a run or a saved model.")]
@@ -136,7 +136,7 @@ def _got(plan: Plan, name: str, step: Mapping[str, Any]) -> Any:
     if name in ("macs", "params", "bytes", "units"):
         return plan.graph.cost(name, plan.keep)
     if name == "drift":
-        return step.get("predicted_kl")
+        return drift_of(step)
     return plan.sparsity if name == "sparsity" else _mapping(step, "got").get(name)
 
 

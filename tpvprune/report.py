@@ -28,7 +28,7 @@ from tpvprune.batches import (
 from tpvprune.budget import Budget
 from tpvprune.errors import DataError
 from tpvprune.measures import REPORT_FORMAT, Measure, Report
-from tpvprune.plan import Plan
+from tpvprune.plan import Plan, drift_of
 from tpvprune.planning.latency import LatencyTable
 from tpvprune.planning.widths import costs_of
 from tpvprune.timing import device_name, latencies
@@ -151,7 +151,7 @@ def asked_and_got(
         got[name] = {"value": left, "share": left / dense}
     if budget.most_drift is not None:
         asked["drift"] = {"as_written": budget.as_written["drift"], "at_most": budget.most_drift}
-        got["drift"] = {"value": plan.made_by.get("predicted_kl"), "share": None}
+        got["drift"] = {"value": drift_of(plan.made_by), "share": None}
     return asked, got
 
 
