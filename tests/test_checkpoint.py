@@ -296,7 +296,7 @@ def test_buffers_that_no_file_holds_keep_their_precision(kind: torch.dtype, olde
     tp.save(small, tmp_path)
     if older:
         about = json.loads((tmp_path / "tpvprune.json").read_text())
-        del about["kinds"]
+        del about["dtypes"]
         (tmp_path / "tpvprune.json").write_text(json.dumps(about))
     back = tp.load(tmp_path, skeleton=Rotating())
     assert_same_state(back.state_dict(), small.state_dict())

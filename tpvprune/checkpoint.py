@@ -75,7 +75,7 @@ def save(model: nn.Module, folder: str | PathLike[str]) -> None:
         "digest": {WEIGHTS: _digest(weights), PLAN: _digest(plan_text.encode())},
         "params": plan.params,
         "macs": plan.macs,
-        "kinds": {name: str(buffer.dtype).removeprefix("torch.") for name, buffer in _computed(model).items()},
+        "dtypes": {name: str(buffer.dtype).removeprefix("torch.") for name, buffer in _computed(model).items()},
     }
     target = Path(folder)
     try:
@@ -159,12 +159,12 @@ def load(folder: str | PathLike[str], *, skeleton: nn.Module | None = None) -> n
             f"{folder}: {wrong!r} is {found.get(wrong, 'missing')} in {WEIGHTS} and {expected.get(wrong, 'unknown')} "
             "in the plan's model; nothing was loaded"
         )
-    kinds = {name: tensor.dtype for name, tensor in tensors.items()} | _kinds(about, model)
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()} | _dtypes(about, model)
     for module_name, module in model.named_modules():
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             name = f"{module_name}.{key}" if module_name else key
-            if tensor is not None and tensor.dtype != kinds.get(name, tensor.dtype):
-                tensor.data = tensor.data.to(kinds[name])
+            if tensor is not None and tensor.dtype != dtypes.get(name, tensor.dtype):
+                tensor.data = tensor.data.to(dtypes[name])
     fill(model, tensors)
     attach(model, plan)
     if "class" not in about["model"]:
@@ -179,9 +179,9 @@ def _computed(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in buffers.items() if name not in held and buffer.is_floating_point()}
 
 
-def _kinds(about: Mapping[str, Any], model: nn.Module) -> dict[str, torch.dtype]:
-    """Of floating buffers that no file holds, the kinds they had; none in folders that do not say."""
-    told = about.get("kinds") or {}
+def _dtypes(about: Mapping[str, Any], model: nn.Module) -> dict[str, torch.dtype]:
+    """Of floating buffers that no file holds, the types they had; none in folders that do not say."""
+    told = about.get("dtypes") or {}
     found = {name: getattr(torch, str(told[name]), None) for name in _computed(model) if name in told}
     return {name: kind for name, kind in found.items() if isinstance(kind, torch.dtype) and kind.is_floating_point}
 

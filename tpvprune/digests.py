@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ def state_digest(model: nn.Module) -> str:
     found = hashlib.sha256()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        found.update(raw_bytes(tensor))
+        found.update(_flat(tensor).data)
     return found.hexdigest()
 
 
@@ -39,5 +40,8 @@ def entries_digest(before: str, shape: tuple[int, ...], entries: Tensor) -> str:
 
 def raw_bytes(value: Tensor) -> bytes:
     """All entries of a tensor as they lie in memory, whatever their kind."""
-    flat = value.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes()
+    return _flat(value).tobytes()
+
+
+def _flat(value: Tensor) -> Any:
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -171,7 +171,8 @@ def plan_for(
             again, kept = criterion if first else _from(criterion, model), _kept(state, small, f"step{step + 1}")
             found = score(small, batches, now, again, progress=progress, save=kept, exact=True)
         limit = _limit_of(budget, {name: way[step] for name, way in ways.items()})
-        more = planning.refit and step + 1 < planning.steps
+        # Under a bound on drift the refitted model is what is measured, after the last step too.
+        more = planning.refit and (step + 1 < planning.steps or asked.drift is not None)
         taken = Step(step, asked, plan, small, now, found, limit, choice, refit if more else None, measure)
         plan, small = taken.taken()
         if state is not None and process()[0] == 0:
@@ -207,15 +208,14 @@ def _measured(small: nn.Module, model: nn.Module, batches: Iterable[Batch], crit
     metrics, samples = {"now": {"kl": 0.0}}, 0
     if process()[1] == 1 or next(iter(batches), None) is not None:
         metrics, samples = compare({"now": small}, model, batches, output=getattr(criterion, "output", None))
-    if "kl" not in metrics["now"]:
+    found = of_all((metrics["now"].get("kl"), samples))
+    told = [(kl, count) for kl, count in found if kl is not None]
+    if len(told) < len(found):
         raise BudgetError(
             "drift is measured between steps on logits (batch, classes), and the model gives others: plan in one step, "
             "or bound a cost"
         )
-    if process()[1] == 1:
-        return metrics["now"]["kl"]
-    found = of_all((metrics["now"]["kl"], samples))
-    return sum(kl * count for kl, count in found) / sum(count for _, count in found)
+    return told[0][0] if len(told) == 1 else sum(kl * count for kl, count in told) / sum(count for _, count in told)
 
 
 def _left(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 from tpvprune.budget import Budget
 from tpvprune.errors import BudgetError
 from tpvprune.plan import Plan, plan_of
-from tpvprune.planning.allocate import allocate
+from tpvprune.planning.allocate import allocated, understated
 from tpvprune.planning.latency import LatencyTable
 from tpvprune.planning.widths import costs_of
 from tpvprune.processes import from_first
@@ -20,7 +21,8 @@ from tpvprune.surgery.removal import apply
 from tpvprune.types import Graph
 
 RETAKES = 4  # how often a step that drifts too far is taken again, under a smaller bound
-SMALLER = 0.7  # share of the bound before that is asked for then, at most
+ENOUGH = 0.7  # share of the bound on what is measured that a step taken again is to come to
+STEEP = 16  # how much smaller it is taken at most where nothing is known that fits
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Step:
         graph: of `small`.
         scores: of `small`.
         limit: what the step may cost.
-        choice: further arguments of `allocate`.
+        choice: further arguments of `allocated`.
         refit: gives what a plan leaves, refitted; None where nothing is refitted after this step.
         measure: KL in nats from the dense model to what a plan leaves.
     """
@@ -83,22 +85,31 @@ class Step:
     def _drifting(self, before: float) -> tuple[Plan, nn.Module]:
         """Under drift alone: a step that measures more than its share is taken again, smaller, or left out."""
         most = (self.asked.drift or 0.0) * (self.number + 1) / self.asked.steps
-        room, small, about = most - before, self.small, self.plan.made_by
+        fits, exceeds, room = 0.0, math.inf, most - before  # bounds on what the step adds, as it is predicted
+        best: tuple[Plan, nn.Module] | None = None
+        last = self.plan
         for _ in range(RETAKES + 1):
             if room <= 0:
                 break
-            plan, small = self._under(replace(self.limit, drift=f"{room} nats"), before)
-            now, about = self.measure(small), plan.made_by
+            last, small = self._under(replace(self.limit, drift=f"{room} nats"), before)
+            now = self.measure(small)
             if now <= most:
-                return _told(plan, now), small
-            room *= min(SMALLER, room / (now - before))
+                best, fits = (_told(last, now), small), room
+                if now >= ENOUGH * most or exceeds == math.inf:
+                    break
+            else:
+                exceeds = room
+            room = math.sqrt(max(fits, exceeds / STEEP) * exceeds)
+        if best is not None:
+            return best
         steps = [*self.plan.made_by["steps"], {"got": {}}]
-        kept = replace(self.plan, made_by={**about, "steps": steps, "predicted_kl": before})
-        return _told(kept, before), self.small
+        about = {**last.made_by, **self.plan.made_by, "asked": self.asked.bounds, "steps": steps}
+        about |= {"predicted_kl": before} | ({} if self.plan.removed else {"understated": []})
+        return _told(replace(self.plan, made_by=about), before), self.small
 
     def _under(self, limit: Budget, before: float) -> tuple[Plan, nn.Module]:
         after = self.plan if self.plan.removed else None
-        part = from_first(allocate(self.scores, self.graph, limit, after=after, **self.choice))
+        part = from_first(allocated(self.scores, self.graph, limit, after=after, **self.choice))
         steps = [*self.plan.made_by["steps"], {"got": part.made_by["got"]}]
         about = {**part.made_by, "asked": self.asked.bounds, "steps": steps}
         if self.asked.drift is None:
@@ -106,7 +117,10 @@ class Step:
         else:
             about["predicted_kl"] = before + part.made_by["predicted_kl"]
         small = apply(self.small, part)
-        plan = replace(plan_of(small) or self.plan, made_by=about)
+        plan = plan_of(small) or self.plan
+        if self.asked.drift is not None:
+            about["understated"] = understated(plan)
+        plan = replace(plan, made_by=about)
         return plan, small if self.refit is None else self.refit(plan)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,28 @@ def test_how_a_plan_was_made_does_not_part_a_run_from_its_folder(tmp_path: Path)
     tp.save(tp.apply(model, tp.Plan(plan.keep, plan.graph, {"scores": 0.1})), tmp_path / "model")
     again = tp.finetune(tp.load(tmp_path / "model", skeleton=model), batches, model, settings, save=tmp_path / "state")
     assert_same_state(again.state_dict(), first.state_dict())
+
+
+def test_a_refit_is_not_made_anew_where_a_distillation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    batches, settings = [torch.randn(16, 6) for _ in range(3)], tp.Finetune(epochs=1, lr=1e-2)
+    graph = tp.trace(model, batches[0])
+    small, other = (tp.apply(model, plan_without(graph, {"0": units})) for units in ([1, 5], [0, 2]))
+    first = tp.recover(small, batches, teacher=model, finetune_with=settings, save=tmp_path)
+    wanted = tp.finetune(tp.reconstruct(small, batches, model), batches, model, settings)
+    assert_same_state(first.state_dict(), wanted.state_dict())
+
+    def never(*args: object, **kwargs: object) -> nn.Module:
+        raise AssertionError("refitted again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.import_module("tpvprune.recovery.recover"), "reconstruct", never)
+        again = tp.recover(small, batches, teacher=model, finetune_with=settings, save=tmp_path)
+        assert_same_state(again.state_dict(), first.state_dict())
+        for changed in ({"model": other}, {"reconstruct_with": tp.Reconstruct(ridge=1.0)}):
+            given = {"model": small, "teacher": model, "finetune_with": settings, "save": tmp_path} | changed
+            with pytest.raises(AssertionError, match="refitted again"):
+                tp.recover(batches=batches, **given)
+    with pytest.raises(CheckpointError, match="another plan"):
+        tp.recover(other, batches, teacher=model, finetune_with=settings, save=tmp_path)

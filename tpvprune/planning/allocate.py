@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal, get_args
-
-from torch import Tensor
+from typing import Any, Literal, get_args
 
 from tpvprune.budget import QUANTITIES, Budget, Quantity
 from tpvprune.errors import BudgetError, PlanError
@@ -72,6 +69,31 @@ def allocate(
         BudgetError: a pattern matches nothing, a bound lies below what the floors (or the drift) allow, or a setting
             is unknown.
     """
+    choice: dict[str, Any] = {"allocator": allocator, "per": per, "shrinkage": shrinkage, "exchange": exchange}
+    plan = allocated(scores, graph, budget, **choice, after=after, latency=latency)
+    pooled = plan.made_by.get("understated")
+    if pooled:
+        logger.warning(
+            "groups that are cut (%s) stand before a norm that pools over their units: what that does to the rest "
+            "is not predicted, and the drift may be about three times the bound; measure it, or plan in steps",
+            ", ".join(pooled[:3]) + (", ..." if len(pooled) > 3 else ""),
+        )
+    return plan
+
+
+def allocated(
+    scores: Scores,
+    graph: Graph,
+    budget: Budget,
+    *,
+    allocator: Allocator = "auto",
+    per: Quantity | None = None,
+    shrinkage: float | None = None,
+    exchange: bool = True,
+    after: Plan | None = None,
+    latency: LatencyTable | None = None,
+) -> Plan:
+    """As `allocate`, for who measures the drift that comes of it: nothing is warned of."""
     _check(scores, graph, budget, allocator, per, shrinkage)
     if allocator == "auto":
         allocator = "global" if scores.sensitivities is None else "joint"
@@ -109,25 +131,15 @@ def allocate(
     }
     if scores.in_nats:
         made_by["predicted_kl"] = max(0.0, steps.drift({name: ~mask for name, mask in keep.items()}) / 2)
-    if most is not None:
-        understated = _understated(graph, keep)
-        if understated:
-            made_by["understated"] = understated
-        if understated and after is None:  # later steps are held against what is measured
-            logger.warning(
-                "groups that are cut (%s) stand before a norm that pools over their units: what that does to the rest "
-                "is not predicted, and the drift may be about three times the bound; measure it, or plan in steps",
-                ", ".join(understated[:3]) + (", ..." if len(understated) > 3 else ""),
-            )
-    return Plan(keep, graph, made_by)
+    plan = Plan(keep, graph, made_by)
+    pooled = [] if most is None else understated(plan)
+    return replace(plan, made_by={**made_by, "understated": pooled}) if pooled else plan
 
 
-def _understated(graph: Graph, keep: Mapping[str, Tensor]) -> list[str]:
-    """Groups that are cut where zeroing units is not removing them: the norm they stand before pools over them."""
-    lost = graph.lost({name: ~mask for name, mask in keep.items()})
-    return [
-        name for name, mask in keep.items() if name not in lost and not (graph[name].exact_mask or bool(mask.all()))
-    ]
+def understated(plan: Plan) -> list[str]:
+    """Groups that a plan cuts where zeroing units is not removing them: the norm they stand before pools over them."""
+    graph, lost = plan.graph, plan.graph.lost({name: ~mask for name, mask in plan.keep.items()})
+    return [n for n, mask in plan.keep.items() if n not in lost and not (graph[n].exact_mask or bool(mask.all()))]
 
 
 def _check(

@@ -146,7 +146,7 @@ def shrink(graph: Graph, steps: Steps, spending: Spending, most: float | None) -
         group, ratio = graph[best], added / saving[best] if saving[best] else math.inf
         gone = steps.take(best)
         taken.append((group, gone, ratio))
-        drift = max(0.0, drift + added)  # a slope that falls makes no room for more
+        drift += added
         closed.update(graph.within(best))  # what lies in a skipped block competes no more
         spending.remove(group, len(gone))
         if spending.unmet != unmet:

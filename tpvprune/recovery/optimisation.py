@@ -16,7 +16,7 @@ from tpvprune.recovery.settings import Finetune
 
 
 def optimizer_for(model: nn.Module, settings: Finetune) -> torch.optim.Optimizer:
-    """Timm's optimiser of that name over all parameters.
+    """Timm's optimiser of that name over all parameters that are not frozen.
 
     Raises:
         InputError: timm knows no such name, or it takes second derivatives, which the distillation does not make.

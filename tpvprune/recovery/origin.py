@@ -40,16 +40,23 @@ def origin(
         held_out: whether it is judged on held-out batches.
         frozen: names of the parameters that stay as they are.
     """
-    plan = plan_of(model)
-    masks = None if plan is None else {name: plan.to_json()[name] for name in ("keep", "weights")}
     return {
         "format": STATE_FORMAT,
         "settings": repr(settings),
         "batches": batches,
         "held_out": held_out,
+        "frozen": frozen,
+        **began_with(model, teacher),
+    }
+
+
+def began_with(model: nn.Module, teacher: nn.Module) -> dict[str, str]:
+    """Fingerprints of a model's plan, of all its entries and of the teacher's."""
+    plan = plan_of(model)
+    masks = None if plan is None else {name: plan.to_json()[name] for name in ("keep", "weights")}
+    return {
         "plan": hashlib.sha256(json.dumps(masks, sort_keys=True).encode()).hexdigest(),
         "start": state_digest(model),
-        "frozen": frozen,
         "teacher": state_digest(teacher),
     }
 

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from os import PathLike
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from tpvprune.batches import Batch, Progress, Selector, repeatable
+from tpvprune.copies import copied
 from tpvprune.kinds import check_kinds
+from tpvprune.processes import process
 from tpvprune.recovery.batchnorm import reestimate_batchnorm
 from tpvprune.recovery.denseinputs import fold_means
 from tpvprune.recovery.finetune import Log, finetune
 from tpvprune.recovery.gaussnewton import refine
+from tpvprune.recovery.origin import began_with
 from tpvprune.recovery.reconstruct import Reconstruct, reconstruct
 from tpvprune.recovery.settings import Finetune, GaussNewton
+from tpvprune.recovery.state import load_state, save_state
+from tpvprune.statedicts import fill
 
 CLOSED_FORM = Reconstruct()
 DISTILLATION = Finetune()
+REFITTED = "refitted.safetensors"
 
 
 @check_kinds
@@ -54,7 +62,8 @@ def recover(
         finetune_with: settings of the distillation; None leaves it out.
         finetune_batches: other (more, or augmented) batches for the distillation.
         held_out: other batches, which the distillation's best model is chosen and its `patience` counted on.
-        save: a folder for the distillation's state; one found there is gone on with. See `finetune`.
+        save: a folder for the refitted model and the distillation's state; what is found there of the same refits of
+            the same model is gone on with. See `finetune`.
         output: which part of what the models return the distillation compares; see `finetune`.
         progress: called as `progress(stage, done, total)`.
         log: receives what the closed form and the Gauss-Newton refit cost, and the distillation's loss per epoch.
@@ -64,19 +73,27 @@ def recover(
         DataError: the batches are empty, or can be read once only and must be read more often.
     """
     repeatable(batches, "recovery reads them several times")
-    if fold:
-        model = fold_means(model, batches, teacher, progress=progress)
-    if reconstruct_with is not None:
-        model = reconstruct(model, batches, teacher, reconstruct_with, progress=progress, log=log)
-    if refine_with is not None:
-        chosen = batches if refine_batches is None else refine_batches
-        model = refine(model, chosen, teacher, refine_with, progress=progress, log=log)
-    if batchnorm:
-        model = reestimate_batchnorm(model, batches, progress=progress)
+    way = (fold, reconstruct_with, refine_with, batchnorm)
+    kept = None if save is None or finetune_with is None else Path(save) / REFITTED
+    began = {} if kept is None else {"refits": repr(way), **began_with(model, teacher)}
+    small = None if kept is None else _refitted(kept, began, model)
+    if small is None:
+        small = model
+        if fold:
+            small = fold_means(small, batches, teacher, progress=progress)
+        if reconstruct_with is not None:
+            small = reconstruct(small, batches, teacher, reconstruct_with, progress=progress, log=log)
+        if refine_with is not None:
+            chosen = batches if refine_batches is None else refine_batches
+            small = refine(small, chosen, teacher, refine_with, progress=progress, log=log)
+        if batchnorm:
+            small = reestimate_batchnorm(small, batches, progress=progress)
+        if kept is not None and process()[0] == 0:
+            save_state(kept, {"began": began, "model": small.state_dict()})
     if finetune_with is not None:
         source = batches if finetune_batches is None else finetune_batches
-        model = finetune(
-            model,
+        small = finetune(
+            small,
             source,
             teacher,
             finetune_with,
@@ -86,4 +103,20 @@ def recover(
             progress=progress,
             log=log,
         )
-    return model
+    return small
+
+
+def _refitted(kept: Path, began: dict[str, Any], model: nn.Module) -> nn.Module | None:
+    """What the same refits made of the same model before; None if there is nothing of the kind.
+
+    Made anew it would differ in its last bits with other threads or on another machine, and a distillation goes on with
+    what it began with alone.
+    """
+    if not kept.is_file():
+        return None
+    state = load_state(kept)
+    if state["began"] != began:
+        return None
+    small = copied(model)
+    fill(small, state["model"])
+    return small
