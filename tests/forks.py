@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import hashlib
+import inspect
 import json
 import os
 import resource
@@ -138,7 +139,7 @@ def _serve() -> None:
     from tpvprune.recovery.finetune import finetune
 
     tpvprune.scoring.collect.SAVE_EVERY = -1.0  # a state after every batch
-    finetune.__kwdefaults__["save_every"] = 2
+    inspect.unwrap(finetune).__kwdefaults__["save_every"] = 2
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:

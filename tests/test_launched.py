@@ -30,12 +30,13 @@ RAW = ("recover.reconstruct=null", "recover.finetune=null")
 SAME: dict[str, list[str]] = {
     "zeros": ["eval", "quickstart_cnn", *FEW, *TUNED, RAW[0], "recover.finetune.augment=false",
               "plan.steps=2", "sparsify.sparsity=0.3", "sparsify.criterion=tpv"],
-    "refitted": ["recover", "quickstart_cnn", *FEW, *RAW[1:], "data.batch_size=64", "plan.steps=2", "plan.refit=true"],
+    "refitted": ["recover", "quickstart_cnn", *FEW[:-1], "data.batch_size=64", RAW[1], "plan.steps=2",
+                 "plan.refit=true"],
     "drift": ["plan", "quickstart_cnn", *FEW, *RAW, "budget.macs=0.8", "budget.drift=1.0", "plan.steps=3"],
 }  # fmt: skip
 SAME["stream"] = [*SAME["zeros"], "data.images=wds/{folder}@part-{0..2}.tar|40"]
 ENDS = ["0-of-2.safetensors", "1-of-2.safetensors"]
-AUGMENTED = ["recover", "quickstart_cnn", *FEW, *TUNED, RAW[0], "recover.finetune.batch_size=16"]
+AUGMENTED = ["recover", "quickstart_cnn", *FEW, TUNED[0], TUNED[2], RAW[0], "recover.finetune.batch_size=16"]
 SCORED = ["score", "quickstart_cnn", *FEW, *RAW]
 STEPPED = ["plan", *SCORED[1:], "plan.steps=2"]
 RUNS: dict[str, list[str]] = {
