@@ -257,7 +257,7 @@ def test_a_schedule_stopped_after_a_scoring_does_not_score_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     b, data, save = built("residual"), batches("residual"), tmp_path / "plan.json"
-    budget, planning, real = tp.Budget(macs=0.6, round_to=1), tp.Planning(steps=2), stepping.allocated
+    budget, planning, real = tp.Budget(macs=0.6, round_to=1), tp.Planning(steps=2), stepping.allocate
     whole = tp.plan_for(b.model, data, b.graph, budget, planning=planning)
 
     def second(*args: Any, **kwargs: Any) -> tp.Plan:
@@ -265,10 +265,10 @@ def test_a_schedule_stopped_after_a_scoring_does_not_score_again(
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(stepping, "allocated", second)
+    monkeypatch.setattr(stepping, "allocate", second)
     with pytest.raises(KeyboardInterrupt):
         tp.plan_for(b.model, data, b.graph, budget, planning=planning, save=save)
-    monkeypatch.setattr(stepping, "allocated", real)
+    monkeypatch.setattr(stepping, "allocate", real)
     counted = Stopping()
     again = tp.plan_for(b.model, data, b.graph, budget, planning=planning, save=save, progress=counted)
     assert again.to_json() == whole.to_json()

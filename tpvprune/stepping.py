@@ -12,7 +12,7 @@ from torch import nn
 from tpvprune.budget import Budget
 from tpvprune.errors import BudgetError
 from tpvprune.plan import Plan, plan_of
-from tpvprune.planning.allocate import allocated, understated
+from tpvprune.planning.allocate import allocate, understated
 from tpvprune.planning.latency import LatencyTable
 from tpvprune.planning.widths import costs_of
 from tpvprune.processes import from_first
@@ -37,7 +37,7 @@ class Step:
         graph: of `small`.
         scores: of `small`.
         limit: what the step may cost.
-        choice: further arguments of `allocated`.
+        choice: further arguments of `allocate`.
         refit: gives what a plan leaves, refitted; None where nothing is refitted after this step.
         measure: KL in nats from the dense model to what a plan leaves.
     """
@@ -109,7 +109,9 @@ class Step:
 
     def _under(self, limit: Budget, before: float) -> tuple[Plan, nn.Module]:
         after = self.plan if self.plan.removed else None
-        part = from_first(allocated(self.scores, self.graph, limit, after=after, **self.choice))
+        part = from_first(
+            allocate(self.scores, self.graph, limit, after=after, measured=True, **self.choice)
+        )
         steps = [*self.plan.made_by["steps"], {"got": part.made_by["got"]}]
         about = {**part.made_by, "asked": self.asked.bounds, "steps": steps}
         if self.asked.drift is None:

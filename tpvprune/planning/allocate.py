@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from tpvprune.budget import QUANTITIES, Budget, Quantity
 from tpvprune.errors import BudgetError, PlanError
@@ -34,6 +34,7 @@ def allocate(
     exchange: bool = True,
     after: Plan | None = None,
     latency: LatencyTable | None = None,
+    measured: bool = False,
 ) -> Plan:
     """Remove, step by step, the units that cost the least predicted drift for what they save.
 
@@ -56,6 +57,7 @@ def allocate(
         after: the plan that has made the model which scores and graph are of, so that fractions, floors and
             roundings are those of the dense model. Drift is counted from that model on.
         latency: from `latency_table`, of the dense model; needed where milliseconds are bounded.
+        measured: whether the caller measures the drift that comes of it, so that nothing is to be warned of.
 
     Returns:
         A plan whose costs are at most the bounds, in the coordinates of `graph`; `Plan.macs` and `Plan.params` are
@@ -69,31 +71,6 @@ def allocate(
         BudgetError: a pattern matches nothing, a bound lies below what the floors (or the drift) allow, or a setting
             is unknown.
     """
-    choice: dict[str, Any] = {"allocator": allocator, "per": per, "shrinkage": shrinkage, "exchange": exchange}
-    plan = allocated(scores, graph, budget, **choice, after=after, latency=latency)
-    pooled = plan.made_by.get("understated")
-    if pooled:
-        logger.warning(
-            "groups that are cut (%s) stand before a norm that pools over their units: what that does to the rest "
-            "is not predicted, and the drift may be about three times the bound; measure it, or plan in steps",
-            ", ".join(pooled[:3]) + (", ..." if len(pooled) > 3 else ""),
-        )
-    return plan
-
-
-def allocated(
-    scores: Scores,
-    graph: Graph,
-    budget: Budget,
-    *,
-    allocator: Allocator = "auto",
-    per: Quantity | None = None,
-    shrinkage: float | None = None,
-    exchange: bool = True,
-    after: Plan | None = None,
-    latency: LatencyTable | None = None,
-) -> Plan:
-    """As `allocate`, for who measures the drift that comes of it: nothing is warned of."""
     _check(scores, graph, budget, allocator, per, shrinkage)
     if allocator == "auto":
         allocator = "global" if scores.sensitivities is None else "joint"
@@ -133,6 +110,12 @@ def allocated(
         made_by["predicted_kl"] = max(0.0, steps.drift({name: ~mask for name, mask in keep.items()}) / 2)
     plan = Plan(keep, graph, made_by)
     pooled = [] if most is None else understated(plan)
+    if pooled and not measured:
+        logger.warning(
+            "groups that are cut (%s) stand before a norm that pools over their units: what that does to the rest "
+            "is not predicted, and the drift may be about three times the bound; measure it, or plan in steps",
+            ", ".join(pooled[:3]) + (", ..." if len(pooled) > 3 else ""),
+        )
     return replace(plan, made_by={**made_by, "understated": pooled}) if pooled else plan
 
 
