@@ -109,9 +109,7 @@ class Step:
 
     def _under(self, limit: Budget, before: float) -> tuple[Plan, nn.Module]:
         after = self.plan if self.plan.removed else None
-        part = from_first(
-            allocate(self.scores, self.graph, limit, after=after, measured=True, **self.choice)
-        )
+        part = from_first(allocate(self.scores, self.graph, limit, after=after, measured=True, **self.choice))
         steps = [*self.plan.made_by["steps"], {"got": part.made_by["got"]}]
         about = {**part.made_by, "asked": self.asked.bounds, "steps": steps}
         if self.asked.drift is None:
