@@ -79,9 +79,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
 def prune_words(*more: str, checkpoint: str | None = "weights.safetensors", data: str = "images") -> list[str]:
     words = ["prune", "test_resnet", "--data", data, "--out", "out"]
     words += ["--checkpoint", checkpoint] if checkpoint else []
-    for item in SMALL:
-        words += ["--set", item]
-    return [*words, *more]
+    return [*words, *SMALL, *more]
 
 
 def test_version_and_module_entry_point():
@@ -110,7 +108,7 @@ def test_prune_end_to_end_without_a_recipe(place, run):
 
 
 def test_piped_output_is_plain_and_json_is_one_document(place, run):
-    code, told, _ = run(*prune_words("--macs", "0.6", "--set", "recover.finetune=null"))
+    code, told, _ = run(*prune_words("--macs", "0.6", "recover.finetune=null"))
     assert code == 0
     assert told.splitlines()[0] == "measure\tbefore\tpruned\trecovered"
     assert not any(char in told for char in "┃│━╭")
@@ -120,7 +118,7 @@ def test_piped_output_is_plain_and_json_is_one_document(place, run):
 
 
 def test_without_labels_no_accuracy_is_claimed(place, run):
-    code, told, _ = run(*prune_words("--params", "0.5", "--set", "recover.finetune=null", "--json"))
+    code, told, _ = run(*prune_words("--params", "0.5", "recover.finetune=null", "--json"))
     assert code == 0
     report = json.loads(told)
     assert list(report["got"]) == ["params"]
@@ -128,7 +126,7 @@ def test_without_labels_no_accuracy_is_claimed(place, run):
 
 
 def test_a_finished_run_is_not_done_again_and_a_changed_key_redoes_what_it_matters_to(place, run):
-    assert run(*prune_words("--macs", "0.6", "--set", "recover.finetune=null"))[0] == 0
+    assert run(*prune_words("--macs", "0.6", "recover.finetune=null"))[0] == 0
     first = {p.name: p.stat().st_mtime_ns for p in (place / "out").iterdir()}
     code, _, said = run("run", "out")
     assert code == 0
@@ -163,9 +161,7 @@ def test_new_images_make_old_scores_stale_and_shared_images_are_refused(place, r
     code, _, said = run(*words)
     assert code == 0
     assert "score: " in said
-    code, _, said = run(
-        *prune_words("--macs", "0.6", "--set", "eval.images=images/class0")[:-2], "--set", "eval.images=images"
-    )
+    code, _, said = run(*prune_words("--macs", "0.6", "eval.images=images/class0")[:-1], "eval.images=images")
     assert code == 2
     assert "share images" in said
 
@@ -224,7 +220,7 @@ def test_trace_lists_what_stays_whole_and_needs_no_images(place, run):
 
 
 def test_a_saved_model_is_measured_alone(place, run):
-    assert run(*prune_words("--macs", "0.6", "--set", "recover.finetune=null"))[0] == 0
+    assert run(*prune_words("--macs", "0.6", "recover.finetune=null"))[0] == 0
     code, told, _ = run("eval", "out/pruned", "--data", "images", "--labels", "folders", "--json")
     assert code == 0
     measured = json.loads(told)
@@ -243,7 +239,7 @@ def test_unreadable_images_are_skipped_and_counted(place, run):
     (place / "images/class0/notes.png").write_text("no image")
     whole = place / "images/class1/001.png"
     whole.write_bytes(whole.read_bytes()[:200])
-    code, told, _ = run(*prune_words("--macs", "0.6", "--set", "recover.finetune=null", "--json"))
+    code, told, _ = run(*prune_words("--macs", "0.6", "recover.finetune=null", "--json"))
     assert code == 0
     assert json.loads(told)["data"]["skipped"] == 2
 
@@ -285,7 +281,6 @@ def test_bad_checkpoints_exit_2_and_write_nothing(place, run, weights, checkpoin
 
 def test_weights_of_another_shape_name_the_tensor(place, run):
     words = [w for w in prune_words("--macs", "0.5") if "num_classes" not in w]
-    words = [w for i, w in enumerate(words) if not (w == "--set" and words[i + 1 : i + 2] == ["--set"])]
     code, _, said = run(*words)
     assert code == 2
     assert "'fc.weight' is (3, 96), the model has (1000, 96)" in said
@@ -305,16 +300,16 @@ def test_weights_of_another_shape_name_the_tensor(place, run):
         (["prune", "test_resnet", "--macs", "0.5"], ["--data is missing"]),
         (["prune", "test_resnet", "--data", "images", "--macs", "0.5", "--labels", "folders"], ["3 classes", "1000"]),
         (
-            ["prune", "test_resnet", "--data", "images", "--macs", "0.5", "--set", "budget.mac=1"],
+            ["prune", "test_resnet", "--data", "images", "--macs", "0.5", "budget.mac=1"],
             ["did you mean 'macs'"],
         ),
         (
-            ["prune", "test_resnet", "--data", "images", "--macs", "0.5", "--set", "budget.protect=[layr1]"],
+            ["prune", "test_resnet", "--data", "images", "--macs", "0.5", "budget.protect=[layr1]"],
             ["'layr1' matches no layer", "layer1"],
         ),
-        (["prune", "test_resnet", "--data", "images", "--macs", "0.5", "--set", "device=abacus"], ["abacus"]),
+        (["prune", "test_resnet", "--data", "images", "--macs", "0.5", "device=abacus"], ["abacus"]),
         (
-            ["prune", "test_resnet", "--data", "images", "--macs", "0.5", "--set", "budget.macs=0.9"],
+            ["prune", "test_resnet", "--data", "images", "--macs", "0.5", "budget.macs=0.9"],
             ["'budget.macs=0.9'", "budget.macs is set by 'budget.macs=\"0.5\"' too"],
         ),
         (["plan", "test_resnet", "data.images=images", "--data", "images"], ["data.images is set by", "set it once"]),
@@ -390,7 +385,7 @@ def test_quickstart_as_the_readme_says(place, run):
 
 
 def test_a_finished_run_is_reported_without_its_images(place, run):
-    assert run(*prune_words("--macs", "0.6", "--set", "recover.finetune=null"))[0] == 0
+    assert run(*prune_words("--macs", "0.6", "recover.finetune=null"))[0] == 0
     (place / "images").rename(place / "elsewhere")
     (place / "weights.safetensors").unlink()
     code, told, _ = run("report", "out", "--json")
@@ -399,7 +394,7 @@ def test_a_finished_run_is_reported_without_its_images(place, run):
 
 
 def test_bounds_are_options_and_replace_those_of_a_recipe(place, run):
-    words = prune_words("--bytes", "80%", "--drift", "50", "--set", "recover.finetune=null", "--json")
+    words = prune_words("--bytes", "80%", "--drift", "50", "recover.finetune=null", "--json")
     code, told, _ = run(*words)
     assert code == 0
     assert list(json.loads(told)["got"]) == ["bytes", "drift"]

@@ -100,6 +100,7 @@ def run(
 @app.command()
 def prune(
     model: Annotated[str, typer.Argument(help="A timm model name, or cifar_resnet20 and the like.")],
+    overrides: Overrides = None,
     checkpoint: Checkpoint = None,
     data: Data = None,
     labels: Labels = None,
@@ -108,9 +109,6 @@ def prune(
     size: Bytes = None,
     latency_ms: Latency = None,
     drift: Drift = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value of any recipe key, as in recover.finetune.epochs=3")
-    ] = None,
     out_dir: Out = None,
     as_json: AsJson = False,
 ) -> None:
