@@ -30,6 +30,14 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def pointwise(place: Path) -> tuple[str, ...]:
+    """Overrides for a network whose weights read few inputs each, so that single ones are soon compensated."""
+    file = place / "pointwise.safetensors"
+    save_file(timm.create_model("test_convnext", num_classes=CLASSES).state_dict(), file)
+    return ("model.name=test_convnext", f"model.checkpoint={file}")
+
+
 def recipe(place: Path, *overrides: str) -> Any:
     data = {
         "name": "mine",
@@ -129,8 +137,14 @@ def test_a_stopped_schedule_goes_on_where_it_was(place: Path):
     assert not list((place / "broken").glob("*.partial.*"))
 
 
-def test_a_stopped_scoring_of_single_weights_goes_on_where_it_was(place: Path):
-    asked = ("budget.macs=0.7", "sparsify.sparsity=0.5", "sparsify.criterion=tpv", "score.compensated=false")
+def test_a_stopped_scoring_of_single_weights_goes_on_where_it_was(place: Path, pointwise: tuple[str, ...]):
+    asked = (
+        *pointwise,
+        "budget.macs=0.7",
+        "sparsify.sparsity=0.5",
+        "sparsify.criterion=tpv",
+        "score.compensated=false",
+    )
     whole = Run(recipe(place, *asked), place / "whole")
     whole.until("plan")
     Run(recipe(place, *asked), place / "broken").until("score")
@@ -227,8 +241,8 @@ def test_weights_that_cannot_be_compensated_are_chosen_by_magnitude(place: Path,
     assert run.plan.sparsity == pytest.approx(0.5, abs=0.01)
 
 
-def test_images_that_only_zeros_are_scored_on_are_counted(place: Path):
-    asked = ("budget.macs=1.0", "score.criterion=l1", "sparsify.sparsity=0.5", "recover.finetune=null")
+def test_images_that_only_zeros_are_scored_on_are_counted(place: Path, pointwise: tuple[str, ...]):
+    asked = (*pointwise, "budget.macs=1.0", "score.criterion=l1", "sparsify.sparsity=0.5", "recover.finetune=null")
     run = Run(recipe(place, *asked), place / "out")
     told = run.until("plan")
     assert told["scored_by"] == "tpv(head=softmax, over=consume, compensated)"
@@ -249,14 +263,14 @@ def test_weights_that_cannot_be_compensated_are_an_error_where_they_are_asked_fo
         Run(recipe(place, *asked, "sparsify.criterion=tpv"), place / "other").until("plan")
 
 
-def test_zeros_follow_the_cut_and_change_the_plan_alone(place: Path):
-    asked = ("budget.macs=0.7", "sparsify.pattern='2:4'")
+def test_zeros_follow_the_cut_and_change_the_plan_alone(place: Path, pointwise: tuple[str, ...]):
+    asked = (*pointwise, "budget.macs=0.7", "sparsify.pattern='2:4'")
     run = Run(recipe(place, *asked), place / "out")
     told = run.until("plan")
     assert told["zeros"] == run.plan.zeros > 0
     assert told["sparsity"] == 0.5
     assert told["scored_by"] == "tpv(head=softmax, over=consume, compensated 2:4)"
-    without = Run(recipe(place, "budget.macs=0.7"), place / "without")
+    without = Run(recipe(place, *pointwise, "budget.macs=0.7"), place / "without")
     without.until("plan")
     assert {n: m.tolist() for n, m in run.plan.keep.items()} == {n: m.tolist() for n, m in without.plan.keep.items()}
     small, weights = (

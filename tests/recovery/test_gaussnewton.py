@@ -351,7 +351,10 @@ def test_batches_are_taken_evenly_spaced() -> None:
     assert len(_spread(inputs, 99)) == 10
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext", "test_efficientnet", "test_mambaout"])
+OTHERS = [pytest.param(f"test_{kind}", marks=pytest.mark.slow) for kind in ("convnext", "efficientnet", "mambaout")]
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", *OTHERS])
 def test_timm_models_come_closer(name: str) -> None:
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10).eval()

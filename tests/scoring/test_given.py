@@ -48,7 +48,9 @@ def test_a_batch_without_a_sample_is_refused(criterion: Any, tmp_path) -> None:
         tp.score(built("mlp").model, [*data(), empty], built("mlp").graph, tp.TPV(), save=tmp_path / "s")
 
 
-@pytest.mark.parametrize("given", [tp.TPV, tp.L1, "tpv", 7, object()], ids=str)
+@pytest.mark.parametrize(
+    "given", [tp.TPV, tp.L1, "tpv", 7, object()], ids=lambda given: getattr(given, "__name__", type(given).__name__)
+)
 def test_what_is_no_criterion_is_refused(given: Any) -> None:
     with pytest.raises(tp.InputError, match=r"is no criterion; give one that is made, as tp.TPV\(\)"):
         tp.score(built("mlp").model, data(), built("mlp").graph, given)

@@ -30,6 +30,7 @@ from tpvprune.types import Graph
 POSITIONS = 64  # of each sample that inputs are looked at
 COLUMNS = 1 << 23  # numbers of unfolded inputs that are looked at together
 AT_ONCE = 16  # of so many units of a row that are left, one leaves in a step
+FULL = 0.75  # the share of units that are left at which they are copied together
 # Rows x inputs x (inputs that make up for each other)^2 of a layer, at most: no more than about a minute of a core.
 # Where there are more, or inputs beyond `WIDEST`, they are cut into parts, each of which makes up for itself.
 WORK = 2 * 10**11
@@ -139,24 +140,24 @@ def _of_layer(layer: Any, group: Group, parts: Sequence[Part], others: bool | st
     kind = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
     turns = others != "alone"
     places = _Places.of_weight(layer.weight, others)
-    known = [(part.inputs, *part.moments.covariance()) for part in parts]
-    rows = []
-    for number in range(count):
-        moved, costs = torch.zeros_like(alone[number, :, 0]), []
-        for own, means, covariances in known:
-            stripes, mean, covariance = weight[number, ..., own], means[number], covariances[number]
+    moved, costs = torch.zeros_like(alone[..., 0]), []
+    for part in parts:
+        own, (means, covariances) = part.inputs, part.moments.covariance()
+        stripes = weight[..., own]
+        eye = torch.eye(means.shape[1], dtype=means.dtype, device=means.device)
+        precisions = []
+        for number, (mean, covariance) in enumerate(zip(means, covariances, strict=True)):
             precision, damping = damped_inverse(covariance, RIDGE)
+            precisions.append(precision.to(kind))
             # What a score says of an output: the score of removal, over the mean square of what is removed.
-            eye = torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
             inside = _inside(covariance + mean.unsqueeze(1) * mean + damping * eye, wide)
-            apart = stripes.unflatten(2, (-1, wide))
-            moved += torch.einsum("shuw,uwv,shuv->s", apart, inside, apart)
-            slots = None if places is None else places.of[own].to(mean.device)
-            room = 0 if places is None else places.room
-            costs.append(_costs(stripes.to(kind), precision.to(kind), wide, turns, slots, room))
-        price = alone[number].sum(1) / moved.clamp(min=1e-300)
-        rows.append(price.unsqueeze(1) * torch.cat(costs, 1))
-    return torch.cat(rows).flatten()
+            apart = stripes[number].unflatten(2, (-1, wide))
+            moved[number] += torch.einsum("shuw,uwv,shuv->s", apart, inside, apart)
+        slots = None if places is None else places.of[own].to(means.device)
+        room = 0 if places is None else places.room
+        costs.append(_costs(stripes.to(kind), torch.stack(precisions), wide, turns, slots, room))
+    price = alone.sum(2) / moved.clamp(min=1e-300)
+    return (price.unsqueeze(2) * torch.cat(costs, 2)).flatten()
 
 
 def _block(group: Group, rows: int, inputs: int) -> tuple[int, int]:
@@ -206,12 +207,15 @@ class _Places:
         return cls(number // (of * taps) * taps + number % taps, of - kept, of * taps)
 
 
-def _costs(stripes: Tensor, precision: Tensor, wide: int, turns: bool, places: Tensor | None, room: int) -> Tensor:
-    """Variance that the outputs of each stripe lose with each unit, `(stripes, units)`; see `_leaving`."""
+def _costs(stripes: Tensor, precisions: Tensor, wide: int, turns: bool, places: Tensor | None, room: int) -> Tensor:
+    """Variance that the outputs of each stripe lose with each unit, `(groups, stripes, units)`; see `_leaving`."""
     if not turns:
-        return _cost(stripes, precision.unsqueeze(0), wide)
-    chunks = stripes.split(max(1, HELD // precision.numel()))
-    return torch.cat([_leaving(chunk, precision, wide, places, room) for chunk in chunks])
+        return torch.stack([_cost(*pair, wide) for pair in zip(stripes, precisions.unsqueeze(1), strict=True)])
+    most = max(1, HELD // precisions[0].numel())
+    of = torch.arange(len(precisions), device=stripes.device).repeat_interleave(stripes.shape[1])
+    chunks = zip(stripes.flatten(0, 1).split(most), of.split(most), strict=True)
+    found = [_leaving(chunk, precisions[own], wide, places, room) for chunk, own in chunks]
+    return torch.cat(found).unflatten(0, stripes.shape[:2])
 
 
 def _cost(stripes: Tensor, precision: Tensor, wide: int) -> Tensor:
@@ -219,7 +223,8 @@ def _cost(stripes: Tensor, precision: Tensor, wide: int) -> Tensor:
     if wide == 1:
         return stripes.square().sum(1) / precision.diagonal(dim1=1, dim2=2).clamp(min=1e-30)
     apart = stripes.unflatten(2, (-1, wide)).permute(0, 2, 3, 1)
-    return (apart * torch.linalg.solve(_inside(precision, wide), apart)).sum((2, 3))
+    # Of units that have left, whose costs nobody reads, nothing but rounding is there to solve with.
+    return (apart * torch.linalg.solve_ex(_inside(precision, wide), apart).result).sum((2, 3))
 
 
 def _leaving(stripes: Tensor, precision: Tensor, wide: int, places: Tensor | None, room: int) -> Tensor:
@@ -227,48 +232,50 @@ def _leaving(stripes: Tensor, precision: Tensor, wide: int, places: Tensor | Non
 
     Args:
         stripes: weights of rows that leave together, `(stripes, rows, inputs)`.
-        precision: inverse covariance of the inputs.
+        precision: inverse covariances of the inputs of each, `(stripes, inputs, inputs)`, written to.
         wide: inputs of a unit.
         places: of each unit, `(units,)`, if some leave before others.
         room: how many units leave from each place before any other does.
     """
     count, units = len(stripes), stripes.shape[2] // wide
-    precision = precision.expand(count, -1, -1)
     result = stripes.new_zeros(count, units)
     left = torch.arange(units, device=stripes.device).expand(count, -1)
+    here, remain = torch.ones_like(left, dtype=torch.bool), units
     reached, rooms = stripes.new_zeros(count, 1), None
     if places is not None:
         places = places - places.min()
         rooms = left.new_full((count, int(places.max()) + 1), room)
     while True:
-        cost = _cost(stripes, precision, wide)
-        most = max(1, left.shape[1] // AT_ONCE)
+        cost = _cost(stripes, precision, wide).masked_fill(~here, torch.inf)
+        most = max(1, remain // AT_ONCE)
         turn = cost
         if places is not None and rooms is not None:
             turn = cost.masked_fill(~_first(cost, places[left], rooms), torch.inf)
             most = max(1, min(most, int(turn.isfinite().sum(1).min())))
-        order = turn.argsort(dim=1, stable=True)
-        gone, stay = order.tensor_split([most], 1)
+        gone = turn.argsort(dim=1, stable=True)[:, :most]
         out = _columns(gone, wide)
-        taken, weights = _at(precision, 1, out), _at(stripes, 2, out)
-        factor = _factor(_at(taken, 2, out))
+        taken, weights = _rows(precision, out), _at(stripes, out)
+        factor = _factor(_at(taken, out))
         # Of two copies among them one is free, not both: each is scored once those before it have left.
         own = torch.linalg.solve_triangular(factor, weights.mT, upper=False).square().sum(2)
         result.scatter_(1, left.gather(1, gone), torch.maximum(own.unflatten(1, (-1, wide)).sum(2), reached))
-        if not stay.shape[1]:
+        remain -= most
+        if not remain:
             return result
         reached = torch.maximum(reached, cost.gather(1, gone)[:, -1:])
         if places is not None and rooms is not None:
             rooms = rooms.scatter_add(1, places[left.gather(1, gone)], -torch.ones_like(gone))
             if not bool(rooms.any()):  # what a pattern takes is gone, and costs no more than all that stays
                 reached, rooms = torch.maximum(reached, result.amax(1, keepdim=True)), None
-        stay = stay.sort(1).values
-        rest = _columns(stay, wide)
-        across = _at(taken, 2, rest)
-        share = torch.cholesky_solve(across, factor)
-        stripes = torch.baddbmm(_at(stripes, 2, rest), weights, share, alpha=-1)
-        precision = torch.baddbmm(_at(_at(precision, 1, rest), 2, rest), across.mT, share, alpha=-1)
-        left = left.gather(1, stay)
+        share = torch.cholesky_solve(taken, factor)
+        stripes = torch.baddbmm(stripes, weights, share, alpha=-1)
+        precision.baddbmm_(taken.mT, share, alpha=-1)
+        here = here.scatter(1, gone, False)
+        if remain <= FULL * here.shape[1]:  # to copy what is left costs more than the step does
+            stay = here.nonzero()[:, 1].reshape(count, -1)
+            rest = _columns(stay, wide)
+            stripes, precision = _at(stripes, rest), _at(_rows(precision, rest), rest)
+            left, here = left.gather(1, stay), torch.ones_like(stay, dtype=torch.bool)
 
 
 def _factor(matrices: Tensor) -> Tensor:
@@ -298,8 +305,12 @@ def _columns(units: Tensor, wide: int) -> Tensor:
     return (units.unsqueeze(2) * wide + torch.arange(wide, device=units.device)).flatten(1)
 
 
-def _at(values: Tensor, dim: int, index: Tensor) -> Tensor:
-    """Entries of `(stripes, ..., ...)` along a dimension, for each stripe its own."""
-    shape = list(values.shape)
-    shape[dim] = index.shape[1]
-    return values.gather(dim, index.unsqueeze(3 - dim).expand(shape))
+def _at(values: Tensor, index: Tensor) -> Tensor:
+    """Columns of `(stripes, ..., ...)`, for each stripe its own."""
+    return values.gather(2, index.unsqueeze(1).expand(-1, values.shape[1], -1))
+
+
+def _rows(values: Tensor, index: Tensor) -> Tensor:
+    """Rows of `(stripes, ..., ...)`, for each stripe its own."""
+    first = torch.arange(0, values[..., 0].numel(), values.shape[1], device=values.device)
+    return values.flatten(0, 1).index_select(0, (index + first.unsqueeze(1)).flatten()).unflatten(0, index.shape)
