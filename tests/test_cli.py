@@ -87,6 +87,16 @@ def test_version_and_module_entry_point():
     assert said.stdout.strip() == f"tpvprune {tp.__version__}"
 
 
+def test_what_prune_needs_may_be_keys_too(place, run):
+    words = ["prune", "test_resnet", "--out", "out", *(word for word in SMALL if "images" not in word)]
+    assert "no budget" in run(*words, "data.images=images", "budget.macs=null")[2]
+    assert "--data is missing" in run(*words, "budget.macs=0.6", "data.images=null")[2]
+    more = ("model.checkpoint=weights.safetensors", "data.images=images", "budget.units=0.7", "recover.finetune=null")
+    code, told, _ = run(*words, *more, "--json")
+    assert code == 0
+    assert json.loads(told)["asked"].keys() == {"units"}
+
+
 def test_prune_end_to_end_without_a_recipe(place, run):
     code, told, _ = run(*prune_words("--macs", "0.5", "--labels", "folders"))
     assert code == 0

@@ -152,3 +152,25 @@ def test_iterative_pruning_is_a_loop_over_the_verbs() -> None:
     assert whole.params == sum(p.numel() for p in small.parameters())
     shapes = {n: p.shape for n, p in tp.apply(b.model, whole).named_parameters()}
     assert shapes == {n: p.shape for n, p in small.named_parameters()}
+
+
+def test_what_cannot_be_met_is_told_before_anything_is_scored(mlp) -> None:
+    seen: list[str] = []
+
+    def told(stage: str, done: int, total: int | None) -> None:
+        seen.append(stage)
+
+    with pytest.raises(tp.BudgetError, match="the floor is"):
+        tp.prune(mlp.model, [mlp.inputs], tp.Budget(macs=0.001), progress=told)
+    with pytest.raises(tp.PlanError, match="latency_ms needs a table"):
+        tp.prune(mlp.model, [mlp.inputs], tp.Budget(latency_ms=0.7), progress=told)
+    assert "score" not in seen
+
+
+def test_a_budget_of_milliseconds_and_the_joint_allocator_can_be_asked_for(mlp) -> None:
+    table = tp.latency_table(mlp.model, mlp.graph, mlp.inputs)
+    found = tp.prune(mlp.model, [mlp.inputs], tp.Budget(latency_ms=0.99), latency=table)
+    assert found.plan.made_by["asked"]["latency_ms"] >= found.plan.made_by["got"]["latency_ms"]
+    joint = tp.prune(mlp.model, [mlp.inputs], tp.Budget(macs=0.8), planning=tp.Planning(allocator="joint"))
+    assert joint.plan.made_by["allocator"] == "joint"
+    assert joint.scores.sensitivities is not None

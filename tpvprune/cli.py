@@ -17,6 +17,7 @@ import typer
 from rich.logging import RichHandler
 
 from tpvprune.analysiscli import add_analysis_verbs
+from tpvprune.budget import BOUNDS
 from tpvprune.checkpoint import ABOUT, load
 from tpvprune.comparecli import compare as compare_verb
 from tpvprune.console import bars, err, number, out, print_json, print_table
@@ -113,12 +114,13 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Prune a model without a recipe."""
-    if data is None:
-        raise InputError("--data is missing; give a folder of images (labels are not needed)")
     bounds = {"macs": macs, "params": params, "bytes": size, "latency_ms": latency_ms, "drift": drift}
-    if not any(bounds.values()):
-        raise InputError("no budget; give --macs 0.5, --params 0.5, --bytes 20MB, --latency-ms '8 ms' or --drift 0.05")
     given = flags(overrides, checkpoint=checkpoint, data=data, labels=labels, **bounds)
+    named = {key for key, equals, value in (word.partition("=") for word in given) if value.strip() != "null"}
+    if not named & {"data", "data.images"}:
+        raise InputError("--data is missing; give a folder of images (labels are not needed)")
+    if not named & {"budget", *(f"budget.{name}" for name in BOUNDS)}:
+        raise InputError("no budget; give --macs 0.5, --params 0.5, --bytes 20MB, --latency-ms '8 ms' or --drift 0.05")
     finish(resolve_model(model, given, out_dir), "report", as_json)
 
 

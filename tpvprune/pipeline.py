@@ -16,6 +16,8 @@ from tpvprune.kinds import check_kinds
 from tpvprune.measures import Report
 from tpvprune.plan import Plan
 from tpvprune.planning.graph import trace
+from tpvprune.planning.latency import LatencyTable
+from tpvprune.planning.widths import check_reachable
 from tpvprune.recovery.finetune import Finetune
 from tpvprune.recovery.reconstruct import Reconstruct
 from tpvprune.recovery.recover import CLOSED_FORM, recover
@@ -58,6 +60,7 @@ def prune(
     planning: Planning | None = None,
     output: Selector = None,
     depth: bool = False,
+    latency: LatencyTable | None = None,
     held_out: Iterable[Batch] | None = None,
     reconstruct_with: Reconstruct | None = CLOSED_FORM,
     refine_with: GaussNewton | None = None,
@@ -71,11 +74,13 @@ def prune(
         batches: unlabeled; a list or a DataLoader.
         budget: what the result may cost.
         criterion: how to score; `TPV()` by default, compensated if the closed form follows (and drift is not
-            bounded), each of few samples probed more often: about 1,280 cotangents, at most eight a sample.
+            bounded, nor the joint allocator asked for), each of few samples probed more often: about 1,280
+            cotangents, at most eight a sample.
         planning: in how many steps, and by which allocator; one step by default.
         output: which part of what the model returns counts, where that is not one tensor: a key, attribute or
             index, or a function. A criterion of your own has its own `output`.
         depth: whether residual blocks may be skipped as a whole; see `trace`.
+        latency: from `latency_table`, of the graph that `trace` gives; needed where milliseconds are bounded.
         held_out: other batches to measure on, with labels or without. Without them the report measures
             on the scoring batches and says so.
         reconstruct_with: closed-form recovery; None leaves it out.
@@ -84,6 +89,7 @@ def prune(
         progress: called as `progress(stage, done, total)`.
 
     Raises:
+        BudgetError: the budget cannot be met; told before anything is scored.
         InputError: see the verbs; nothing of the model is changed.
     """
     repeatable(batches, "scoring and recovery both need them")
@@ -100,11 +106,13 @@ def prune(
     if first is None:
         raise DataError("there is no batch; give at least one")
     if criterion is None:
-        compensated, count = reconstruct_with is not None and budget.drift is None, length_of(batches)
+        whole = budget.drift is not None or (planning is not None and planning.allocator == "joint")
+        compensated, count = reconstruct_with is not None and not whole, length_of(batches)
         probes = 1 if count is None else probes_for(count * len(inputs_of(first)))
         criterion = TPV(output=output, compensated=compensated, probes=probes)
     graph = trace(model, inputs_of(first)[:1], depth=depth, progress=progress)
     clock = timed("trace", clock)
+    check_reachable(graph, budget, latency=latency)
     scores = score(model, batches, graph, criterion, progress=progress)
     clock = timed("score", clock)
     plan = plan_for(
@@ -115,6 +123,7 @@ def prune(
         criterion=criterion,
         planning=planning,
         scores=scores,
+        latency=latency,
         progress=progress,
         refit_with=reconstruct_with,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -130,7 +131,8 @@ class Scores:
     @property
     def in_nats(self) -> bool:
         """Whether half a value predicts KL(dense || pruned) in nats: TPV of the softmax head, of the cut alone."""
-        return self.criterion.startswith("tpv(head=softmax, over=consume") and "compensated" not in self.criterion
+        other = "compensated" in self.criterion or re.search(r"perturbation=(?!removal\b)", self.criterion)
+        return self.criterion.startswith("tpv(head=softmax, over=consume") and not other
 
     def summary(self, cut: float = 0.5, share: float = 0.01) -> dict[str, Any]:
         """How sure the ranking is.

@@ -495,7 +495,8 @@ def test_a_cost_and_a_drift_hold_together_or_are_refused(residual) -> None:
 
 
 @pytest.mark.parametrize("criterion", ["l1", "tpv(head=logits, over=consume)", "tpv(head=softmax, over=all)",
-                                       "tpv(head=softmax, over=consume, compensated)"])  # fmt: skip
+                                       "tpv(head=softmax, over=consume, compensated)",
+                                       "tpv(head=softmax, over=consume, perturbation=rounding)"])  # fmt: skip
 def test_drift_needs_scores_in_nats(mlp, criterion: str) -> None:
     scores = dataclasses.replace(random_scores(mlp.graph), criterion=criterion)
     with pytest.raises(tp.PlanError, match="needs scores in nats"):
@@ -505,6 +506,7 @@ def test_drift_needs_scores_in_nats(mlp, criterion: str) -> None:
 def test_scores_of_tpv_are_in_nats(mlp) -> None:
     for criterion, nats in (
         (tp.TPV(), True), (tp.TPV(compensated=True), False), (tp.TPV("logits"), False), (tp.L1(), False),
+        (tp.TPV(perturbation=tp.Removal()), True), (tp.TPV(perturbation=tp.Isotropic(1e-3)), False),
     ):  # fmt: skip
         assert tp.score(mlp.model, [mlp.inputs], mlp.graph, criterion).in_nats is nats
     plan = tp.allocate(tp.score(mlp.model, [mlp.inputs], mlp.graph), mlp.graph, tp.Budget(drift=0.01, round_to=1))

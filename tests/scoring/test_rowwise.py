@@ -15,6 +15,7 @@ from tests.cases import example, randomise
 from tests.helpers import built, gap
 from tpvprune.patches import some_of
 from tpvprune.scoring import rowwise
+from tpvprune.scoring.moments import Moments
 
 RIDGE = 0.01
 
@@ -332,3 +333,20 @@ def test_what_compensated_scores_of_weights_refuse():
     huge = nn.Sequential(nn.Linear(6, 2), nn.Sigmoid()).double()
     with pytest.raises(tp.NonFiniteError, match="'0'"):
         tp.score(huge, [1e200 * example(3, 6)], tp.weight_graph(huge), tp.TPV(compensated=True))
+
+
+@pytest.mark.parametrize("mean", [0.0, 100.0, 3000.0])
+def test_inputs_far_from_zero_keep_their_covariance(mean: float):
+    torch.manual_seed(0)
+    rows = (torch.randn(256, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64) + mean).float()
+    rows[:, 0] = mean + 1  # one that never varies
+    near = torch.rand(40, 6)  # held about zero
+    one, other, third = Moments(), Moments(), Moments()
+    for part in rows.split(32):
+        one.add(part[:20])
+        other.add(part[20:])
+    third.add(near)
+    for whole, seen in ((one + other, rows), (third + one + other, torch.cat([near, rows]))):
+        average, covariance = whole.covariance()
+        torch.testing.assert_close(average, seen.double().mean(0), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(covariance, seen.double().T.cov(correction=0), rtol=1e-5, atol=1e-5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -253,11 +253,10 @@ def _scores(
     values = criterion.summarise(tally.means(), model, graph)
     errors = tally.stderr() if set(values) == set(tally.sums) else None
     if later is not None:
-        first, values = values, later(values)
-        # The order in which units leave is one for all: halves and errors go along with the values.
-        grown = {name: torch.nan_to_num(value / first[name], 1.0, 1.0) for name, value in values.items()}
-        halves = [{name: value * grown[name] for name, value in half.items()} for half in halves]
-        errors = None if errors is None else {name: value * grown[name] for name, value in errors.items()}
+        first, values = values, later(values) or values
+        parts = [later(half, number) for number, half in enumerate(halves)]
+        halves = [half for half in parts if half is not None]
+        errors = _grown(errors, first, values, halves) if errors is not None and halves else None
     return Scores(
         values=values,
         stderr=errors,
@@ -271,6 +270,18 @@ def _scores(
         sensitivities=rows,
         manifest=manifest,
     )
+
+
+def _grown(
+    errors: Mapping[str, Tensor], first: Mapping[str, Tensor], values: Mapping[str, Tensor], halves: Sequence[Any]
+) -> dict[str, Tensor]:
+    """Standard errors of scores that were made of others: as large in a group, at least, as its halves are apart."""
+    found = {}
+    for name, value in values.items():
+        error = errors[name] * torch.nan_to_num(value / first[name], 1.0, 1.0)
+        apart = (halves[0][name] - halves[1][name]).square().mean() / 4
+        found[name] = error * (apart / error.square().mean().clamp(min=1e-300)).sqrt().clamp(min=1.0)
+    return found
 
 
 def _manifest(watched: Watched, done: int, tally: Tally, world: int) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from tpvprune.batches import Batch
 from tpvprune.errors import NonFiniteError, UnseenError
 from tpvprune.members import Member
 from tpvprune.patches import channel_axis
-from tpvprune.scoring.moments import WIDEST, Moments, damped_inverse, together, watch
+from tpvprune.scoring.moments import FULL, WIDEST, Moments, damped_inverse, together, watch
 from tpvprune.scoring.raw import raw_readers
 from tpvprune.types import Graph
 
@@ -44,15 +44,14 @@ class Residual:
         means: `(2, channels)`, of the covariance that the samples with even and with odd numbers are held against.
         matrices: `(2, channels, channels)`, likewise.
         ridge: what was added to the covariances' diagonals, as a share of its mean.
-        precision: inverse of the covariance of all samples, ridge added, `(channels, channels)`.
-        damping: what was added to that covariance's diagonal.
+        precisions: inverse of the covariance, ridge added, of all samples, and of those with even and with odd numbers,
+            `(channels, channels)`; each with what was added to the covariance's diagonal.
     """
 
     means: Tensor
     matrices: Tensor
     ridge: float
-    precision: Tensor
-    damping: float
+    precisions: tuple[tuple[Tensor, float], ...]
 
     def __call__(self, value: Tensor, axis: int, numbers: range) -> Tensor:
         """Residuals of `value`, shaped as it is.
@@ -133,18 +132,20 @@ def _residual(
     model: nn.Module, graph: Graph, layer: str, even: Moments, odd: Moments, ridges: Sequence[float]
 ) -> Residual:
     # One half alone has nothing but itself to be held against.
-    halves = [(odd if odd.rows else even).covariance(), (even if even.rows else odd).covariance()]
+    halves = [(even if even.rows else odd).covariance(), (odd if odd.rows else even).covariance()]
     best: tuple[float, Residual] | None = None
     for ridge in ridges:
-        matrices = [_matrix(model, graph, layer, covariance, ridge) for _, covariance in halves]
+        precisions = [_precision(model, layer, covariance, ridge) for _, covariance in halves]
+        # Each half's residuals are those of the other half's covariance.
+        matrices = [_matrix(model, graph, layer, precision) for precision, _ in reversed(precisions)]
         left = 0.0
-        for (mean, _), matrix, (other, covariance) in zip(halves, matrices, reversed(halves), strict=True):
-            off = ((other - mean) @ matrix).square().sum()
+        for (mean, covariance), (other, _), matrix in zip(halves, reversed(halves), matrices, strict=True):
+            off = ((mean - other) @ matrix).square().sum()
             left += float(((covariance @ matrix) * matrix).sum() + off)
         if best is None or left < best[0]:
-            means = torch.stack([mean for mean, _ in halves])
+            means = torch.stack([mean for mean, _ in reversed(halves)])
             whole = _precision(model, layer, (even + odd).covariance()[1], ridge)
-            best = left, Residual(means, torch.stack(matrices), ridge, *whole)
+            best = left, Residual(means, torch.stack(matrices), ridge, (whole, *precisions))
     assert best is not None
     return best[1]
 
@@ -171,10 +172,9 @@ def _width(model: nn.Module, layer: str, channels: int) -> int:
     return channels // _groups(model.get_submodule(layer))
 
 
-def _matrix(model: nn.Module, graph: Graph, layer: str, covariance: Tensor, ridge: float) -> Tensor:
-    precision, _ = _precision(model, layer, covariance, ridge)
+def _matrix(model: nn.Module, graph: Graph, layer: str, precision: Tensor) -> Tensor:
     matrix = precision / precision.diagonal()
-    for block in _blocks(graph, layer, len(covariance), _width(model, layer, len(covariance))):
+    for block in _blocks(graph, layer, len(precision), _width(model, layer, len(precision))):
         inside = precision[block][:, block]
         matrix[:, block] = torch.linalg.solve(inside, precision[block]).mT
     return matrix
@@ -199,10 +199,11 @@ def _columns(member: Member, units: int, channels: int, width: int) -> Tensor:
 class _Reads:
     """A layer that reads units: what its inputs tell of each other and its weights on them, as units leave."""
 
-    def __init__(self, model: nn.Module, member: Member, units: int, residual: Residual) -> None:
-        channels = len(residual.precision)
+    def __init__(self, model: nn.Module, member: Member, units: int, precision: Tensor, damping: float) -> None:
+        channels = len(precision)
         width = _width(model, member.layer, channels)
-        self.precision, self.damping = residual.precision.double().cpu(), residual.damping
+        self.precision, self.damping = precision.to("cpu", torch.float64, copy=True), damping
+        self.here = torch.ones(channels, dtype=torch.bool)
         self.columns = _columns(member, units, channels, width).flatten(1)
         self.weight = _by_channel(model.get_parameter(member.param), member.axis, channels)
 
@@ -245,13 +246,17 @@ class _Reads:
     def remove(self, units: Tensor) -> None:
         """Take units away: the others' weights make up for them as well as they can."""
         gone = self.columns[units].flatten()
-        rest = torch.ones(len(self.precision), dtype=torch.bool)
-        rest[gone] = False
-        across = self.precision[gone][:, rest]
-        share = torch.linalg.solve(self.precision[gone][:, gone], across)
-        self.weight = self.weight[:, rest] - self.weight[:, gone] @ share
-        self.precision = self.precision[rest][:, rest] - across.mT @ share
-        self.columns = (rest.cumsum(0) - 1)[self.columns]  # of units that are gone it means nothing
+        taken = self.precision[gone]
+        share = torch.linalg.solve(taken[:, gone], taken)
+        # Nothing but rounding is left of what has gone.
+        self.weight.addmm_(self.weight[:, gone], share, alpha=-1)
+        self.precision.addmm_(taken.mT, share, alpha=-1)
+        self.here[gone] = False
+        rest = self.here.nonzero().flatten()
+        if len(rest) <= FULL * len(self.here):
+            self.weight, self.precision = self.weight[:, rest], self.precision[rest][:, rest]
+            self.columns = (self.here.cumsum(0) - 1)[self.columns]  # of units that are gone it means nothing
+            self.here = torch.ones(len(rest), dtype=torch.bool)
 
 
 def _by_channel(weight: Tensor, axis: int, channels: int) -> Tensor:
@@ -266,7 +271,11 @@ def _by_channel(weight: Tensor, axis: int, channels: int) -> Tensor:
 
 
 def left_later(
-    model: nn.Module, graph: Graph, maps: Mapping[str, Residual], alone: Mapping[str, Tensor]
+    model: nn.Module,
+    graph: Graph,
+    maps: Mapping[str, Residual],
+    alone: Mapping[str, Tensor],
+    half: int | None = None,
 ) -> dict[str, Tensor]:
     """What units cost when their turn comes, `(units,)` per group, none less than what was cheapest before.
 
@@ -275,13 +284,15 @@ def left_later(
         graph: of channels and heads.
         maps: from `residuals`.
         alone: what each costs while all others are there, `(units,)` per group.
+        half: of the samples with even (0) or odd (1) numbers alone, which `alone` is of too.
     """
+    of = 0 if half is None else half + 1
     found, channels = {}, _channels(model, graph)
     for group in graph.groups:
         members = [member for member in group.of_role("consume") if member.layer in maps]
         if any(channels.get(member.layer, WIDEST + 1) > WIDEST for member in group.of_role("consume")):
             members = []  # of what such a layer loses nothing is known but what each unit costs alone
-        reads = [_Reads(model, member, group.units, maps[member.layer]) for member in members]
+        reads = [_Reads(model, member, group.units, *maps[member.layer].precisions[of]) for member in members]
         score = alone[group.id].double().cpu()
         found[group.id] = (_in_turn(score, reads) if reads else score).to(alone[group.id])
     return found

@@ -17,44 +17,71 @@ from tpvprune.scoring.engine import Parts, global_number
 from tpvprune.scoring.layout import outermost, sample_axes, unclear
 
 WIDEST = 8192  # inputs of a layer whose covariances, ten of them at a time, have room in 6 GB
+FULL = 0.75  # share of channels left of a precision at which they are copied together: it costs more than a step does
+FAR = 100.0  # squares of a mean, in variances
 SAMPLES = 2560  # covariances of a few thousand channels are known well enough from these, at many positions each
 
 
 class Moments:
-    """Sums over the rows of what a layer is given, `(..., rows, channels)`: over samples and positions."""
+    """Sums over the rows of what a layer is given, `(..., rows, channels)`: over samples and positions.
+
+    Channels whose first rows lie far from zero are summed about their mean, which single precision has no digits for.
+    """
 
     def __init__(self) -> None:
         self.rows = 0
         self.total = self.square = torch.zeros(())
+        self.about: Tensor | None = None
 
     def add(self, rows: Tensor) -> None:
         """Add rows."""
         rows = rows if rows.dtype == torch.float64 else rows.float()
-        self.rows += rows.shape[-2]
         with torch.autocast(rows.device.type, enabled=False):  # a covariance in half precision is none
+            if not self.rows and rows.shape[-2]:
+                spread, mean = torch.var_mean(rows, -2, correction=0)
+                far = mean.square() > FAR * spread
+                self.about = torch.where(far, mean, 0) if bool(far.any()) else None
+            if self.about is not None:
+                rows = rows - self.about.unsqueeze(-2)
+            self.rows += rows.shape[-2]
             self.total = self.total + rows.sum(-2).double()
             self.square = self.square + (rows.mT @ rows).double()
 
     def back_to(self, other: Moments) -> None:
         """Forget what was added since `other` was copied from this."""
-        self.rows, self.total, self.square = other.rows, other.total, other.square
+        self.rows, self.total, self.square, self.about = other.rows, other.total, other.square, other.about
 
     def to(self, device: torch.device | str) -> Moments:
         """The sums on another device."""
         moved = Moments()
         moved.rows, moved.total, moved.square = self.rows, self.total.to(device), self.square.to(device)
+        moved.about = None if self.about is None else self.about.to(device)
         return moved
 
     def __add__(self, other: Moments) -> Moments:
-        whole = Moments()
-        whole.rows = self.rows + other.rows
-        whole.total, whole.square = self.total + other.total, self.square + other.square
+        whole = copy.copy(self if self.rows else other)
+        if self.rows and other.rows:
+            if other.about is not None or whole.about is not None:
+                other = other._moved(whole.about)
+            whole.rows = self.rows + other.rows
+            whole.total, whole.square = self.total + other.total, self.square + other.square
         return whole
+
+    def _moved(self, about: Tensor | None) -> Moments:
+        """The same rows, summed about another point."""
+        zero = torch.zeros_like(self.total)
+        by = (zero if self.about is None else self.about.double()) - (zero if about is None else about.double())
+        across = self.total.unsqueeze(-1) * by.unsqueeze(-2)
+        moved = Moments()
+        moved.rows, moved.about, moved.total = self.rows, about, self.total + self.rows * by
+        moved.square = self.square + across + across.mT + self.rows * by.unsqueeze(-1) * by.unsqueeze(-2)
+        return moved
 
     def covariance(self) -> tuple[Tensor, Tensor]:
         """Mean `(..., channels)` and covariance `(..., channels, channels)`."""
         mean = self.total / self.rows
-        return mean, self.square / self.rows - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+        covariance = self.square / self.rows - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+        return (mean if self.about is None else mean + self.about.double()), covariance
 
 
 class _UnclearError(RuntimeError):

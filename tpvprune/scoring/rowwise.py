@@ -24,13 +24,12 @@ from tpvprune.errors import InputError, NonFiniteError
 from tpvprune.members import Group
 from tpvprune.patches import patches, some_of
 from tpvprune.scoring.gradients import Captured
-from tpvprune.scoring.moments import WIDEST, Moments, damped_inverse, together, watch
+from tpvprune.scoring.moments import FULL, WIDEST, Moments, damped_inverse, together, watch
 from tpvprune.types import Graph
 
 POSITIONS = 64  # of each sample that inputs are looked at
 COLUMNS = 1 << 23  # numbers of unfolded inputs that are looked at together
 AT_ONCE = 16  # of so many units of a row that are left, one leaves in a step
-FULL = 0.75  # the share of units that are left at which they are copied together
 # Rows x inputs x (inputs that make up for each other)^2 of a layer, at most: no more than about a minute of a core.
 # Where there are more, or inputs beyond `WIDEST`, they are cut into parts, each of which makes up for itself.
 WORK = 2 * 10**11

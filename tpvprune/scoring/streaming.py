@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -13,8 +13,18 @@ from tpvprune.scoring.engine import Watched
 from tpvprune.tally import Tally
 from tpvprune.types import Graph
 
-Later = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
-"""Scores of what scores say of each unit alone, both `(units,)` per group."""
+
+class Later(Protocol):
+    """What scores are made of once more, where units depend on each other."""
+
+    def __call__(self, alone: Mapping[str, Tensor], half: int | None = None) -> Mapping[str, Tensor] | None:
+        """Scores of what scores say of each unit alone, both `(units,)` per group.
+
+        Args:
+            alone: of all samples, or of a half of them.
+            half: that with even (0) or odd (1) numbers; its scores are None where nothing is known of halves.
+        """
+        ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,7 +26,7 @@ from tpvprune.scoring.engine import Watched
 from tpvprune.scoring.heads import Head, head_named
 from tpvprune.scoring.perturb import Perturbation, Removal, perturbation_named
 from tpvprune.scoring.probing import Probing
-from tpvprune.scoring.rowwise import parts_of_inputs, rows_in_turn
+from tpvprune.scoring.rowwise import Part, parts_of_inputs, rows_in_turn
 from tpvprune.scoring.streaming import Later, Observation
 from tpvprune.scoring.weights import factored_scores, gradient_observations
 from tpvprune.tally import Tally
@@ -291,7 +291,7 @@ class TPV:
         unseen: UnseenError | None = None
         if _of_weights(graph):
             parts = parts_of_inputs(model, looked, graph, self.compensated)
-            later = partial(rows_in_turn, model, graph, parts, self.compensated)
+            later = _Rows(model, graph, parts, self.compensated)
         else:
             try:
                 maps = residuals(model, looked, graph, RIDGES)
@@ -307,6 +307,19 @@ class TPV:
     @property
     def _probing(self) -> Probing:
         return Probing(head_named(self.head), self.probes, self.seed, self.output)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """`rows_in_turn` as a `Later`: halves would take its time, and room for inputs' covariances, three times."""
+
+    model: nn.Module
+    graph: Graph
+    parts: Mapping[str, list[Part]]
+    others: bool | str
+
+    def __call__(self, alone: Mapping[str, Tensor], half: int | None = None) -> Mapping[str, Tensor] | None:
+        return None if half is not None else rows_in_turn(self.model, self.graph, self.parts, self.others, alone)
 
 
 def _of_weights(graph: Graph) -> bool:
