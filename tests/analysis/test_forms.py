@@ -407,7 +407,7 @@ def test_errors_name_what_is_wrong(mlp) -> None:
         analysis.trace_form(model, batches, analysis.Operator(lambda g: g), engine="per_sample")
     with pytest.raises(tp.InputError, match="the sampler gives 'y'"):
         analysis.tpv(model, batches, analysis.Sampler(lambda w, g: {"y": torch.ones(1)}), form="empirical")
-    for given, told in ((None, "None; it must return a dict"), ({"0.weight": 1.0}, r"a float for '0\.weight'")):
+    for given, told in ((None, "a NoneType; it must return a dict"), ({"0.weight": 1.0}, r"a float for '0\.weight'")):
         with pytest.raises(tp.InputError, match=f"the sampler gives {told}"):
             analysis.tpv(model, batches, analysis.Sampler(lambda w, g, given=given: given), form="empirical")
     with pytest.raises(tp.InputError, match=r"parameters='0\.weight' is one string; give a list"):

@@ -97,7 +97,9 @@ def test_label_noise_of_wide_models_counts_every_direction(width: int, dtype: to
     """Against singular values of dense Jacobians in float64; what is known of them is not less for more weights."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(20, width), nn.ReLU(), nn.Linear(width, 3)).to(dtype).eval()
-    train, test = example(8, 20).to(dtype), example(5, 20, seed=7).to(dtype)
+    train, test = example(8, 20), example(5, 20, seed=7).to(dtype)
+    train[1] = train[0] + 0.15 * train[1]
+    train = train.to(dtype)
     exact = copy.deepcopy(model).double()
     names = [name for name, _ in exact.named_parameters()]
 
@@ -106,15 +108,15 @@ def test_label_noise_of_wide_models_counts_every_direction(width: int, dtype: to
         return torch.cat([found[n].flatten(2) for n in names], 2)
 
     u, s, v = torch.linalg.svd(rows(train).flatten(0, 1), full_matrices=False)
-    assert float(s.min() / s.max()) > 0.01
+    assert 0.01 < float(s.min() / s.max()) < 0.1
     for ridge in (0.0, float(s.square().mean())):
         through = rows(test) @ v.T * (s / (s.square() + ridge)) @ u.T
         some = {"train": [train], "test": [test]}
         found = analysis.label_noise_closed(model, [train[:3], train[3:]], some, 1.0, ridge=ridge)
         wanted = through.square().sum((1, 2))
-        torch.testing.assert_close(found["test"][0], wanted, rtol=tolerances.FLOAT32, atol=0)
+        torch.testing.assert_close(found["test"][0], wanted, rtol=0, atol=tolerances.FLOAT32)
         if not ridge:
-            assert float(found["train"].mean()) == pytest.approx(3.0, rel=tolerances.FLOAT32)
+            assert float(found["train"].mean()) == pytest.approx(3.0, abs=tolerances.FLOAT32)
     assert all(p.dtype == dtype for p in model.parameters())
     assert not model._forward_pre_hooks
 
@@ -127,17 +129,17 @@ def test_directions_that_are_zero_up_to_rounding_are_left_out(dtype: torch.dtype
     model = nn.Sequential(*layers, nn.Linear(40, 3), nn.Softmax(1)).to(dtype).eval()
     x = example(6, 8).to(dtype)
     found = analysis.label_noise_closed(model, [x, x.flip(0)], {"train": [x]}, 1.0)["train"]
-    assert float(found.mean()) == pytest.approx(12 / 12, rel=tolerances.FLOAT32)
+    assert float(found.mean()) == pytest.approx(12 / 12, abs=tolerances.FLOAT32)
 
 
 def test_fine_tuning_in_half_precision_takes_steps_in_float32() -> None:
     model, x = linear(2).bfloat16(), example(9, 4).bfloat16()
-    settings = analysis.LabelNoise(sigma=0.01, steps=120, penalty=0.05, repeats=2)
+    settings = analysis.LabelNoise(sigma=1.0, steps=120, penalty=0.05, repeats=2)
     found, wanted = (
         analysis.label_noise_movements(copy.deepcopy(model).to(d), [x.to(d)], {"": [x.to(d)]}, settings)[""]
         for d in (torch.bfloat16, torch.float64)
     )
-    assert float(found.mean()) == pytest.approx(float(wanted.mean()), rel=tolerances.FLOAT32)
+    assert float(found.mean()) == pytest.approx(float(wanted.mean()), abs=tolerances.FLOAT32)
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.05])

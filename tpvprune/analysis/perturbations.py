@@ -241,21 +241,17 @@ def _copies(tensors: Weights) -> dict[str, Tensor]:
 
 def _checked(found: Any, weights: Weights, what: str) -> Weights:
     if not isinstance(found, Mapping):
-        raise InputError(f"the {what} gives {_told(found)}; it must return a dict of tensors by parameter")
+        raise InputError(f"the {what} gives a {type(found).__name__}; it must return a dict of tensors by parameter")
     for name, value in found.items():
         if name not in weights:
             raise InputError(f"the {what} gives {name!r}, which is none of the parameters that may move")
         if not isinstance(value, Tensor):
-            raise InputError(f"the {what} gives {_told(value)} for {name!r}; it must be a tensor of its shape")
+            raise InputError(f"the {what} gives a {type(value).__name__} for {name!r}; it must be a tensor")
         if value.shape != weights[name].shape:
             raise InputError(
                 f"the {what} gives {name!r} the shape {tuple(value.shape)}, it is {tuple(weights[name].shape)}"
             )
     return found
-
-
-def _told(given: Any) -> str:
-    return "None" if given is None else f"a {type(given).__name__}"
 
 
 def parameters_of(model: nn.Module, patterns: Sequence[str] | None, change: Any = None) -> dict[str, Tensor]:
