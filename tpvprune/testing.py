@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tpvprune.batches import Batch
 from tpvprune.errors import InputError
 from tpvprune.scoring.criteria import Criterion
+from tpvprune.scoring.engine import wide
 from tpvprune.scoring.heads import Head
 from tpvprune.scoring.perturb import Perturbation, moments_of
 from tpvprune.types import Graph
@@ -112,12 +113,13 @@ def check_perturbation(perturbation: Perturbation, name: str, weight: Tensor) ->
         AssertionError: the moments are no pair of tensors (or numbers, or None) that broadcast to the weight, are not
             finite or not repeatable, the variance is below zero, or the weight or the global random state was changed.
     """
-    given, random = weight.detach().clone(), torch.get_rng_state()
+    given, random = wide(weight.detach()).clone(), torch.get_rng_state()
     try:
         moments = moments_of(perturbation, name, given)
     except InputError as error:
         raise AssertionError(str(error)) from None
-    assert torch.equal(given, weight.detach()), "the weight was changed"
+    perturbation.moments(name, given)  # which moments_of gives a copy
+    assert torch.equal(given, wide(weight.detach())), "the weight was changed"
     assert torch.equal(random, torch.get_rng_state()), "the global random state was used; moments are no draws"
     for kind, moment, again in zip(("mean", "variance"), moments, moments_of(perturbation, name, given), strict=True):
         same = again is None if moment is None else again is not None and torch.equal(moment, again)

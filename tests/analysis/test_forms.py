@@ -342,6 +342,39 @@ def test_nothing_of_the_model_is_left_changed(conv_bn) -> None:
     assert torch.equal(random, torch.get_rng_state())
 
 
+class Scales:
+    """Moments that are made in the weight's own place."""
+
+    def moments(self, name, weight):
+        return weight.mul_(-0.5), None
+
+
+def test_changes_made_in_place_do_not_reach_the_model(mlp) -> None:
+    model = copy.deepcopy(mlp.model)
+    state = copy.deepcopy(model.state_dict())
+    given = {"head": "logits", "draws": 2, "seed": 3}
+
+    def noise(w, g):
+        return {n: v * torch.rand(v.shape, generator=g) for n, v in w.items()}
+
+    def in_place(w, g):
+        return {n: v.mul_(torch.rand(v.shape, generator=g)) for n, v in w.items()}
+
+    wanted = analysis.movements(model, [mlp.inputs], analysis.Sampler(noise), **given)
+    for change in (analysis.Sampler(in_place), analysis.Operator(lambda g: g, in_place)):
+        assert torch.equal(analysis.movements(model, [mlp.inputs], change, **given), wanted)
+    plain, own = (
+        analysis.trace_form(model, [mlp.inputs], analysis.Operator(apply), rtol=None)
+        for apply in (lambda g: {n: 2 * v for n, v in g.items()}, lambda g: {n: v.mul_(2) for n, v in g.items()})
+    )
+    assert own.value == plain.value
+    means = {n: -0.5 * v for n, v in state.items()}
+    halved = analysis.movements(model, [mlp.inputs], analysis.Sampler(lambda w, g: means), **given)
+    assert torch.equal(analysis.movements(model, [mlp.inputs], Scales(), **given), halved)
+    tp.score(model, [mlp.inputs], mlp.graph, tp.TPV(perturbation=Scales()))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
 def test_only_the_parameters_named_move(mlp) -> None:
     one = analysis.trace_heff(mlp.model, [mlp.inputs], rtol=None, parameters=["0.*"], rows=1, engine="batched")
     rest = analysis.trace_heff(mlp.model, [mlp.inputs], rtol=None, parameters=["2.*", "4.*"], rows=1, engine="batched")
@@ -374,6 +407,11 @@ def test_errors_name_what_is_wrong(mlp) -> None:
         analysis.trace_form(model, batches, analysis.Operator(lambda g: g), engine="per_sample")
     with pytest.raises(tp.InputError, match="the sampler gives 'y'"):
         analysis.tpv(model, batches, analysis.Sampler(lambda w, g: {"y": torch.ones(1)}), form="empirical")
+    for given, told in ((None, "a NoneType; it must return a dict"), ({"0.weight": 1.0}, r"a float for '0\.weight'")):
+        with pytest.raises(tp.InputError, match=f"the sampler gives {told}"):
+            analysis.tpv(model, batches, analysis.Sampler(lambda w, g, given=given: given), form="empirical")
+    with pytest.raises(tp.InputError, match=r"parameters='0\.weight' is one string; give a list"):
+        analysis.tpv(model, batches, tp.Isotropic(1.0), parameters="0.weight")
     with pytest.raises(tp.InputError, match="the perturbation is a int"):
         analysis.tpv(model, batches, 3)
     with pytest.raises(tp.InputError, match="no parameter 'x' to be rounded"):

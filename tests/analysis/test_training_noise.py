@@ -91,6 +91,70 @@ def test_label_noise_in_another_metric_is_that_of_dense_jacobians(mlp) -> None:
     torch.testing.assert_close(found, wanted, rtol=tolerances.SOLVE, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [64, 4000])
+def test_label_noise_of_wide_models_counts_every_direction(width: int, dtype: torch.dtype) -> None:
+    """Against singular values of dense Jacobians in float64; what is known of them is not less for more weights."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(20, width), nn.ReLU(), nn.Linear(width, 3)).to(dtype).eval()
+    train, test = example(8, 20), example(5, 20, seed=7).to(dtype)
+    train[1] = train[0] + 0.15 * train[1]
+    train = train.to(dtype)
+    exact = copy.deepcopy(model).double()
+    names = [name for name, _ in exact.named_parameters()]
+
+    def rows(x):
+        found = reference.jacobians(exact, x.double(), names)
+        return torch.cat([found[n].flatten(2) for n in names], 2)
+
+    u, s, v = torch.linalg.svd(rows(train).flatten(0, 1), full_matrices=False)
+    assert 0.01 < float(s.min() / s.max()) < 0.1
+    for ridge in (0.0, float(s.square().mean())):
+        through = rows(test) @ v.T * (s / (s.square() + ridge)) @ u.T
+        some = {"train": [train], "test": [test]}
+        found = analysis.label_noise_closed(model, [train[:3], train[3:]], some, 1.0, ridge=ridge)
+        wanted = through.square().sum((1, 2))
+        torch.testing.assert_close(found["test"][0], wanted, rtol=0, atol=tolerances.FLOAT32)
+        if not ridge:
+            assert float(found["train"].mean()) == pytest.approx(3.0, abs=tolerances.FLOAT32)
+    assert all(p.dtype == dtype for p in model.parameters())
+    assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_directions_that_are_zero_up_to_rounding_are_left_out(dtype: torch.dtype) -> None:
+    """Probabilities sum to one and inputs come twice: of 36 rows 12 are independent, and noise of two is averaged."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(8, 40), nn.LayerNorm(40), nn.GELU(), *(nn.Linear(40, 40), nn.LayerNorm(40), nn.GELU()) * 4]
+    model = nn.Sequential(*layers, nn.Linear(40, 3), nn.Softmax(1)).to(dtype).eval()
+    x = example(6, 8).to(dtype)
+    found = analysis.label_noise_closed(model, [x, x.flip(0)], {"train": [x]}, 1.0)["train"]
+    assert float(found.mean()) == pytest.approx(12 / 12, abs=tolerances.FLOAT32)
+
+
+def test_fine_tuning_in_half_precision_takes_steps_in_float32() -> None:
+    model, x = linear(2).bfloat16(), example(9, 4).bfloat16()
+    settings = analysis.LabelNoise(sigma=1.0, steps=120, penalty=0.05, repeats=2)
+    found, wanted = (
+        analysis.label_noise_movements(copy.deepcopy(model).to(d), [x.to(d)], {"": [x.to(d)]}, settings)[""]
+        for d in (torch.bfloat16, torch.float64)
+    )
+    assert float(found.mean()) == pytest.approx(float(wanted.mean()), abs=tolerances.FLOAT32)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.05])
+def test_both_forms_of_label_noise_are_held_by_the_penalty(penalty: float) -> None:
+    model, x, new = linear(2), example(9, 4), example(7, 4, seed=9)
+    settings = analysis.LabelNoise(sigma=0.3, steps=120, penalty=penalty, repeats=60)
+    closed, tuned = analysis.Setting(model, [x[:5], x[5:]], [new], "logits").labels(settings)
+    held = torch.linalg.solve(x.T @ x / 9 + penalty * torch.eye(4).double(), x.T / 9)  # of the mean over inputs
+    for name, inputs in (("train", x), ("test", new)):
+        wanted = 2 * 0.09 * float((inputs @ held).square().sum(1).mean())
+        assert getattr(closed, name).value == pytest.approx(wanted, rel=tolerances.EXACT)
+        found = getattr(tuned, name)
+        assert abs(found.value - wanted) < tolerances.STDERRS * found.stderr
+
+
 def test_fine_tuning_on_noise_reaches_the_closed_form_of_a_linear_model() -> None:
     model, x, new = linear(2), example(9, 4), example(7, 4, seed=9)
     settings = analysis.LabelNoise(sigma=0.3, steps=120, penalty=0.05, repeats=80)
@@ -114,6 +178,42 @@ def test_fine_tuning_approaches_the_closed_form_as_the_noise_falls() -> None:
     gap = abs(moved[0] - moved[1]) / abs(moved[1] - moved[2])
     assert abs(moved[0] - moved[2]) > 1e-6 * moved[2]
     assert gap == pytest.approx(2.0, rel=tolerances.RATE)
+
+
+def test_snapshots_without_a_burn_in_are_taken_after_steps() -> None:
+    model, x = linear(2), example(16, 4)
+    given = {"lr": 0.1, "batch_size": 4, "every": 3, "chains": 2}
+
+    def moved(**settings):
+        return analysis.sgd_movements(model, [x], {"": [x]}, analysis.SGD(**given, **settings), "logits")[""]
+
+    singles = [moved(burn_in=step, snapshots=1) for step in (3, 6, 9)]
+    assert torch.equal(moved(burn_in=0, snapshots=1), singles[0])
+    torch.testing.assert_close(moved(burn_in=0, snapshots=3), sum(singles) / 3, rtol=tolerances.EXACT, atol=0)
+
+
+def test_what_cannot_move_the_outputs_moves_them_by_nothing() -> None:
+    model, x = linear(3), example(6, 4)
+    for penalty in (0.0, 1.0):
+        settings = analysis.LabelNoise(steps=2, repeats=2, penalty=penalty)
+        found = analysis.label_noise_movements(model, [0 * x], {"new": [x]}, settings)["new"]
+        assert found.shape == (2, 6)
+        assert not found.any()
+    assert not analysis.label_noise_closed(model, [0 * x], {"new": [x]})["new"].any()
+
+
+def test_parameters_that_reach_no_output_are_named() -> None:
+    model, x = linear(3), example(6, 4)
+    model.unused = nn.Linear(4, 3)
+    model = model.double()
+    for measure, settings in (
+        (analysis.label_noise_movements, analysis.LabelNoise(steps=2, repeats=1)),
+        (analysis.label_noise_movements, analysis.LabelNoise(steps=2, repeats=1, lr=0.1)),
+        (analysis.sgd_movements, analysis.SGD(batch_size=2, burn_in=1, snapshots=1)),
+    ):
+        with pytest.raises(tp.ModelError, match=r"\(unused.weight, unused.bias\) none reaches the outputs"):
+            measure(model, [x], {"": [x]}, settings, parameters=["unused.*"])
+        assert measure(model, [x], {"": [x]}, settings)[""].any()
 
 
 def test_the_largest_curvature_of_a_linear_model() -> None:
@@ -153,6 +253,10 @@ def test_errors_name_what_is_wrong(mlp, monkeypatch) -> None:
     runaway = analysis.SGD(lr=1e60, batch_size=4, burn_in=60, snapshots=1, chains=1)
     with pytest.raises(tp.NonFiniteError, match="make lr smaller"):
         analysis.sgd_movements(mlp.model, [mlp.inputs], some, runaway, "logits")
+    with pytest.raises(tp.NonFiniteError, match="NaN or infinity"):
+        analysis.label_noise_closed(mlp.model, [mlp.inputs * torch.nan], some)
+    with pytest.raises(tp.InputError, match="move too little"):
+        analysis.label_noise_closed(linear(2), [example(3, 4) * 1e-180], {"": [example(3, 4)]})
     monkeypatch.setattr("tpvprune.analysis.labelnoise.HELD", 100)
     with pytest.raises(tp.InputError, match="take the fine-tuning form"):
         analysis.label_noise_closed(mlp.model, [mlp.inputs], some)

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from tpvprune.analysis.distance import squared
 from tpvprune.batches import Batch, Outputs, Selector, finite_outputs, model_inputs, select_output
-from tpvprune.errors import NonFiniteError
+from tpvprune.errors import ModelError, NonFiniteError
 from tpvprune.scoring.activations import backward
 from tpvprune.scoring.heads import Head
 from tpvprune.scoring.probing import detached
@@ -60,6 +60,7 @@ def mean_gradient(
         output: of the model.
 
     Raises:
+        ModelError: none of the parameters reaches the outputs.
         NonFiniteError: the outputs hold NaN or infinity.
     """
     leaves = {name: value.detach().requires_grad_(True) for name, value in weights.items()}
@@ -69,7 +70,11 @@ def mean_gradient(
         with torch.enable_grad():
             found = select_output(functional_call(model, leaves, (inputs[part],)), output, model)
         u = cotangent(detached(found), part)
-        for name, gradient in zip(leaves, backward(found, u, list(leaves.values()), keep_graph=False), strict=True):
+        gradients = backward(found, u, list(leaves.values()), keep_graph=False)
+        if all(gradient is None for gradient in gradients):
+            told = ", ".join(list(leaves)[:8])
+            raise ModelError(f"of the parameters that may move ({told}) none reaches the outputs; name others")
+        for name, gradient in zip(leaves, gradients, strict=True):
             if gradient is not None:
                 total[name] += gradient.detach() / len(inputs)
     if not all(bool(torch.isfinite(value).all()) for value in total.values()):

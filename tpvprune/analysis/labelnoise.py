@@ -30,14 +30,16 @@ from tpvprune.batches import (
     plain_attention,
     single_tensor,
 )
-from tpvprune.errors import InputError, ModelError
+from tpvprune.copies import copied
+from tpvprune.errors import InputError, ModelError, NonFiniteError
 from tpvprune.kinds import check_kinds
-from tpvprune.scoring.engine import stream
+from tpvprune.scoring.engine import stream, wide
 from tpvprune.scoring.heads import Head, head_named
 
 HELD = 2**26  # entries of the training Jacobian that are held
 VMAPPED = 2**24  # entries of it that are made at once
 POWER_STEPS = 12
+ROUNDED = 16  # of a Jacobian's norm, in steps of rounding: more than what was measured of dependent rows (1) or of sums
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,12 @@ def label_noise_closed(
     Raises:
         InputError: the Jacobian would not fit into memory, or a setting is out of range.
         ModelError: the output is not `(batch, outputs)`, or `torch.func` cannot follow the model.
+        NonFiniteError: the Jacobian holds NaN or infinity.
     """
     if not (math.isfinite(sigma) and sigma > 0 and math.isfinite(ridge) and ridge >= 0):
         raise InputError(f"sigma={sigma!r} must be above zero and ridge={ridge!r} zero or more")
-    weights, metric = parameters_of(model, parameters), head_named(head)
+    model, metric = in_float32(model), head_named(head)
+    weights = parameters_of(model, parameters)
     with evaluation_mode(model):
         spectrum, project = spectrum_of(model, batches, weights, output, progress)
         weigh = spectrum / (spectrum + ridge).square()
@@ -136,6 +140,10 @@ def spectrum_of(
     Returns:
         `(directions,)` in float64, those that are zero up to rounding left out; and a function from inputs to
         `(batch, outputs, directions)`.
+
+    Raises:
+        InputError: the Jacobian would not fit into memory, or its squares fall below what float64 holds.
+        NonFiniteError: it holds NaN or infinity.
     """
     size = sum(p.numel() for p in weights.values())
     parts: list[Tensor] = []
@@ -150,17 +158,39 @@ def spectrum_of(
             )
         parts.append(part.flatten(0, 1).double())
     jacobian = torch.cat(parts)
-    least = torch.finfo(next(iter(weights.values())).dtype).eps * max(jacobian.shape)
-    wide = jacobian.shape[0] <= jacobian.shape[1]
-    values, vectors = torch.linalg.eigh(jacobian @ jacobian.T if wide else jacobian.T @ jacobian)
-    kept = values > least * values.max()
+    more_weights = jacobian.shape[0] <= jacobian.shape[1]
+    gram = jacobian @ jacobian.T if more_weights else jacobian.T @ jacobian
+    if not bool(torch.isfinite(gram).all()):
+        raise NonFiniteError("the Jacobian of the outputs holds NaN or infinity; check the weights and the inputs")
+    values, vectors = torch.linalg.eigh(gram)
+    # Entries are known to the model's precision and their squares are summed in float64, so that singular values are
+    # known to so much of the Jacobian's norm, and the squared ones to so much of their sum.
+    eps = max(torch.finfo(p.dtype).eps for p in weights.values())
+    kept = values > max((ROUNDED * eps) ** 2, ROUNDED * torch.finfo(gram.dtype).eps) * gram.trace()
+    if not bool(kept.any()) and bool(jacobian.any()):
+        raise InputError("the outputs move too little with the weights for squares of it; scale the outputs up")
     values, vectors = values[kept], vectors[:, kept]
-    directions = (jacobian.T @ vectors) / values.sqrt() if wide else vectors
+    directions = (jacobian.T @ vectors) / values.sqrt() if more_weights else vectors
 
     def project(inputs: Tensor) -> Tensor:
         return _jacobian(model, weights, inputs, output).double() @ directions
 
     return values, project
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    """The model itself; of one in half precision a copy in float32, which takes the same inputs.
+
+    Raises:
+        ModelError: it cannot be copied.
+    """
+    if not any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+        return model
+    finer = copied(model).float()
+    finer.register_forward_pre_hook(
+        lambda _, given: tuple(wide(x) if isinstance(x, Tensor) and x.is_floating_point() else x for x in given)
+    )
+    return finer
 
 
 def _jacobian(model: nn.Module, weights: Mapping[str, Tensor], inputs: Tensor, output: Selector) -> Tensor:
@@ -214,9 +244,11 @@ def label_noise_movements(
         progress: called as `progress("label noise", steps_done, steps_to_do)`.
 
     Raises:
+        ModelError: none of the parameters reaches the outputs, or there are several outputs.
         NonFiniteError: the weights ran away.
     """
     settings, metric = settings or LabelNoise(), head_named(head)
+    model = in_float32(model)
     start = parameters_of(model, parameters)
     found: dict[str, list[Tensor]] = {name: [] for name in measured}
     with evaluation_mode(model):
@@ -224,7 +256,10 @@ def label_noise_movements(
         if isinstance(reference, dict):
             raise ModelError("label noise is put on one tensor; name the output that counts with output='key'")
         sets = {name: gathered(model, some, output) for name, some in measured.items()}
-        lr = settings.lr or 1 / (largest_curvature(model, start, inputs, reference, output) + settings.penalty)
+        lr = settings.lr
+        if lr is None:
+            held = largest_curvature(model, start, inputs, reference, output) + settings.penalty
+            lr = 1 / held if held else 0.0  # where nothing moves the outputs, no step does
         for repeat in range(settings.repeats):
             noise = torch.randn(reference.shape, generator=stream(seed, repeat, 0), dtype=torch.float64)
             targets = reference + settings.sigma * noise.to(reference)

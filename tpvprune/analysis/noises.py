@@ -14,7 +14,7 @@ from tpvprune.analysis.labelnoise import LabelNoise, label_noise_closed, label_n
 from tpvprune.analysis.perturbations import Change, RandomGrid, sgd_noise
 from tpvprune.analysis.sgd import SGD, sgd_movements
 from tpvprune.analysis.values import Estimate, crossed, crossed_ratio
-from tpvprune.batches import Batch, Progress, Selector
+from tpvprune.batches import Batch, Progress, Selector, inputs_of
 from tpvprune.errors import InputError
 from tpvprune.plan import Plan
 from tpvprune.scoring.heads import Head
@@ -154,7 +154,7 @@ class Setting:
         """Noise on targets.
 
         Args:
-            settings: of the noise and of fine-tuning.
+            settings: of the noise and of fine-tuning; its penalty holds in both forms.
             fitted: inputs that are fitted, and that "train" is measured on; all training inputs if left out.
             closed: whether the trace form is the closed one; without it there is none.
         """
@@ -162,8 +162,17 @@ class Setting:
         some = self.train if fitted is None else fitted
         noise, sets, findings = f"label, sigma {settings.sigma:g}", {"train": some, "test": self.test}, []
         if "trace" in self.forms and closed:
+            # Fine-tuning follows a mean over inputs, the closed form is of their sum.
+            inputs = sum(len(inputs_of(batch)) for batch in some) if settings.penalty else 0
             moved = label_noise_closed(
-                self.model, some, sets, settings.sigma, self.head, output=self.output, progress=self.progress
+                self.model,
+                some,
+                sets,
+                settings.sigma,
+                self.head,
+                ridge=settings.penalty * inputs,
+                output=self.output,
+                progress=self.progress,
             )
             findings.append(found(noise, "closed", moved["train"], moved["test"]))
         if "empirical" in self.forms:

@@ -53,7 +53,7 @@ class Operator:
 
     Attributes:
         apply: takes and gives per parameter a tensor of its shape: `g -> C g`, linear, symmetric, not negative.
-        draw: makes one change from the weights and a generator; the empirical form needs it.
+        draw: makes one change from copies of the weights and a generator; the empirical form needs it.
     """
 
     apply: Callable[[Weights], Weights]
@@ -65,8 +65,8 @@ class Sampler:
     """Any random change at all.
 
     Attributes:
-        draw: makes one change, per parameter, from the weights and a generator. Parameters that it does not name
-            stay.
+        draw: makes one change, per parameter, from copies of the weights and a generator. Parameters that it does
+            not name stay.
     """
 
     draw: Callable[[Weights, torch.Generator], Weights]
@@ -222,22 +222,31 @@ class _Any:
     def energy(self, gradients: Weights, generator: torch.Generator) -> float:
         if self.apply is None:
             return _along(gradients, self.draw(generator)) ** 2
-        return _along(gradients, _checked(self.apply(gradients), self.weights, "operator"))
+        return _along(gradients, _checked(self.apply(_copies(gradients)), self.weights, "operator"))
 
     def draw(self, generator: torch.Generator) -> Weights:
         if self.sampler is None:
             raise InputError("the operator has no draw=, which the empirical form needs; give one, or form='trace'")
-        return _checked(self.sampler(self.weights, generator), self.weights, "sampler")
+        return _checked(self.sampler(_copies(self.weights), generator), self.weights, "sampler")
 
 
 def _along(one: Weights, other: Weights) -> float:
     return sum(float((one[name] * value).sum(dtype=torch.float64)) for name, value in other.items())
 
 
-def _checked(found: Weights, weights: Weights, what: str) -> Weights:
+def _copies(tensors: Weights) -> dict[str, Tensor]:
+    """What may be changed in place."""
+    return {name: value.clone() for name, value in tensors.items()}
+
+
+def _checked(found: Any, weights: Weights, what: str) -> Weights:
+    if not isinstance(found, Mapping):
+        raise InputError(f"the {what} gives a {type(found).__name__}; it must return a dict of tensors by parameter")
     for name, value in found.items():
         if name not in weights:
             raise InputError(f"the {what} gives {name!r}, which is none of the parameters that may move")
+        if not isinstance(value, Tensor):
+            raise InputError(f"the {what} gives a {type(value).__name__} for {name!r}; it must be a tensor")
         if value.shape != weights[name].shape:
             raise InputError(
                 f"the {what} gives {name!r} the shape {tuple(value.shape)}, it is {tuple(weights[name].shape)}"
@@ -255,8 +264,11 @@ def parameters_of(model: nn.Module, patterns: Sequence[str] | None, change: Any 
         change: what is done to them.
 
     Raises:
+        InputError: the patterns are one string.
         ModelError: a pattern matches none, or the model has none.
     """
+    if isinstance(patterns, str):
+        raise InputError(f"parameters={patterns!r} is one string; give a list of names or patterns")
     known = {name: p.detach() for name, p in model.named_parameters()}
     if patterns is None:
         matrices = isinstance(change, (Rounding, RandomGrid))

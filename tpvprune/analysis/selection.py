@@ -19,6 +19,7 @@ from tpvprune.analysis.descent import gathered
 from tpvprune.analysis.labelnoise import (
     HELD,
     LabelNoise,
+    in_float32,
     label_noise_closed,
     label_noise_movements,
     largest_curvature,
@@ -153,6 +154,7 @@ def _mean_square(model: nn.Module, batches: Iterable[Batch], output: Selector) -
 
 
 def _curvature(model: nn.Module, batches: Iterable[Batch], output: Selector) -> float:
+    model = in_float32(model)
     with evaluation_mode(model):
         inputs, reference = gathered(model, batches, output)
         assert isinstance(reference, Tensor)

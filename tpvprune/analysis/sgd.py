@@ -33,7 +33,7 @@ class SGD:
         lr: step size.
         batch_size: samples of a step.
         penalty: strength of the pull back to the trained weights, `penalty / 2 * |d|^2`.
-        burn_in: steps before the first snapshot.
+        burn_in: steps before the first snapshot; with 0 it is taken after `every` steps.
         every: steps from one snapshot to the next.
         snapshots: weights that are measured, of each chain.
         chains: runs that start anew; their spread gives the error, because snapshots of one run are alike.
@@ -85,11 +85,13 @@ def sgd_movements(
 
     Raises:
         InputError: there are fewer inputs than a step takes.
+        ModelError: none of the parameters reaches the outputs.
         NonFiniteError: the weights ran away.
     """
     settings, metric = settings or SGD(), head_named(head)
     start = parameters_of(model, parameters)
-    steps = settings.burn_in + settings.every * (settings.snapshots - 1)
+    first = settings.burn_in or settings.every
+    steps = first + settings.every * (settings.snapshots - 1)
     found: dict[str, list[Tensor]] = {name: [] for name in measured}
     with evaluation_mode(model):
         inputs, reference = gathered(model, batches, output)
@@ -103,7 +105,7 @@ def sgd_movements(
                 weights = _step(model, weights, start, inputs, reference, settings, metric, generator, output)
                 if progress:
                     progress("sgd", chain * steps + step, settings.chains * steps)
-                if step >= settings.burn_in and (step - settings.burn_in) % settings.every == 0:
+                if step >= first and (step - first) % settings.every == 0:
                     for name, (some, known) in sets.items():
                         moved = movements_at(model, weights, some, known, metric, output)
                         sums[name] = sums[name] + moved if name in sums else moved

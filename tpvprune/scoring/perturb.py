@@ -32,7 +32,7 @@ class Perturbation(Protocol):
 
         Args:
             name: qualified name of the parameter.
-            weight: its value.
+            weight: its value, as a copy.
         """
         ...
 
@@ -121,7 +121,7 @@ def moments_of(perturbation: Perturbation, name: str, weight: Tensor) -> tuple[T
         InputError: they are no tuple of two, a moment is neither a tensor nor a number, has another shape or is not
             finite, or a variance is below zero.
     """
-    weight = wide(weight)
+    weight = wide(weight).clone()  # what a perturbation does in place must not reach the model
     given: Any = perturbation.moments(name, weight)
     who = type(perturbation).__name__
     if not isinstance(given, tuple) or len(given) != 2:
