@@ -155,7 +155,8 @@ def test_causes_are_read_off_the_model() -> None:
         point = 1e-4 * 2 * kept * 36
         assert found.light[2] == pytest.approx((norm + point) / (product + norm + point))
     masked = tp.mask(dense, plan_without(graph, {"0": [0]}))
-    assert causes_of(masked, dense, usage, {}).zeros == 24, "one input channel of the last layer"
+    for model in (masked, nn.Sequential(masked)):
+        assert causes_of(model, dense, usage, {}).zeros == 24, "one input channel of the last layer"
 
 
 def test_depthwise_layers_move_data() -> None:
