@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from tpvprune.batches import device_of
-from tpvprune.deploy.runtime import Arguments
+from tpvprune.calls import Arguments
 from tpvprune.plan import plans_in
 from tpvprune.planning.cost import Usage
 from tpvprune.timing import Clock, milliseconds_inside
