@@ -99,6 +99,11 @@ def test_what_cannot_run_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPa
         ({"runtimes": []}, "is none of"),
         ({"batches": [0]}, "at least 1"),
         ({"rounds": 0}, "at least 1"),
+        ({"batches": 4}, r"bench: batches takes several, one after the other: for a single one, batches=\[4\]"),
+        (
+            {"runtimes": "eager"},
+            r"bench: runtimes takes several, .* runtimes=\['eager'\]; .* of type str",
+        ),
     ],
 )
 def test_wrong_settings_are_refused(wrong, told) -> None:
