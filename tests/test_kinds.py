@@ -90,17 +90,12 @@ WEIGHTS = tp.weight_graph(MODEL)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: tp.weight_graph(MODEL, layers="0"), r"weight_graph: layers takes several, .*layers=\['0'\].*type str"),
-        (lambda: tp.sparsify(tp.score(MODEL, [], WEIGHTS, tp.L1()), WEIGHTS, protect="0"), r"protect=\['0'\]"),
-        (
-            lambda: tp.sensitivity(MODEL, [BATCH], GRAPH, SCORES, shares=0.5),
-            r"sensitivity: shares takes .*shares=\[0\.5\]",
-        ),
-        (lambda: tp.analysis.tpv(MODEL, [BATCH], PLAN, parameters="0.weight"), r"parameters=\['0\.weight'\]"),
-        (
-            lambda: tp.weight_graph(MODEL, layers=None),
-            "layers takes several, one after the other; what was given is None",
-        ),
+        (lambda: tp.weight_graph(MODEL, layers="0"), r"weight_graph: layers='0' is one string; .* layers=\['0'\]"),
+        (lambda: tp.sparsify(tp.score(MODEL, [], WEIGHTS, tp.L1()), WEIGHTS, protect="0"), "protect='0' is one string"),
+        (lambda: tp.sensitivity(MODEL, [BATCH], GRAPH, SCORES, shares=0.5), r"shares=0\.5 is one number; give a list"),
+        (lambda: tp.analysis.tpv(MODEL, [BATCH], PLAN, parameters="0.weight"), "tpv: parameters='0.weight' is one str"),
+        (lambda: tp.weight_graph(MODEL, layers=None), "weight_graph: layers takes a list; what was given is None"),
+        (lambda: tp.weight_graph(MODEL, layers=MODEL[0].weight.sum), "takes a list; what was given is of type builtin"),
     ],
 )
 def test_one_name_or_number_where_several_are_taken_is_told(call, message: str) -> None:

@@ -69,7 +69,7 @@ def _classes(hint: Any) -> tuple[type, ...]:
 
 
 def _class(hint: Any) -> Any:
-    """The class of one annotation: `Iterable` where batches (which may be anything) are asked for, `Sequence` for several of all else."""
+    """The class of an annotation: `Iterable` of batches, which may be anything, `Sequence` of several of all else."""
     found = get_origin(hint) or hint
     return Sequence if found is Iterable and get_args(hint) != (Any,) else found
 
@@ -92,8 +92,10 @@ def _check(verb: str, name: str, value: Any, kinds: tuple[type, ...]) -> None:
             raise DataError(f"{verb}: {name} takes tensors batch by batch{one}; {was}")
     elif Sequence in kinds:
         if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
-            one = f": for a single one, {name}=[{value!r}]" if isinstance(value, (str, int, float)) else ""
-            raise InputError(f"{verb}: {name} takes several, one after the other{one}; {was}")
+            if isinstance(value, (str, int, float)):
+                one = "string" if isinstance(value, str) else "number"
+                raise InputError(f"{verb}: {name}={value!r} is one {one}; give a list, {name}=[{value!r}]")
+            raise InputError(f"{verb}: {name} takes a list; {was}")
     elif not isinstance(value, kinds):
         wanted = " or ".join(kind.__name__ for kind in kinds if kind is not NoneType)
         raise InputError(f"{verb}: {name} takes a {wanted}, {_GOT.get(wanted, f'such as {wanted}()')}; {was}")

@@ -153,8 +153,10 @@ class Number(nn.Module):
 
 @pytest.mark.parametrize("kind", list(FILES))
 def test_a_model_that_gives_no_tensor_is_told(kind: str, tmp_path: Path) -> None:
-    for empty, told in ((False, "Number returns a float without"), (True, "Number returns a Tensor without")):
-        with pytest.raises(tp.ModelError, match=f"{told} any number in a tensor.*wrap it in a module that returns"):
+    for empty, told in ((False, "Number returns a float, "), (True, "Number returns a Tensor, ")):
+        with pytest.raises(
+            tp.ModelError, match=f"{told}in which there is no tensor with numbers .*wrap it in a module that returns"
+        ):
             tp.export(Number(empty), tmp_path / FILES[kind], torch.randn(2, 3))
 
 
@@ -167,9 +169,7 @@ class Counted(nn.Module):
 
 def test_exporters_are_told_by_their_innermost_cause(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    with pytest.raises(
-        tp.ModelError, match="Counted cannot be written as onnx .*: AttributeError: 'int' object"
-    ) as told:
+    with pytest.raises(tp.ModelError, match=r"Counted cannot be .* onnx .*: AttributeError: 'int' object") as told:
         tp.export(Counted(), tmp_path / "model.onnx", torch.randn(2, 4))
     assert "\x1b" not in str(told.value)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import nn
@@ -81,7 +82,7 @@ def weight_graph(model: nn.Module, block: tuple[int, int] = (1, 1), layers: Sequ
     )
 
 
-def _pair(block: Sequence[int]) -> tuple[int, int]:
+def _pair(block: Any) -> tuple[int, int]:
     """Rows and columns of a block.
 
     Raises:
