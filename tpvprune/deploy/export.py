@@ -234,8 +234,8 @@ def _answers(model: nn.Module, arguments: Arguments) -> list[Tensor]:
     found = _tensors(output)
     if not any(tensor.numel() for tensor in found):
         raise ModelError(
-            f"{type(model).__name__} returns a {type(output).__name__}, in which there is no tensor with numbers to check "
-            "a file by; wrap it in a module that returns tensors"
+            f"{type(model).__name__} returns a {type(output).__name__}, in which there is no tensor to check a "
+            "file by; wrap it in a module that returns tensors"
         )
     return found
 
