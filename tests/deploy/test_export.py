@@ -154,9 +154,7 @@ class Number(nn.Module):
 @pytest.mark.parametrize("kind", list(FILES))
 def test_a_model_that_gives_no_tensor_is_told(kind: str, tmp_path: Path) -> None:
     for empty, told in ((False, "Number returns a float, "), (True, "Number returns a Tensor, ")):
-        with pytest.raises(
-            tp.ModelError, match=f"{told}in which there is no tensor .*wrap it in a module"
-        ):
+        with pytest.raises(tp.ModelError, match=f"{told}in which there is no tensor .*wrap it in a module"):
             tp.export(Number(empty), tmp_path / FILES[kind], torch.randn(2, 3))
 
 
