@@ -61,7 +61,7 @@ def _zeros(module: nn.Module, plan: Plan, name: str) -> list[tuple[Tensor, Tenso
             has = "none" if parameter is None else f"{tuple(parameter.shape)}"
             raise PlanError(
                 f"the plan of {name or 'the model'!r} masks {key!r} of shape {tuple(mask.shape)}, and the model has "
-                f"{has}; give the model as apply() returned it, or wrap it in what keeps its parameters"
+                f"{has}; wrap it in what keeps its parameters, and cut the whole before you mask a part of it"
             )
         found.append((parameter, ~mask.to(parameter.device)))
     return found
