@@ -84,6 +84,30 @@ def test_batches_may_be_whatever_can_be_gone_through() -> None:
         assert tp.score(MODEL, batches, GRAPH).samples == 4
 
 
+WEIGHTS = tp.weight_graph(MODEL)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: tp.weight_graph(MODEL, layers="0"), r"weight_graph: layers='0' is one string; .* layers=\['0'\]"),
+        (lambda: tp.sparsify(tp.score(MODEL, [], WEIGHTS, tp.L1()), WEIGHTS, protect="0"), "protect='0' is one string"),
+        (lambda: tp.sensitivity(MODEL, [BATCH], GRAPH, SCORES, shares=0.5), r"shares=0\.5 is one number; give a list"),
+        (lambda: tp.analysis.tpv(MODEL, [BATCH], PLAN, parameters="0.weight"), "tpv: parameters='0.weight' is one str"),
+        (lambda: tp.weight_graph(MODEL, layers=None), "weight_graph: layers takes a list; what was given is None"),
+        (lambda: tp.weight_graph(MODEL, layers=MODEL[0].weight.sum), "takes a list; what was given is of type builtin"),
+    ],
+)
+def test_one_name_or_number_where_several_are_taken_is_told(call, message: str) -> None:
+    with pytest.raises(tp.InputError, match=message):
+        call()
+
+
+def test_several_may_be_whatever_can_be_gone_through() -> None:
+    for layers in (["0"], ("0",), {"0"}, {"0": 1}.keys(), iter(["0"])):
+        assert [group.id for group in tp.weight_graph(MODEL, layers=layers).groups] == ["0.weight"]
+
+
 def test_arguments_that_are_missing_are_pythons_to_tell() -> None:
     with pytest.raises(TypeError, match=r"score\(\) missing 2 required positional arguments"):
         tp.score(MODEL)

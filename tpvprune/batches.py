@@ -102,31 +102,6 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
-def arguments_of(example: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a model is called on, positional and by keyword, moved to a device.
-
-    Args:
-        example: a tensor `(batch, ...)`, a tuple of positional or a dict of keyword arguments.
-        device: where tensors go.
-
-    Raises:
-        ModelError: the example is none of these.
-    """
-
-    def move(value: Any) -> Any:
-        return value.detach().to(device) if isinstance(value, Tensor) else value
-
-    if isinstance(example, Mapping):
-        return (), {key: move(value) for key, value in example.items()}
-    if isinstance(example, Tensor):
-        return (move(example),), {}
-    if isinstance(example, Sequence) and example and not isinstance(example, str):
-        return tuple(map(move, example)), {}
-    raise ModelError(
-        f"the example input is a {type(example).__name__}; give a tensor, a tuple of arguments or a dict of them"
-    )
-
-
 def model_inputs(
     model: nn.Module, batches: Iterable[Batch], stage: str, progress: Progress | None = None, key: str | None = None
 ) -> Iterator[Tensor]:

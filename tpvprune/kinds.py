@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, wraps
 from types import NoneType, UnionType
 from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -29,10 +29,11 @@ _NO_BATCHES = (Tensor, nn.Module, Graph, str, bytes, os.PathLike)  # though most
 
 
 def check_kinds(verb: Callable[P, R]) -> Callable[P, R]:
-    """Refuse arguments that are none of the classes in a verb's annotations, and batches that are but one.
+    """Refuse arguments that are none of the classes in a verb's annotations, and what is one where several are taken.
 
-    Looked at are parameters annotated with a module or with classes of this package, and iterables. What else they
-    are, in numbers and names, the verb itself checks.
+    Looked at are parameters annotated with a module or with classes of this package, iterables of batches, and
+    sequences of names or numbers (a string would be gone through letter by letter). What else they are, the verb
+    itself checks.
 
     Raises:
         InputError: by the verb. It names the parameter, what it takes, how one comes by that, and what was given.
@@ -62,9 +63,15 @@ def check_kinds(verb: Callable[P, R]) -> Callable[P, R]:
 def _classes(hint: Any) -> tuple[type, ...]:
     """The classes that an annotation asks for; none where it asks for something else too."""
     alternatives = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    wanted = tuple(get_origin(one) or one for one in alternatives)
-    told = [one is Iterable or _noun(one) for one in wanted if one is not NoneType]
+    wanted = tuple(map(_class, alternatives))
+    told = [one in (Iterable, Sequence) or _noun(one) for one in wanted if one is not NoneType]
     return wanted if told and all(told) else ()
+
+
+def _class(hint: Any) -> Any:
+    """The class of an annotation: `Iterable` of batches, which may be anything, `Sequence` of several of all else."""
+    found = get_origin(hint) or hint
+    return Sequence if found is Iterable and get_args(hint) != (Any,) else found
 
 
 def _noun(kind: Any) -> bool:
@@ -83,6 +90,12 @@ def _check(verb: str, name: str, value: Any, kinds: tuple[type, ...]) -> None:
         if isinstance(value, _NO_BATCHES) or not (hasattr(value, "__iter__") or hasattr(value, "__getitem__")):
             one = f": for a single one, {name}=[batch]" if isinstance(value, Tensor) else ", as a DataLoader gives them"
             raise DataError(f"{verb}: {name} takes tensors batch by batch{one}; {was}")
+    elif Sequence in kinds:
+        if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+            if isinstance(value, (str, int, float)):
+                one = "string" if isinstance(value, str) else "number"
+                raise InputError(f"{verb}: {name}={value!r} is one {one}; give a list, {name}=[{value!r}]")
+            raise InputError(f"{verb}: {name} takes a list; {was}")
     elif not isinstance(value, kinds):
         wanted = " or ".join(kind.__name__ for kind in kinds if kind is not NoneType)
         raise InputError(f"{verb}: {name} takes a {wanted}, {_GOT.get(wanted, f'such as {wanted}()')}; {was}")

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpvprune.batches import arguments_of, device_of, evaluation_mode
+from tpvprune.batches import device_of, evaluation_mode
+from tpvprune.calls import arguments_of, check_rows
 from tpvprune.kinds import check_kinds
 
 Clock = Callable[[], float]
@@ -150,10 +151,11 @@ def measured_latency(
         clock: what tells the time.
 
     Raises:
-        ModelError: the example is nothing a model can be called on.
+        ModelError: the example is nothing a model can be called on, or holds no row.
     """
     device = device_of(model)
-    args, kwargs = arguments_of(example, device)
+    args, kwargs = arguments = arguments_of(example, device)
+    check_rows(arguments)
     run = partial(torch.compile(model) if compiled else model, *args, **kwargs)
     with evaluation_mode(model):
         return milliseconds({"": run}, device, rounds=rounds, warmup=3, clock=clock)[""]

@@ -99,6 +99,8 @@ def test_what_cannot_run_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPa
         ({"runtimes": []}, "is none of"),
         ({"batches": [0]}, "at least 1"),
         ({"rounds": 0}, "at least 1"),
+        ({"batches": 4}, r"bench: batches=4 is one number; give a list, batches=\[4\]"),
+        ({"runtimes": "eager"}, r"bench: runtimes='eager' is one string; give a list, runtimes=\['eager'\]"),
     ],
 )
 def test_wrong_settings_are_refused(wrong, told) -> None:
@@ -155,7 +157,8 @@ def test_causes_are_read_off_the_model() -> None:
         point = 1e-4 * 2 * kept * 36
         assert found.light[2] == pytest.approx((norm + point) / (product + norm + point))
     masked = tp.mask(dense, plan_without(graph, {"0": [0]}))
-    assert causes_of(masked, dense, usage, {}).zeros == 24, "one input channel of the last layer"
+    for model in (masked, nn.Sequential(masked)):
+        assert causes_of(model, dense, usage, {}).zeros == 24, "one input channel of the last layer"
 
 
 def test_depthwise_layers_move_data() -> None:

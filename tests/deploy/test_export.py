@@ -130,6 +130,56 @@ def test_what_cannot_be_exported_says_so_and_writes_nothing(tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("kind", list(FILES))
+def test_a_model_that_does_not_run_on_the_example_is_told_before_anything_is_written(kind: str, tmp_path: Path) -> None:
+    model, x = copy.deepcopy(built("mlp").model).float(), built("mlp").inputs.float()
+    with pytest.raises(tp.ModelError, match=r"Sequential does not run on .*\(1, 6\) and \(1,\).*give the images alone"):
+        tp.export(model, tmp_path / FILES[kind], (x, torch.zeros(len(x))))
+    with pytest.raises(tp.ModelError, match=r"does not run on .*same dtype.*check the input size, channels and dtype$"):
+        tp.export(model, tmp_path / FILES[kind], x.double())
+    assert not list(tmp_path.iterdir())
+
+
+class Number(nn.Module):
+    """Gives what no file can be compared by."""
+
+    def __init__(self, empty: bool) -> None:
+        super().__init__()
+        self.fc, self.empty = nn.Linear(3, 2), empty
+
+    def forward(self, x: Tensor) -> float | Tensor:
+        return self.fc(x)[:, :0] if self.empty else 3.0
+
+
+@pytest.mark.parametrize("kind", list(FILES))
+def test_a_model_that_gives_no_tensor_is_told(kind: str, tmp_path: Path) -> None:
+    for empty, told in ((False, "Number returns a float, "), (True, "Number returns a Tensor, ")):
+        with pytest.raises(tp.ModelError, match=f"{told}in which there is no tensor .*wrap it in a module"):
+            tp.export(Number(empty), tmp_path / FILES[kind], torch.randn(2, 3))
+
+
+class Counted(nn.Module):
+    """Gives a number beside its tensor, which ONNX has no place for."""
+
+    def forward(self, x: Tensor) -> dict[str, object]:
+        return {"y": x * 2, "n": 3}
+
+
+def test_exporters_are_told_by_their_innermost_cause(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(tp.ModelError, match=r"Counted cannot be .* onnx .*: AttributeError: 'int' object") as told:
+        tp.export(Counted(), tmp_path / "model.onnx", torch.randn(2, 4))
+    assert "\x1b" not in str(told.value)
+
+
+def test_what_an_exporter_says_is_plain() -> None:
+    outer = RuntimeError("step 1/3")
+    outer.__cause__ = ValueError("\n  \x1b[96mno such\x1b[0m operator\nmore")
+    assert runtime.said_by(outer) == "ValueError: no such operator"
+    assert runtime.said_by(KeyError()) == "KeyError"
+    assert runtime.said_by(tp.ModelError("a sentence")) == "a sentence"
+
+
 def test_an_operator_that_onnxruntime_lacks_is_named(tmp_path: Path) -> None:
     b = built("mlp")
     with pytest.raises(tp.ModelError, match=r"onnxruntime cannot run .*Erf.*\.float\(\)"):

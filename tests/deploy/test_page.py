@@ -218,6 +218,15 @@ def test_a_story_is_told_by_the_plan_and_the_scores() -> None:
     assert told.drift() == [("predicted", 0.5), ("measured, recovered", 0.25)]
 
 
+@pytest.mark.parametrize("told", [report_page, markdown])
+def test_a_report_that_lacks_parts_is_refused(told) -> None:
+    whole = story()
+    with pytest.raises(tp.PlanError, match=r"lacks 'asked', 'got', 'before', .*give all of it.*report\.to_json\(\)"):
+        told(Story("m", whole.plan, {}, whole.scores))
+    with pytest.raises(tp.PlanError, match="the report of 'm' lacks 'drift'; "):
+        told(Story("m", whole.plan, {k: v for k, v in whole.report.items() if k != "drift"}))
+
+
 def test_many_layers_are_drawn_by_their_parts() -> None:
     rows = [(f"stage{s}.{b}.conv{c}", 10, c) for s in range(3) for b in range(10) for c in range(2)]
     assert merged(rows, 100) == rows

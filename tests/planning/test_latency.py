@@ -9,6 +9,7 @@ import copy
 import json
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -441,8 +442,11 @@ def test_measuring_for_real_leaves_the_model_as_it_was(name: str) -> None:
 
 
 def test_an_example_that_does_not_fit_is_named(mlp) -> None:
-    with pytest.raises(tp.ModelError, match=r"does not run on \(2, 99\)"):
+    with pytest.raises(tp.ModelError, match=r"does not run on an example of shape \(2, 99\)"):
         tp.latency_table(mlp.model, mlp.graph, torch.zeros(2, 99, dtype=torch.float64))
+    for measure in (partial(tp.latency_table, mlp.model, mlp.graph), partial(tp.measured_latency, mlp.model)):
+        with pytest.raises(tp.ModelError, match="the example input holds no row; give a batch of at least one"):
+            measure(mlp.inputs[:0])
     with pytest.raises(tp.PlanError, match="the graph is of model"):
         tp.latency_table(mlp.model, built("conv_bn").graph, mlp.inputs)
     with pytest.raises(tp.ModelError, match="example input is a int"):

@@ -194,7 +194,7 @@ def test_what_is_protected_stays_dense_and_is_not_counted(protect: list[str], de
         ({"scope": "row"}, tp.BudgetError, "'global' or 'layer'"),
         ({"protect": ["fc9"]}, tp.BudgetError, "'fc9' matches no layer"),
         ({"protect": ["re:["]}, tp.BudgetError, "no regular expression"),
-        ({"protect": "0"}, tp.BudgetError, "one string"),
+        ({"protect": "0"}, tp.InputError, "protect=.* is one string; give a list"),
         ({"protect": ["*"]}, tp.BudgetError, "no weight may be zero"),
         ({"pattern": "1:5"}, tp.BudgetError, "5 does not divide its 6 inputs"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -81,6 +82,22 @@ def test_layers_are_chosen_by_name_glob_or_expression(layers: list[str], found: 
 def test_what_cannot_be_chosen_is_refused(kwargs: dict[str, object], match: str) -> None:
     with pytest.raises(tp.ModelError, match=match):
         tp.weight_graph(built("mlp").model, **kwargs)
+
+
+@pytest.mark.parametrize("block", [2, (1.0, 2.0), (1, 2, 3), (2,), "22", (True, 2), None])
+def test_a_block_is_two_whole_numbers(block: object) -> None:
+    with pytest.raises(tp.InputError, match=r"block=.* is no pair of whole numbers; give rows .*block=\(4, 4\)"):
+        tp.weight_graph(built("mlp").model, block=block)
+
+
+def test_single_weights_however_the_pair_is_written() -> None:
+    model = built("mlp").model
+    for block in ([1, 1], (np.int64(1), 1)):
+        graph = tp.weight_graph(model, block=block)
+        assert graph.to_json() == tp.weight_graph(model).to_json()
+        assert all(group.members[0].index is None for group in graph.groups)
+    scores = tp.score(model, [], tp.weight_graph(model, [1, 1], ["2"]), tp.L1())  # 8 inputs
+    assert tp.sparsify(scores, tp.weight_graph(model, [1, 1], ["2"]), pattern="2:4").sparsity == 0.5
 
 
 def test_weights_made_of_other_parameters_are_left_out_with_a_reason() -> None:

@@ -7,8 +7,10 @@ import copy
 import numpy as np
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
 import tpvprune as tp
 from tests import tolerances
@@ -99,16 +101,84 @@ def test_a_loop_of_ones_own_holds_masks_too() -> None:
     assert sum(int((p == 0).sum()) for p in small.parameters()) == plan.zeros
 
 
-def test_a_model_without_masks_is_left_alone(mlp) -> None:
-    for model in (copy.deepcopy(mlp.model), tp.apply(mlp.model, plan_without(mlp.graph, {"0": [1]}))):
-        state = copy.deepcopy(model.state_dict())
-        model(mlp.inputs).sum().backward()
-        before = [p.grad.clone() for p in model.parameters()]
-        masks = tp.Masks(model)
+WRAPPERS = {
+    "compiled": torch.compile,
+    "parallel": nn.DataParallel,
+    "averaged": AveragedModel,
+    "of timm's average": ModelEmaV3,
+    "a part": lambda model: nn.Sequential(nn.Identity(), model),
+    "wrapped twice": lambda model: nn.Sequential(nn.DataParallel(model)),
+}
+
+
+@pytest.mark.parametrize("how", WRAPPERS)
+def test_masks_are_held_inside_of_what_wraps_a_model(how: str) -> None:
+    _, small, batches = masked("mlp")
+    plan, wrapped = plan_of(small), WRAPPERS[how](small)
+    held = [module for module in wrapped.modules() if plan_of(module) is not None]
+    assert len(held) == 1
+    wrapped.requires_grad_(True)
+    optimiser = torch.optim.AdamW(wrapped.parameters(), lr=0.01, weight_decay=0.5)
+    masks = tp.Masks(wrapped)
+    for x in batches:
+        held[0](x).square().mean().backward()
+        masks.gradients()
+        optimiser.step()
+        masks.weights()
+    for name, mask in plan.weight_masks().items():
+        weight = held[0].get_parameter(name)
+        assert not bool((weight[~mask] != 0).any())
+        assert bool((weight[mask] != masked("mlp")[1].get_parameter(name)[mask]).any())
+    assert sum(int((p == 0).sum()) for p in held[0].parameters()) == plan.zeros > 0
+
+
+def test_every_plan_inside_is_held() -> None:
+    one, two = masked("mlp")[1], tp.apply(masked("conv_bn")[0], sparse(masked("conv_bn")[0], seed=3))
+    both = nn.ModuleDict({"one": one, "two": two})
+    with torch.no_grad():
+        for parameter in both.parameters():
+            parameter.add_(1.0)
+    tp.Masks(both).weights()
+    for model in (one, two):
+        assert sum(int((p == 0).sum()) for p in model.parameters()) == plan_of(model).zeros > 0
+
+
+def test_zeros_of_a_part_stay_zero_in_training() -> None:
+    dense, small, batches = masked("mlp")
+    found = tp.finetune(nn.Sequential(nn.Identity(), small), batches, dense, tp.Finetune(epochs=1, lr=0.05))
+    assert sum(int((p == 0).sum()) for p in found.parameters()) == plan_of(small).zeros
+    assert gap(found[1].get_parameter("2.weight"), small.get_parameter("2.weight")) > 0
+
+
+def test_where_no_plan_is_found_masks_are_refused(mlp) -> None:
+    with pytest.raises(tp.InputError, match=r"neither this Sequential nor a module in it carries a plan.*apply\(\)"):
+        tp.Masks(copy.deepcopy(mlp.model))
+    with pytest.raises(tp.InputError, match="neither this DataParallel"):
+        tp.Masks(nn.DataParallel(mlp.model))
+
+
+def test_masks_of_weights_that_are_not_there_any_more_are_refused() -> None:
+    small = masked("mlp")[1]
+    key = next(iter(plan_of(small).weight_masks()))
+    name = key.rpartition(".")[0]
+    setattr(small, name, nn.Identity())
+    with pytest.raises(tp.PlanError, match=rf"the plan of 'module' masks '{key}' of shape .* and the model has none"):
+        tp.Masks(nn.DataParallel(small))
+    setattr(small, name, nn.Linear(2, 2))
+    with pytest.raises(tp.PlanError, match=r"the plan of 'the model' masks .* the model has \(2, 2\)"):
+        tp.Masks(small)
+
+
+def test_a_plan_without_masks_holds_nothing(mlp) -> None:
+    model = tp.apply(mlp.model, plan_without(mlp.graph, {"0": [1]}))
+    state = copy.deepcopy(model.state_dict())
+    model(mlp.inputs).sum().backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    for masks in (tp.Masks(model), tp.Masks(nn.DataParallel(model))):
         masks.gradients()
         masks.weights()
-        assert_same_state(model.state_dict(), state)
-        assert all(torch.equal(a, p.grad) for a, p in zip(before, model.parameters(), strict=True))
+    assert_same_state(model.state_dict(), state)
+    assert all(torch.equal(a, p.grad) for a, p in zip(before, model.parameters(), strict=True))
 
 
 def test_batch_norm_and_recover_leave_masks_alone() -> None:

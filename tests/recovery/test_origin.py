@@ -15,6 +15,7 @@ from tests.helpers import assert_same_state, plan_without
 from tests.recovery.test_training import noisy
 from tpvprune.errors import CheckpointError
 from tpvprune.plan import plan_of
+from tpvprune.recovery.origin import began_with
 
 
 def mlp_plan(model: nn.Module, graph: tp.Graph, kept: int) -> tp.Plan:
@@ -64,6 +65,17 @@ def test_a_folder_gives_no_weights_that_another_plan_holds_at_zero(tmp_path: Pat
     tp.finetune(even, batches, model, settings, save=tmp_path)
     with pytest.raises(CheckpointError, match="another plan"):
         tp.finetune(odd, batches, model, settings, save=tmp_path)
+
+
+def test_plans_inside_tell_runs_apart_as_well() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    graph = tp.weight_graph(model)
+    even, odd = (tp.apply(model, mlp_plan(model, graph, kept)) for kept in (0, 1))
+    odd.load_state_dict(even.state_dict())
+    begun = [began_with(nn.Sequential(part), model) for part in (even, odd, copy.deepcopy(even))]
+    assert begun[0]["start"] == begun[1]["start"]
+    assert begun[0]["plan"] != begun[1]["plan"]
+    assert begun[0] == begun[2]
 
 
 def test_how_a_plan_was_made_does_not_part_a_run_from_its_folder(tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from tpvprune.batches import arguments_of, device_of, evaluation_mode
+from tpvprune.batches import device_of, evaluation_mode
+from tpvprune.calls import Arguments, arguments_of
 from tpvprune.copies import copied
 from tpvprune.deploy import runtime
 from tpvprune.deploy.export import rows_of
 from tpvprune.deploy.reasons import Case, causes_of, findings_of
-from tpvprune.deploy.runtime import Arguments
-from tpvprune.errors import InputError, TpvpruneError
+from tpvprune.errors import InputError
 from tpvprune.kinds import check_kinds
 from tpvprune.planning.cost import Usage
 from tpvprune.timing import Clock, all_milliseconds, device_name
@@ -153,8 +153,7 @@ def bench(
             except Exception as error:  # whatever a compiler or another runtime raises
                 if kind == "eager":
                     raise
-                said = next((line for line in str(error).splitlines() if line.strip()), "")
-                skipped[kind] = said if isinstance(error, TpvpruneError) else f"{type(error).__name__}: {said}"
+                skipped[kind] = runtime.said_by(error)
                 timings = [timing for timing in timings if timing.runtime != kind]
         causes = causes_of(model, against, usage[PRUNED], sized, clock=clock)
     costs = {name: _costs(found, usage[name].total) for name, found in models.items()}

@@ -19,10 +19,9 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from tpvprune.batches import arguments_of
+from tpvprune.calls import Arguments, arguments_of, check_rows, running
 from tpvprune.copies import copied
 from tpvprune.deploy import runtime
-from tpvprune.deploy.runtime import Arguments
 from tpvprune.errors import ExportError, InputError, ModelError, TpvpruneError
 from tpvprune.files import write_bytes
 from tpvprune.kinds import check_kinds
@@ -87,7 +86,7 @@ def export(
         model: pruned or not; it is left as it was, on its device.
         path: the file; replaced if it is there.
         example: one batch as the model takes it, with the batch first in every tensor: a tensor `(batch, ...)`, a
-            tuple of positional or a dict of keyword arguments. The check runs its rows too.
+            tuple of positional or a dict of keyword arguments: no labels. The check runs its rows too.
         format: `onnx` (needs the `export` extra; run by onnxruntime in the check), `torch-export` (loaded by
             `torch.export.load`), or `timm-state-dict` (safetensors under timm's names, in the pruned shapes; loaded
             by timm into what `tpvprune.apply` cuts). By the suffix of `path` if left out: .onnx, .pt2, .safetensors.
@@ -99,7 +98,7 @@ def export(
 
     Raises:
         InputError: no such format, the suffix is another one's, a package is missing, or the file cannot be written.
-        ModelError: the exporter cannot take the model.
+        ModelError: the model does not run on the example or gives no tensor, or the exporter cannot take it.
         ExportError: what was written does not give the model's outputs; nothing is left at `path`.
     """
     target = Path(path)
@@ -109,10 +108,11 @@ def export(
     start = time.perf_counter()
     twin = _on_cpu(model)
     batches = [rows_of(arguments_of(example, torch.device("cpu")), count) for count in CHECKED]
+    wanted = [_answers(twin, arguments) for arguments in batches]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"model{SUFFIXES[kind]}"
         _write(kind, twin, batches[1], file)
-        difference, largest = _compare(twin, _runner(kind, twin, file), batches)
+        difference, largest = _compare(wanted, [*map(_runner(kind, twin, file), batches)])
         if not difference <= tolerance * largest:  # NaN is no agreement
             raise ExportError(
                 f"the {kind} file's outputs differ from the model's by up to {difference:.3g} (its largest output is "
@@ -146,12 +146,11 @@ def export(
 
 def rows_of(arguments: Arguments, count: int) -> Arguments:
     """The same arguments with `count` rows: the ones there are, then copies moved along, so that no two are alike."""
+    check_rows(arguments)
 
     def resized(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.ndim == 0:
             return value
-        if not len(value):
-            raise ModelError("the example input holds no row; give a batch of at least one")
         rows = [value[i % len(value)] for i in range(count)]
         shifts = [i // len(value) for i in range(count)]
         return torch.stack([row.roll(shift, -1) if row.ndim else row for row, shift in zip(rows, shifts, strict=True)])
@@ -201,9 +200,8 @@ def _write(kind: Format, model: nn.Module, arguments: Arguments, file: Path) -> 
     except TpvpruneError:
         raise
     except Exception as error:  # exporters raise whatever they meet
-        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(
-            f"{type(model).__name__} cannot be written as {kind} with a free batch: {type(error).__name__}: {said}; "
+            f"{type(model).__name__} cannot be written as {kind} with a free batch: {runtime.said_by(error)}; "
             "try another format, or an example of another shape"
         ) from error
 
@@ -221,22 +219,38 @@ def _runner(kind: Format, model: nn.Module, file: Path) -> Runner:
             for tensor in loaded.state_dict().values():
                 tensor.fill_(1)  # so that a tensor which the file lacks is seen
         load_weights(loaded, file)
-    return lambda arguments: _tensors(loaded(*arguments[0], **arguments[1]))
+    return torch.no_grad()(lambda arguments: _tensors(loaded(*arguments[0], **arguments[1])))
 
 
 @torch.no_grad()
-def _compare(model: nn.Module, run: Runner, batches: Sequence[Arguments]) -> tuple[float, float]:
-    """Largest absolute difference, and largest absolute output."""
+def _answers(model: nn.Module, arguments: Arguments) -> list[Tensor]:
+    """What a model gives, as tensors.
+
+    Raises:
+        ModelError: it does not run on the arguments, or there is no number in what it gives.
+    """
+    with running(model, arguments):
+        output = model(*arguments[0], **arguments[1])
+    found = _tensors(output)
+    if not any(tensor.numel() for tensor in found):
+        raise ModelError(
+            f"{type(model).__name__} returns a {type(output).__name__}, in which there is no tensor to check a "
+            "file by; wrap it in a module that returns tensors"
+        )
+    return found
+
+
+def _compare(wanted: Sequence[list[Tensor]], got: Sequence[list[Tensor]]) -> tuple[float, float]:
+    """Largest absolute difference, and largest absolute output, over several batches."""
     gaps, sizes = [], []
-    for arguments in batches:
-        wanted, got = _tensors(model(*arguments[0], **arguments[1])), run(arguments)
-        if [t.shape for t in wanted] != [t.shape for t in got]:
+    for mine, theirs in zip(wanted, got, strict=True):
+        if [t.shape for t in mine] != [t.shape for t in theirs]:
             raise ExportError(
-                f"the file gives outputs of shapes {[tuple(t.shape) for t in got]}, the model "
-                f"{[tuple(t.shape) for t in wanted]}; nothing was written"
+                f"the file gives outputs of shapes {[tuple(t.shape) for t in theirs]}, the model "
+                f"{[tuple(t.shape) for t in mine]}; nothing was written"
             )
-        gaps += [(mine.double() - theirs.double()).abs().flatten() for mine, theirs in zip(wanted, got, strict=True)]
-        sizes += [mine.double().abs().flatten() for mine in wanted]
+        gaps += [(one.double() - other.double()).abs().flatten() for one, other in zip(mine, theirs, strict=True)]
+        sizes += [one.double().abs().flatten() for one in mine]
     return float(torch.cat(gaps).max()), float(torch.cat(sizes).max())  # NaN stays NaN
 
 

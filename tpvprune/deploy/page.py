@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from importlib import resources
 from os import PathLike
 from pathlib import Path
@@ -12,7 +13,9 @@ from tpvprune import plots
 from tpvprune.card import bounds, model_card, numbers, verdict
 from tpvprune.comparison import METRICS
 from tpvprune.deploy.story import Story, merged
+from tpvprune.errors import PlanError
 from tpvprune.files import write_text
+from tpvprune.measures import Report
 from tpvprune.version import __version__
 
 PAGE = "report.html"
@@ -25,7 +28,11 @@ def report_page(story: Story) -> str:
 
     Args:
         story: what to tell.
+
+    Raises:
+        PlanError: the report lacks a part.
     """
+    _check(story)
     source = resources.files("tpvprune.deploy").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(source)
@@ -46,6 +53,15 @@ def report_page(story: Story) -> str:
     )
 
 
+def _check(story: Story) -> None:
+    lacking = [f"{field.name!r}" for field in fields(Report) if field.name not in story.report]
+    if lacking:
+        raise PlanError(
+            f"the report of {story.name!r} lacks {', '.join(lacking)}; give all of it, as prune() measures it: "
+            "found.report.to_json()"
+        )
+
+
 def figures(story: Story) -> dict[str, str]:
     """SVG by name, each in the colours of the page around it."""
     widths, macs = story.widths(), merged(story.macs())
@@ -63,7 +79,12 @@ def figures(story: Story) -> dict[str, str]:
 
 
 def markdown(story: Story) -> str:
-    """The report as a model card."""
+    """The report as a model card.
+
+    Raises:
+        PlanError: the report lacks a part.
+    """
+    _check(story)
     return model_card(story.plan, story.source or {"class": story.name}, story.report)
 
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from tpvprune.batches import device_of
-from tpvprune.deploy.runtime import Arguments
-from tpvprune.plan import plan_of
+from tpvprune.calls import Arguments
+from tpvprune.plan import plans_in
 from tpvprune.planning.cost import Usage
 from tpvprune.timing import Clock, milliseconds_inside
 
@@ -102,13 +102,12 @@ def causes_of(
         products = sum(ms for name, ms in times.items() if name and is_product(leaves[name]))
         total = sum(times.values())
         light[batch] = 1 - products / total if total > 0 else 0.0
-    plan = plan_of(pruned)
     return Causes(
         odd=multiplied / usage.total if usage.total else 0.0,
         odd_layers=tuple(odd),
         light=light,
         layers=len(leaves),
-        zeros=plan.zeros if plan is not None else 0,
+        zeros=sum(plan.zeros for plan in plans_in(pruned).values()),
     )
 
 

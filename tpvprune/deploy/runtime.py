@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpvprune.errors import InputError, ModelError
+from tpvprune.calls import Arguments
+from tpvprune.errors import InputError, ModelError, TpvpruneError
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a model is called on: positional and by keyword."""
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def missing_packages() -> list[str]:
@@ -66,6 +67,14 @@ def quietly() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+def said_by(error: BaseException) -> str:
+    """What went wrong, in a line: the innermost cause, for exporters and compilers wrap it in words of their own."""
+    while error.__cause__ is not None and not isinstance(error, TpvpruneError):
+        error = error.__cause__
+    line = next((line.strip() for line in _COLOURS.sub("", str(error)).splitlines() if line.strip()), "")
+    return line if isinstance(error, TpvpruneError) else f"{type(error).__name__}: {line}".removesuffix(": ")
 
 
 def write_onnx(model: nn.Module, arguments: Arguments, path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tpvprune.batches import plain_attention
+from tpvprune.calls import running
 from tpvprune.errors import ModelError
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -75,14 +76,8 @@ class Usage:
             handles += [module.register_forward_pre_hook(_clock(name, -1, flops, counter))]
             handles += [module.register_forward_hook(_clock(name, 1, flops, counter))]
         try:
-            with torch.no_grad(), plain_kernels(model), counter:
+            with running(model, (args, kwargs)), torch.no_grad(), plain_kernels(model), counter:
                 model(*args, **kwargs)
-        except Exception as error:
-            shape = tuple(first.shape)
-            raise ModelError(
-                f"{type(model).__name__} does not run on an example of shape {shape}: {error}; "
-                "check the input size and channels"
-            ) from error
         finally:
             for handle in handles:
                 handle.remove()

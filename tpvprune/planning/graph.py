@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tpvprune.batches import Progress, arguments_of, device_of, evaluation_mode
+from tpvprune.batches import Progress, device_of, evaluation_mode
+from tpvprune.calls import arguments_of
 from tpvprune.copies import copied
 from tpvprune.errors import InputError, ModelError
 from tpvprune.kinds import check_kinds

@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpvprune.batches import Progress, arguments_of, device_of, evaluation_mode
-from tpvprune.errors import ModelError, PlanError
+from tpvprune.batches import Progress, device_of, evaluation_mode
+from tpvprune.calls import arguments_of, check_rows, running
+from tpvprune.errors import PlanError
 from tpvprune.files import write_text
 from tpvprune.kinds import check_kinds
 from tpvprune.members import WORK, Group
@@ -218,12 +219,13 @@ def latency_table(
 
     Raises:
         PlanError: the graph is of another model.
-        ModelError: the model does not run on the example.
+        ModelError: the model does not run on the example, or the example holds no row.
     """
     if graph.model_id != model_id(model):
         raise PlanError(f"the graph is of model {graph.model_id}, this one is {model_id(model)}; trace it again")
     device = device_of(model)
-    args, kwargs = arguments_of(example, device)
+    args, kwargs = arguments = arguments_of(example, device)
+    check_rows(arguments)
     measured = _conditions(model, args, kwargs, compiled)
     kept = None
     if cache is not None:
@@ -236,13 +238,8 @@ def latency_table(
     run = partial(model, *args, **kwargs)
     random = [device] if device.type == "cuda" else []
     with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(random):
-        try:
+        with running(model, arguments):
             seen = watch(model, graph, run)
-        except Exception as error:
-            shapes = ", ".join(str(tuple(v.shape)) for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-            raise ModelError(
-                f"{type(model).__name__} does not run on {shapes}: {error}; check the input size and channels"
-            ) from error
         first = measured_latency(model, example, rounds=ROUNDS, clock=clock)
         alone = times_alone(seen.layers, device, clock=clock, progress=progress)
         inside = milliseconds_inside(seen.modules, run, device, rounds=ROUNDS, clock=clock)

@@ -65,10 +65,9 @@ def sparsify(
         PlanError: the scores belong to another model or lack a group, units are channels (or blocks, for a pattern),
             `after` is of another model or touches a part of a block.
         BudgetError: sparsity, pattern or scope cannot be read or be met, or a name matches nothing.
+        InputError: `protect` is a single string.
     """
     _check(scores, graph, sparsity, pattern, scope)
-    if isinstance(protect, str):
-        raise BudgetError(f"protect={protect!r} is one string; give a list of patterns")
     protected = {group.id for name in protect for group in matching_groups(graph, name)}
     dense = dict.fromkeys(sorted(protected), "protected")
     grounds = _grounds(graph, after)

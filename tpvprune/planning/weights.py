@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from tpvprune.errors import ModelError
+from tpvprune.errors import InputError, ModelError
 from tpvprune.kinds import check_kinds
 from tpvprune.members import Group, Member
 from tpvprune.planning.patterns import matcher
@@ -27,12 +29,14 @@ def weight_graph(model: nn.Module, block: tuple[int, int] = (1, 1), layers: Sequ
     Args:
         model: any module.
         block: rows (outputs) and columns (inputs, all kernel positions side by side) of the weight, seen as a
-            matrix, that a unit spans.
+            matrix, that a unit spans: two whole numbers.
         layers: which layers, by exact name, glob or `re:` regular expression.
 
     Raises:
         ModelError: no layer is left, a pattern matches none, or a block does not divide a weight.
+        InputError: `block` is no pair of whole numbers, or `layers` a single string.
     """
+    high, wide = _pair(block)
     parameters = {id(p): name for name, p in model.named_parameters()}
     found, skipped = dict[str, nn.Module](), dict[str, str]()
     for name, module in model.named_modules():
@@ -57,11 +61,10 @@ def weight_graph(model: nn.Module, block: tuple[int, int] = (1, 1), layers: Sequ
         assert isinstance(weight, torch.Tensor)
         name = parameters[id(weight)]  # a weight that is shared stands once, under its first name
         rows, columns = weight.shape[0], weight[0].numel()
-        high, wide = block
         if high < 1 or wide < 1 or rows % high or columns % wide:
             raise ModelError(f"blocks of {high} x {wide} do not divide {name!r}, a matrix of {rows} x {columns}")
         index = None
-        if block != (1, 1):
+        if (high, wide) != (1, 1):
             entries = torch.arange(weight.numel()).reshape(rows // high, high, columns // wide, wide)
             index = entries.transpose(1, 2).reshape(-1, high * wide)
         units = weight.numel() // (high * wide)
@@ -77,6 +80,18 @@ def weight_graph(model: nn.Module, block: tuple[int, int] = (1, 1), layers: Sequ
         model_id=fingerprint((name, tuple(tensor.shape)) for name, tensor in everything),
         skipped=skipped,
     )
+
+
+def _pair(block: Any) -> tuple[int, int]:
+    """Rows and columns of a block.
+
+    Raises:
+        InputError: they are no two whole numbers.
+    """
+    whole = isinstance(block, Sequence) and all(isinstance(n, Integral) and not isinstance(n, bool) for n in block)
+    if not whole or len(block) != 2:
+        raise InputError(f"block={block!r} is no pair of whole numbers; give rows and columns, as block=(4, 4)")
+    return int(block[0]), int(block[1])
 
 
 def _others(model: nn.Module, offered: Collection[int], told: Collection[str]) -> dict[str, str]:

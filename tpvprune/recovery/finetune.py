@@ -36,6 +36,7 @@ from tpvprune.batches import (
 from tpvprune.copies import copied
 from tpvprune.errors import DataError, InputError, NonFiniteError
 from tpvprune.kinds import check_kinds
+from tpvprune.plan import plans_in
 from tpvprune.processes import from_first, of_all, process
 from tpvprune.recovery.classes import class_labels
 from tpvprune.recovery.distance import Features, distillation_loss
@@ -154,7 +155,7 @@ class _Training:
         self.shape: tuple[int, ...] | None = None
         self.features = Features(self.student, teacher, settings.features) if settings.feature_weight else None
         self.wrapped, self.stepper = self.accelerator.prepare(self.student, self.optimizer)
-        self.masks = Masks(self.student)
+        self.masks = Masks(self.student) if plans_in(self.student) else None
         plain = Teacher(teacher, output, mirrored=False)  # judged by what a report compares with
         self.judge = None if held_out is None else Judge(held_out, plain, settings, output, self.accelerator)
         self.epoch = self.batch = self.update = 0
@@ -235,10 +236,12 @@ class _Training:
         if alone:
             train_mode(self.student, settings.norms)
         if closing:
-            self.masks.gradients()
+            if self.masks is not None:
+                self.masks.gradients()
             accelerator.clip_grad_norm_(self.wrapped.parameters(), settings.clip)
             self.stepper.step()
-            self.masks.weights()
+            if self.masks is not None:
+                self.masks.weights()
             self.stepper.zero_grad()
             self.update += 1
             if self.schedule is not None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tpvprune.plan import plan_of
+from tpvprune.errors import InputError, PlanError
+from tpvprune.plan import Plan, plans_in
 
 RELATIVE = 1e-8  # residual, against the one at the start, at which a refit is done
 MOST_ITERATIONS = 1000
@@ -19,14 +20,22 @@ class Masks:
     already keep them at zero. Nothing is added to the model: no hook, no parametrisation, no buffer.
 
     Args:
-        model: from `apply`, `mask` or `load`; a model without a plan, or a plan without masks, has nothing to hold.
+        model: from `apply`, `mask` or `load`, or what has such models in it: compiled, parallel, averaged, a part of
+            another one. A plan without masks has nothing to hold.
+
+    Raises:
+        InputError: neither the model nor a module in it carries a plan.
+        PlanError: the weights of a plan are not there any more, or have another shape.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        plan = plan_of(model)
-        masks = {} if plan is None else plan.weight_masks()
-        parameters = {name: model.get_parameter(name) for name in masks}
-        self._zero = [(p, ~masks[name].to(p.device)) for name, p in parameters.items()]
+        plans = plans_in(model)
+        if not plans:
+            raise InputError(
+                f"neither this {type(model).__name__} nor a module in it carries a plan, which says what is zero; "
+                "give what apply(), mask(), recover() or load() returned, or a model that has it inside"
+            )
+        self._zero = [pair for name, plan in plans.items() for pair in _zeros(model.get_submodule(name), plan, name)]
 
     @torch.no_grad()
     def gradients(self) -> None:
@@ -40,6 +49,22 @@ class Masks:
         """Set masked weights to zero."""
         for parameter, zero in self._zero:
             parameter.masked_fill_(zero, 0)
+
+
+def _zeros(module: nn.Module, plan: Plan, name: str) -> list[tuple[Tensor, Tensor]]:
+    """Parameters of a module, each with a bool mask of what its plan holds at zero."""
+    found = list[tuple[Tensor, Tensor]]()
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for key, mask in plan.weight_masks().items():
+        parameter = parameters.get(key)
+        if parameter is None or parameter.shape != mask.shape:
+            has = "none" if parameter is None else f"{tuple(parameter.shape)}"
+            raise PlanError(
+                f"the plan of {name or 'the model'!r} masks {key!r} of shape {tuple(mask.shape)}, and the model has "
+                f"{has}; wrap it in what keeps its parameters, and cut the whole before you mask a part of it"
+            )
+        found.append((parameter, ~mask.to(parameter.device)))
+    return found
 
 
 def solve_free(a: Tensor, b: Tensor, free: Tensor) -> Tensor:

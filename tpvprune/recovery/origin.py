@@ -11,7 +11,7 @@ from torch import nn
 
 from tpvprune.digests import state_digest
 from tpvprune.errors import CheckpointError
-from tpvprune.plan import plan_of
+from tpvprune.plan import Plan, plan_of, plans_in
 from tpvprune.recovery.settings import Finetune
 
 STATE_FORMAT = 4
@@ -51,14 +51,22 @@ def origin(
 
 
 def began_with(model: nn.Module, teacher: nn.Module) -> dict[str, str]:
-    """Fingerprints of a model's plan, of all its entries and of the teacher's."""
+    """Fingerprints of a model's plan (and of those inside it), of all its entries and of the teacher's."""
     plan = plan_of(model)
-    masks = None if plan is None else {name: plan.to_json()[name] for name in ("keep", "weights")}
+    digest = hashlib.sha256(json.dumps(None if plan is None else _masks(plan), sort_keys=True).encode())
+    inside = {name: _masks(found) for name, found in plans_in(model).items() if name}
+    if inside:
+        digest.update(json.dumps(inside, sort_keys=True).encode())
     return {
-        "plan": hashlib.sha256(json.dumps(masks, sort_keys=True).encode()).hexdigest(),
+        "plan": digest.hexdigest(),
         "start": state_digest(model),
         "teacher": state_digest(teacher),
     }
+
+
+def _masks(plan: Plan) -> dict[str, Any]:
+    stored = plan.to_json()
+    return {name: stored[name] for name in ("keep", "weights")}
 
 
 def check_origin(had: Mapping[str, Any], has: Mapping[str, Any]) -> None:
