@@ -154,6 +154,8 @@ def prune(
         batches=measured,
         predicted=predicted,
         output=output,
+        latency=latency,
+        latency_batch=8 if latency is None else (latency.measured.get("batch") or [8])[0],
         seconds=seconds,
         data={"scored": scores.samples, "measured_on": "scoring batches" if held_out is None else "held-out batches"},
         progress=progress,
