@@ -146,8 +146,8 @@ class Scores:
         Returns:
             `samples`; `relative_stderr`: median of standard error over score; `rank_correlation`: Spearman's, between
             the scores of two halves of the samples; `wrong_side`: share of the units expected on the wrong side of
-            the cut; `settled`; `samples_to_settle`: estimated samples needed in all. None where it cannot be known, as of
-            compensated single weights.
+            the cut; `settled`; `samples_to_settle`: estimated samples needed in all. None where it cannot be known, as
+            of compensated single weights.
         """
         if not 0 < cut < 1 or not 0 < share < 1:
             raise InputError(f"cut={cut} and share={share} must lie between 0 and 1")

@@ -145,7 +145,10 @@ def _residual(
         if best is None or left < best[0]:
             means = torch.stack([mean for mean, _ in reversed(halves)])
             whole = _precision(model, layer, (even + odd).covariance()[1], ridge)
-            best = left, Residual(means, torch.stack(matrices), ridge, (whole, *precisions))
+            # What residuals are computed in, and halves told by, has room for twice as much in single precision.
+            kind = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
+            parts = ((precision.to(kind), damping) for precision, damping in precisions)
+            best = left, Residual(means, torch.stack(matrices).to(kind), ridge, (whole, *parts))
     assert best is not None
     return best[1]
 
