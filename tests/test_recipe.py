@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 import tpvprune as tp
 from tpvprune.recipe import Recipe, Suite, builtin_recipes, load_recipe, parse_recipe
@@ -216,3 +220,27 @@ def test_recipes_are_plain_yaml_without_tags():
     for text in builtin_recipes().values():
         assert "!" not in text
         assert isinstance(yaml.safe_load(text), dict)
+
+
+def keys_of(kind: type[BaseModel], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a section and of those in it, with its default; None for one that must be given."""
+    for name, field in kind.model_fields.items():
+        options = (field.annotation, *get_args(field.annotation))
+        inner = [one for one in options if isinstance(one, type) and issubclass(one, BaseModel)]
+        for one in inner:
+            yield from keys_of(one, f"{before}{name}.")
+        if not inner:
+            default = None if field.is_required() else field.get_default(call_default_factory=True)
+            yield before + name, list(default) if isinstance(default, tuple) else default
+
+
+def test_the_page_of_recipes_names_every_key_once_with_its_default():
+    page = (Path(__file__).resolve().parent.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `([\w.]+)` \| (?:`(.+?)`|none) \|", page.partition("## Every key")[2], re.MULTILINE)
+    told = dict(table)
+    assert len(told) == len(table)
+    wanted = dict(keys_of(Recipe))
+    assert set(told) == set(wanted)
+    for key, default in wanted.items():  # a word such as `no` is what it is, not what YAML makes of it
+        read = told[key].strip('"') if isinstance(default, str) else yaml.safe_load(told[key] or "null")
+        assert read == default, key

@@ -42,6 +42,7 @@ class Report:
         seconds: wall-clock seconds per stage.
         data: how many images each stage saw and how many were skipped.
         environment: versions, device, threads, batch size of the latency.
+        format: version of the JSON form.
     """
 
     asked: Mapping[str, Any]

@@ -137,6 +137,8 @@ def test_what_lies_within_the_spread_is_no_difference() -> None:
 
 def test_where_nothing_left_no_time_is_expected() -> None:
     assert findings_of([case(1, 10, 10)], 100, 99, Causes()) == ("multiply-adds fell by 1%, so no time is saved",)
+    # 188 in place of 100 are 88 % more.
+    assert findings_of([case(1, 10, 19)], 100, 188, Causes()) == ("multiply-adds rose by 88%, so no time is saved",)
     _, zeros = findings_of([case(1, 10, 10)], 100, 100, Causes(zeros=1234))
     assert "1,234 weights are held at zero" in zeros
 

@@ -343,6 +343,10 @@ def _known(given: Weights, weights: Weights, what: str) -> None:
 def sgd_noise(lr: float, batch_size: int) -> Isotropic:
     """What the steps of SGD leave of a minimum, to first order: independent noise of variance `lr / (2 * batch_size)`.
 
+    Args:
+        lr: step size.
+        batch_size: samples of a step.
+
     Raises:
         InputError: one of the two is not above zero.
     """

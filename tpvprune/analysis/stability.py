@@ -89,7 +89,11 @@ class Stability:
 
 
 def grid(**values: Sequence[Any]) -> list[dict[str, Any]]:
-    """All combinations of values, by name: the last name changes fastest."""
+    """All combinations of values, by name: the last name changes fastest.
+
+    Args:
+        values: for each name what it takes on, as `width=(1, 4, 16)`.
+    """
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
 
 

@@ -124,7 +124,17 @@ class Correlation:
 
 
 def correlation(one: Sequence[float], other: Sequence[float], resamples: int = 2000, seed: int = 0) -> Correlation:
-    """Rank correlation with a bootstrap interval. Resamples in which one side is constant are left out."""
+    """Rank correlation with a bootstrap interval. Resamples in which one side is constant are left out.
+
+    Args:
+        one: a value for each pair.
+        other: as many, in the same order.
+        resamples: draws of the bootstrap.
+        seed: of those draws.
+
+    Raises:
+        InputError: there are fewer than two pairs, or values without a partner.
+    """
     a, b = torch.tensor(list(one), dtype=torch.float64), torch.tensor(list(other), dtype=torch.float64)
     if len(a) != len(b) or len(a) < 2:
         raise InputError(f"{len(a)} and {len(b)} values are no pairs to correlate; give two or more of each")

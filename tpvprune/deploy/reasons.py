@@ -138,7 +138,8 @@ def findings_of(cases: Sequence[Case], dense_macs: int, pruned_macs: int, causes
         "patterns on a GPU that has them, save time"
     )
     if fell < FEW:
-        return (f"multiply-adds fell by {fell:.0%}, so no time is saved", *([zeros] if causes.zeros else []))
+        moved = f"rose by {-fell:.0%}" if fell < 0 else f"fell by {fell:.0%}"
+        return (f"multiply-adds {moved}, so no time is saved", *([zeros] if causes.zeros else []))
     slow = [case for case in cases if not case.apart or case.saved < SHORT * fell]
     if not slow:
         return ()

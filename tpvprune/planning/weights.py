@@ -62,7 +62,8 @@ def weight_graph(model: nn.Module, block: tuple[int, int] = (1, 1), layers: Sequ
         name = parameters[id(weight)]  # a weight that is shared stands once, under its first name
         rows, columns = weight.shape[0], weight[0].numel()
         if high < 1 or wide < 1 or rows % high or columns % wide:
-            raise ModelError(f"blocks of {high} x {wide} do not divide {name!r}, a matrix of {rows} x {columns}")
+            told = f"blocks of {high} x {wide} do not divide {name!r}, a matrix of {rows} x {columns}"
+            raise ModelError(f"{told}; give others, or name the layers to take by layers=")
         index = None
         if (high, wide) != (1, 1):
             entries = torch.arange(weight.numel()).reshape(rows // high, high, columns // wide, wide)

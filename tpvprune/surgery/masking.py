@@ -17,6 +17,10 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
     holds; where a normaliser pools over the units it is not. The copy carries the plan as masks of weights, so that
     it can be saved, and its zeros held in training.
 
+    Args:
+        model: the dense model; it is left as it was.
+        plan: what is silenced.
+
     Raises:
         PlanError: the plan speaks of other tensors or shapes.
         ModelError: the model cannot be copied; what holds it up is named.
