@@ -27,7 +27,12 @@ from tpvprune.zoo.data import open_pool
 from tpvprune.zoo.models import create_model
 
 STEPS, SHARE, LEAST = 18, 0.9, 0.3
-POINTS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+POINTS = (0.7, 0.5)
+PER = {"units": "per channel", "macs": "per multiply-add"}
+AT = {
+    key: f"{words} at {' / '.join(f'{m:g}' for m in POINTS)}"
+    for key, words in (("accuracy", "top-1"), ("agreement", "agreement"))
+}
 
 GLOBAL, JOINT = {"allocator": "global"}, {"allocator": "joint"}
 EVERY = 10**9  # samples whose sensitivities are kept
@@ -149,46 +154,70 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def report(path: Path, plots: Path | None) -> None:
-    """Tables of everything measured so far, best first, and a plot for each."""
-    rows: dict[tuple[str, int, str], dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    """Tables of everything measured so far, the best per multiply-add first, and a plot for each ranking."""
+    # Net and number of batches, criterion, ranking: the curves of all seeds.
+    rows: dict[tuple[str, int], dict[str, dict[str, list[Any]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
     found = read(path)
     sizes = {(row["net"], row["batches"]) for row in found if row["batches"]}
     for row in found:
         for net, batches in sizes:
             if net == row["net"] and row["batches"] in (None, batches):
-                rows[net, batches, row["per"]][row["criterion"]].append(row)
-    for (net, batches, per), named in sorted(rows.items()):
-        print(f"\n{net}, {batches} batches of 128, ranked per {'channel' if per == 'units' else 'multiply-add'}\n")
-        print(f"| criterion | seeds | area | {' | '.join(f'{m:g}' for m in POINTS)} | agreement at 0.7 / 0.5 | s |")
-        print("| --- " * (len(POINTS) + 5) + "|")
-        order = sorted(named, key=lambda n: -np.mean([area(row["curve"]) for row in named[n]]))
-        for name in order:
-            curves = [row["curve"] for row in named[name]]
-            areas = [area(points) for points in curves]
-            spread = f" ± {np.std(areas, ddof=1):.3f}" if len(areas) > 1 else ""
-            values = " | ".join(f"{np.mean([at(c, m, 'accuracy') for c in curves]):.3f}" for m in POINTS)
-            agree = " / ".join(f"{np.mean([at(c, m, 'agreement') for c in curves]):.3f}" for m in (0.7, 0.5))
-            seconds = np.mean([row["seconds"] for row in named[name]])
-            print(f"| {name} | {len(areas)} | {np.mean(areas):.3f}{spread} | {values} | {agree} | {seconds:.0f} |")
-        if plots is not None:
-            plot(plots / f"criteria_{net}_{batches}_{per}.svg", named, order, f"{net}, {batches} batches, per {per}")
+                rows[net, batches][row["criterion"]][row["per"]].append(row["curve"])
+    for (net, batches), named in sorted(rows.items()):
+        print(f"\n{net}, {batches} batches of 128\n")
+        print(
+            f"| criterion | seeds | {' | '.join(f'area, {per}' for per in PER.values())} | "
+            f"{' | '.join(f'{what}, {per}' for what in AT.values() for per in PER.values())} |"
+        )
+        print("| --- " * 8 + "|")
+        for name in ordered(named, "macs"):
+            curves = named[name]
+            areas = " | ".join(spread([area(points) for points in curves[per]]) for per in PER)
+            values = " | ".join(
+                " / ".join(f"{np.mean([at(points, m, key) for points in curves[per]]):.3f}" for m in POINTS)
+                if curves[per]
+                else "-"
+                for key in AT
+                for per in PER
+            )
+            print(f"| {name} | {min(len(curves[per]) for per in PER)} | {areas} | {values} |")
+        for per, words in PER.items():
+            if plots is not None:
+                of = {name: named[name][per] for name in ordered(named, per) if named[name][per]}
+                plot(plots / f"criteria_{net}_{batches}_{per}.svg", of, f"{net}, {batches} batches, {words}")
 
 
-def plot(path: Path, named: dict[str, list[Any]], order: list[str], title: str) -> None:
+def ordered(named: dict[str, dict[str, list[Any]]], per: str) -> list[str]:
+    return sorted(named, key=lambda name: -np.mean([area(points) for points in named[name][per]] or [0]))
+
+
+def spread(values: list[float]) -> str:
+    """The mean over seeds and their standard deviation."""
+    if not values:
+        return "-"
+    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+
+
+def plot(path: Path, curves: dict[str, list[Any]], title: str) -> None:
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5))
+    figure, panels = pyplot.subplots(1, 2, figsize=(13, 5), sharex=True, sharey=True)
     grid = np.linspace(LEAST, 1, 141)
-    for number, name in enumerate(order):
-        values = np.mean([at(row["curve"], grid, "accuracy") for row in named[name]], 0)
-        axes.plot(grid, values, label=name, linestyle=("-", "--", ":")[number // 10], linewidth=2.4 - 0.08 * number)
-    axes.set(xlabel="multiply-adds kept", ylabel="test accuracy, no recovery", title=title)
-    axes.invert_xaxis()
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    for axes, (key, words) in zip(panels, (("accuracy", "top-1"), ("agreement", "agreement with dense")), strict=True):
+        for number, (name, seeds) in enumerate(curves.items()):
+            values = np.mean([at(points, grid, key) for points in seeds], 0)
+            style = ("-", "--", ":")[number // 10]
+            axes.plot(grid, values, label=name, linestyle=style, linewidth=2.4 - 0.08 * number)
+        axes.set(xlabel="multiply-adds kept", ylabel=f"{words}, test images, no recovery")
+        axes.grid(alpha=0.3)
+    panels[0].invert_xaxis()
+    panels[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, bbox_inches="tight")
     pyplot.close(figure)
@@ -221,7 +250,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=10)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--criteria", nargs="+", default=list(CRITERIA), choices=list(ALL))
-    parser.add_argument("--per", nargs="+", default=["units", "macs"], choices=["units", "macs"])
+    parser.add_argument("--per", nargs="+", default=list(PER), choices=list(PER))
     parser.add_argument("--test", type=int, default=3000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--results", type=Path, default=Path("runs/criteria.jsonl"))
