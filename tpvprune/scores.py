@@ -100,7 +100,7 @@ class Scores:
         seed: seed of the probes.
         model_id: fingerprint of the model scored.
         tally: the sums behind them, where the criterion is a sum over batches.
-        halves: the scores of the even and of the odd rows of the tally.
+        halves: the scores of the even and of the odd rows, by the number of the batch plus the place in it.
         sensitivities: effects sample by sample, where they were asked for.
         manifest: versions, digest of the data, and what else may be asked of the file later.
     """

@@ -66,15 +66,26 @@ class Tally:
 
     def __add__(self, other: Tally) -> Tally:
         """Both together; the rows of `other` are counted on from where this one ends."""
-        if not self.rows:
-            return replace(other, batches=self.batches + other.batches)
-        if other.rows and set(self.sums) != set(other.sums):
+        return self.joined(other, turned=self.rows % 2 == 1)
+
+    def joined(self, other: Tally, turned: bool = False) -> Tally:
+        """Both together.
+
+        Args:
+            other: the even rows of which join the even rows of this one.
+            turned: they join the odd ones.
+
+        Raises:
+            PlanError: they are of different units.
+        """
+        if self.rows and other.rows and set(self.sums) != set(other.sums):
             raise PlanError("tallies of different units cannot be added")
-        turned = self.rows % 2 == 1
         sums = {}
-        for key, mine in self.sums.items():
-            theirs = other.sums[key] if other.rows else torch.zeros_like(mine)
-            sums[key] = mine + (theirs[[ODD, EVEN, SQUARES, CROSS]] if turned else theirs)
+        for key in self.sums if self.rows else other.sums:
+            parts = [self.sums[key]] if self.rows else []
+            if other.rows:
+                parts.append(other.sums[key][[ODD, EVEN, SQUARES, CROSS]] if turned else other.sums[key])
+            sums[key] = sum(parts[1:], parts[0])
         even, odd = other.samples[::-1] if turned else other.samples
         return Tally(
             sums,

@@ -349,7 +349,7 @@ def test_what_is_told_of_precision_holds_for_other_samples():
     graph, criterion = tp.trace(net, torch.zeros(1, 8, dtype=torch.float64)), tp.TPV(head="logits", compensated=True)
 
     def scored(samples: int) -> tp.Scores:
-        return tp.score(net, [torch.randn(samples, 8, dtype=torch.float64)], graph, criterion)
+        return tp.score(net, torch.randn(samples, 8, dtype=torch.float64).split(31), graph, criterion)
 
     whole = [scored(96) for _ in range(12)]
     told = [found.summary()["rank_correlation"] for found in whole]

@@ -227,12 +227,10 @@ def test_all_processes_get_the_scores_of_all_batches(name: str, found: Any) -> N
         for one, wanted in ((scores.values, whole.values), (scores.stderr, whole.stderr or {})):
             for key, value in wanted.items():
                 assert gap(one[key], value) <= SUMS * float(value.abs().max()), key
-        if scores.halves is not None:  # of other rows than those of one process, but of all of them
-            for key, value in whole.values.items():
-                shares = torch.tensor(scores.tally.samples, dtype=torch.float64) / scores.samples
-                both = sum(share * half[key] for share, half in zip(shares, scores.halves, strict=True))
-                if whole.stderr is not None:
-                    assert gap(both, value) <= 10 * SUMS * float(value.abs().max())
+        assert (scores.halves is None) == (whole.halves is None)
+        for half, wanted in zip(scores.halves or (), whole.halves or (), strict=True):
+            for key, value in wanted.items():
+                assert gap(half[key], value) <= 10 * SUMS * float(value.abs().max()), key
         assert scores.manifest["processes"] == WORLD
         assert scores.manifest["batches"] == CASES[name][1]
         assert (scores.sensitivities is None) == (whole.sensitivities is None)

@@ -19,7 +19,7 @@ from tpvprune.batches import Batch, Progress, on_one_tensor
 from tpvprune.errors import InputError, UnseenError
 from tpvprune.processes import of_all, process
 from tpvprune.scores import Scores, Sensitivities, Settled
-from tpvprune.scoring.engine import Watched, digest_of_all, gathered_rows, reduced
+from tpvprune.scoring.engine import Watched, digest_of_all, gathered_rows, global_number, reduced
 from tpvprune.scoring.resume import INSTEAD, check_start, made_of
 from tpvprune.scoring.shares import finish, share_of
 from tpvprune.scoring.streaming import GivingWay, Joining, Later, Observation, Streaming
@@ -167,7 +167,9 @@ def _collect(
             later = criterion.join(model, watched, graph)
         elif (start is None and world == 1) or (watched.pending() and not settled(skip)):
             for seen in observed():
-                tally, later = tally + seen.tally, seen.later
+                # Halves as those of residuals: by the number of the batch among all processes' and the place in it.
+                tally = tally.joined(seen.tally, turned=global_number(tally.batches) % 2 == 1)
+                later = seen.later
                 rows.add(seen)
                 fresh += 1
                 if settled(skip + fresh):

@@ -227,7 +227,7 @@ def reduced(tally: Tally) -> Tally:
         return tally
     whole = Tally()
     for counts, sums in of_all((tally.to_json(), {k: v.cpu() for k, v in tally.sums.items()})):
-        whole = whole + Tally(sums=sums, **{**counts, "samples": tuple(counts["samples"])})
+        whole = whole.joined(Tally(sums=sums, **{**counts, "samples": tuple(counts["samples"])}))
     return whole
 
 
