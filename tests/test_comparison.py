@@ -113,6 +113,22 @@ def test_compare_on_the_command_line_and_in_the_report(place: Path, run) -> None
     code, told, said = run(*words, "--criteria", "taylor")
     assert code == 2
     assert "taylor needs labels" in said
+    own = [
+        "compare",
+        "test_resnet",
+        "model.args.num_classes=10",
+        *SMALL[1:],
+        *short,
+        "--data",
+        "digits",
+        "--samples",
+        "8",
+        "--macs",
+        "0.9",
+    ]
+    code, told, _ = run(*own, "--criteria", "taylor", "--out", "own")
+    assert code == 0
+    assert "taylor" in rows_of(told)
     code, _, said = run(*words, "--criteria", "l9")
     assert code == 2
     assert "no criterion 'l9'" in said

@@ -94,6 +94,7 @@ WEIGHTS = tp.weight_graph(MODEL)
         (lambda: tp.sparsify(tp.score(MODEL, [], WEIGHTS, tp.L1()), WEIGHTS, protect="0"), "protect='0' is one string"),
         (lambda: tp.sensitivity(MODEL, [BATCH], GRAPH, SCORES, shares=0.5), r"shares=0\.5 is one number; give a list"),
         (lambda: tp.analysis.tpv(MODEL, [BATCH], PLAN, parameters="0.weight"), "tpv: parameters='0.weight' is one str"),
+        (lambda: tp.analysis.weight_energies(MODEL, [BATCH], "0.weight"), r"weight_energies: names='0\.weight' is one"),
         (lambda: tp.weight_graph(MODEL, layers=None), "weight_graph: layers takes a list; what was given is None"),
         (lambda: tp.weight_graph(MODEL, layers=MODEL[0].weight.sum), "takes a list; what was given is of type builtin"),
     ],

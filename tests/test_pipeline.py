@@ -164,6 +164,8 @@ def test_what_cannot_be_met_is_told_before_anything_is_scored(mlp) -> None:
         tp.prune(mlp.model, [mlp.inputs], tp.Budget(macs=0.001), progress=told)
     with pytest.raises(tp.PlanError, match="latency_ms needs a table"):
         tp.prune(mlp.model, [mlp.inputs], tp.Budget(latency_ms=0.7), progress=told)
+    with pytest.raises(tp.PlanError, match=r"needs scores in nats, and tpv\(head=logits"):
+        tp.prune(mlp.model, [mlp.inputs], tp.Budget(drift=0.1), criterion=tp.TPV("logits"), progress=told)
     assert "score" not in seen
 
 

@@ -85,13 +85,13 @@ def _compared(
     recipe: Recipe, folder: Path, names: list[str], shares: list[float], refit: bool, samples: int | None
 ) -> Comparison:
     labelled = [name for name in names if name in LABELLED]
-    if labelled and (recipe.data is None or recipe.data.labels is None):
-        raise DataError(f"criterion {labelled[0]} needs labels; give --labels, or leave it out of --criteria")
     chosen = {name: _by(recipe, name, refit, samples) for name in names}
     with bars() as progress:
         run = Run(recipe, folder, progress=progress, log=log_line)
-        run.until("trace")
         images, held = run.inputs.images, next(iter(chosen.values()))
+        if labelled and not images.scored.labelled:
+            raise DataError(f"criterion {labelled[0]} needs labels; give --labels, or leave it out of --criteria")
+        run.until("trace")
         assert recipe.data is not None
         about: dict[str, Any] = {"workers": recipe.data.workers}
         pool = images.scored.sample(held.score.samples, recipe.seed)

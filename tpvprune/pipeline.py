@@ -112,7 +112,7 @@ def prune(
         criterion = TPV(output=output, compensated=compensated, probes=probes)
     graph = trace(model, inputs_of(first)[:1], depth=depth, progress=progress)
     clock = timed("trace", clock)
-    check_reachable(graph, budget, latency=latency)
+    check_reachable(graph, budget, latency=latency, criterion=getattr(criterion, "label", None))
     scores = score(model, batches, graph, criterion, progress=progress)
     clock = timed("score", clock)
     plan = plan_for(

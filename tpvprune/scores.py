@@ -131,8 +131,7 @@ class Scores:
     @property
     def in_nats(self) -> bool:
         """Whether half a value predicts KL(dense || pruned) in nats: TPV of the softmax head, of the cut alone."""
-        other = "compensated" in self.criterion or re.search(r"perturbation=(?!removal\b)", self.criterion)
-        return self.criterion.startswith("tpv(head=softmax, over=consume") and not other
+        return in_nats(self.criterion)
 
     def summary(self, cut: float = 0.5, share: float = 0.01) -> dict[str, Any]:
         """How sure the ranking is.
@@ -281,6 +280,12 @@ class Settled:
     def reached(self, scores: Scores) -> bool:
         """Whether these scores are settled."""
         return scores.samples >= self.least and bool(scores.summary(self.cut, self.share)["settled"])
+
+
+def in_nats(criterion: str) -> bool:
+    """Whether half a value of a criterion of that name predicts KL(dense || pruned) in nats."""
+    other = "compensated" in criterion or re.search(r"perturbation=(?!removal\b)", criterion)
+    return criterion.startswith("tpv(head=softmax, over=consume") and not other
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:

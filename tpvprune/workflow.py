@@ -167,7 +167,8 @@ class Run:
             with torch.no_grad():
                 finite_output(self.inputs.dense, first[0].to(self.inputs.device))
         if STAGES.index(last) >= STAGES.index("plan"):
-            check_reachable(self._traced, self.recipe.limits(), latency=self._latency)
+            name = getattr(self.inputs.criterion(), "label", None)
+            check_reachable(self._traced, self.recipe.limits(), latency=self._latency, criterion=name)
 
     @cached_property
     def _traced(self) -> Graph:

@@ -11,6 +11,7 @@ from torch import nn
 import tpvprune as tp
 from tests import reference, tolerances
 from tests.cases import example, randomise
+from tests.helpers import gap
 from tpvprune import analysis
 from tpvprune.analysis.labelnoise import largest_curvature
 
@@ -140,6 +141,16 @@ def test_fine_tuning_in_half_precision_takes_steps_in_float32() -> None:
         for d in (torch.bfloat16, torch.float64)
     )
     assert float(found.mean()) == pytest.approx(float(wanted.mean()), abs=tolerances.FLOAT32)
+
+
+def test_steps_of_sgd_are_not_lost_in_half_precision() -> None:
+    model, x = linear(2).bfloat16(), example(9, 4).bfloat16()
+    settings = analysis.SGD(lr=1e-4, batch_size=3, burn_in=20, snapshots=2, chains=2)  # a step is below one rounding
+    found, wanted = (
+        analysis.sgd_movements(copy.deepcopy(model).to(d), [x.to(d)], {"": [x.to(d)]}, settings, "logits")[""]
+        for d in (torch.bfloat16, torch.float64)
+    )
+    assert gap(found, wanted) < 1e-3 * float(wanted.abs().max())  # differences of outputs in float32
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.05])

@@ -118,6 +118,9 @@ def test_arrays_are_taken_as_they_are(tmp_path: Path, model: nn.Module) -> None:
     assert both[3][1] == 1
     assert only[3][1] == -1
     assert np.array_equal(both[3][0].numpy(), x[3])
+    assert np.array_equal(open_pool(tmp_path / "only.npy", model, size=8)[3][0].numpy(), x[3])
+    with pytest.raises(tp.DataError, match=r"only\.npy holds images of 8 x 8, .* leave size=9 \(data\.size\) out"):
+        open_pool(tmp_path / "only.npy", model, size=9)
 
 
 @pytest.mark.parametrize("bad", ["grey", "integers", "pickled", "text", "unnamed"])

@@ -173,7 +173,7 @@ def advise(
     if scores is None:
         scores = score(model, batches, graph, TPV(output=output, seed=seed), progress=progress)
     weights = {n: w for n, w in parameters_of(model, None).items() if w.ndim > 1}
-    energies = weight_energies(model, batches, weights, seed=seed, output=output, progress=progress)
+    energies = weight_energies(model, batches, list(weights), seed=seed, output=output, progress=progress)
     rounder = Rounder(model, energies, widths, per, cost, graph)
     tables = rounder.tables(Plan({}, graph))
     found = []

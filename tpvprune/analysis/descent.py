@@ -11,13 +11,30 @@ from torch.func import functional_call
 
 from tpvprune.analysis.distance import squared
 from tpvprune.batches import Batch, Outputs, Selector, finite_outputs, model_inputs, select_output
+from tpvprune.copies import copied
 from tpvprune.errors import ModelError, NonFiniteError
 from tpvprune.scoring.activations import backward
+from tpvprune.scoring.engine import wide
 from tpvprune.scoring.heads import Head
 from tpvprune.scoring.probing import detached
 
 Weights = Mapping[str, Tensor]
 CHUNK = 256  # inputs of a backward pass
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    """The model itself; of one in half precision a copy in float32, which takes the same inputs.
+
+    Raises:
+        ModelError: it cannot be copied.
+    """
+    if not any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+        return model
+    finer = copied(model).float()
+    finer.register_forward_pre_hook(
+        lambda _, given: tuple(wide(x) if isinstance(x, Tensor) and x.is_floating_point() else x for x in given)
+    )
+    return finer
 
 
 def gathered(model: nn.Module, batches: Iterable[Batch], output: Selector) -> tuple[Tensor, Any]:

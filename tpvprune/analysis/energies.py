@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,10 +35,11 @@ class Energies:
 
 
 @check_kinds
+@check_kinds
 def weight_energies(
     model: nn.Module,
     batches: Iterable[Batch],
-    names: Iterable[str],
+    names: Sequence[str],
     head: str | Head = "softmax",
     *,
     seed: int = 0,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
-from tpvprune.analysis.descent import gathered, mean_gradient, movements_at
+from tpvprune.analysis.descent import gathered, in_float32, mean_gradient, movements_at
 from tpvprune.analysis.perturbations import parameters_of
 from tpvprune.batches import (
     Batch,
@@ -30,10 +30,9 @@ from tpvprune.batches import (
     plain_attention,
     single_tensor,
 )
-from tpvprune.copies import copied
 from tpvprune.errors import InputError, ModelError, NonFiniteError
 from tpvprune.kinds import check_kinds
-from tpvprune.scoring.engine import stream, wide
+from tpvprune.scoring.engine import stream
 from tpvprune.scoring.heads import Head, head_named
 
 HELD = 2**26  # entries of the training Jacobian that are held
@@ -176,21 +175,6 @@ def spectrum_of(
         return _jacobian(model, weights, inputs, output).double() @ directions
 
     return values, project
-
-
-def in_float32(model: nn.Module) -> nn.Module:
-    """The model itself; of one in half precision a copy in float32, which takes the same inputs.
-
-    Raises:
-        ModelError: it cannot be copied.
-    """
-    if not any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
-        return model
-    finer = copied(model).float()
-    finer.register_forward_pre_hook(
-        lambda _, given: tuple(wide(x) if isinstance(x, Tensor) and x.is_floating_point() else x for x in given)
-    )
-    return finer
 
 
 def _jacobian(model: nn.Module, weights: Mapping[str, Tensor], inputs: Tensor, output: Selector) -> Tensor:

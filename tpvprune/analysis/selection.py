@@ -15,11 +15,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from tpvprune.analysis.descent import gathered
+from tpvprune.analysis.descent import gathered, in_float32
 from tpvprune.analysis.labelnoise import (
     HELD,
     LabelNoise,
-    in_float32,
     label_noise_closed,
     label_noise_movements,
     largest_curvature,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tpvprune.analysis.descent import gathered, mean_gradient, movements_at, rows
+from tpvprune.analysis.descent import gathered, in_float32, mean_gradient, movements_at, rows
 from tpvprune.analysis.perturbations import parameters_of
 from tpvprune.batches import Batch, Outputs, Progress, Selector, evaluation_mode
 from tpvprune.errors import InputError
@@ -73,7 +73,8 @@ def sgd_movements(
     """How far SGD moves the outputs, `(chains, inputs)` for each set of inputs, mean over the snapshots of a chain.
 
     Args:
-        model: the model; it is left as it was. It is run as it is used, in eval mode.
+        model: the model; it is left as it was. It is run as it is used, in eval mode; half precision in float32, in
+            which small steps are not lost.
         batches: unlabeled inputs to take steps on; they are held in memory.
         measured: by name, inputs to measure on; they are held in memory.
         settings: of SGD.
@@ -88,7 +89,7 @@ def sgd_movements(
         ModelError: none of the parameters reaches the outputs.
         NonFiniteError: the weights ran away.
     """
-    settings, metric = settings or SGD(), head_named(head)
+    settings, metric, model = settings or SGD(), head_named(head), in_float32(model)
     start = parameters_of(model, parameters)
     first = settings.burn_in or settings.every
     steps = first + settings.every * (settings.snapshots - 1)

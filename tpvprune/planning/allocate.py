@@ -74,7 +74,7 @@ def allocate(
     _check(scores, graph, budget, allocator, per, shrinkage)
     if allocator == "auto":
         allocator = "global" if scores.sensitivities is None else "joint"
-    widths, bounds = widths_of(graph, budget, after), check_reachable(graph, budget, after, latency)
+    widths, bounds = widths_of(graph, budget, after), check_reachable(graph, budget, after, latency, scores.criterion)
     steps: Steps
     may_go = next((group.id for group in graph.groups if group.kind == "block" and len(widths[group.id]) > 1), None)
     if allocator in ("uniform", "isomorphic") and may_go is not None:
@@ -142,8 +142,3 @@ def _check(
         )
     if shrinkage is not None and not 0 <= shrinkage <= 1:
         raise BudgetError(f"shrinkage={shrinkage} must lie between 0 and 1")
-    if budget.most_drift is not None and not scores.in_nats:
-        raise PlanError(
-            f"a budget of drift needs scores in nats, and {scores.criterion} gives none; score with TPV() and the "
-            "softmax head, not compensated"
-        )

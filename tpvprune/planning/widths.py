@@ -16,6 +16,7 @@ from tpvprune.plan import Plan
 from tpvprune.planning.blocks import RESIDUAL
 from tpvprune.planning.latency import LatencyCost, LatencyTable
 from tpvprune.planning.patterns import matching_groups
+from tpvprune.scores import in_nats
 from tpvprune.types import Graph
 
 ROUND_WIDE = 8
@@ -90,7 +91,11 @@ def widths_of(graph: Graph, budget: Budget, after: Plan | None = None) -> dict[s
 
 
 def check_reachable(
-    graph: Graph, budget: Budget, after: Plan | None = None, latency: LatencyTable | None = None
+    graph: Graph,
+    budget: Budget,
+    after: Plan | None = None,
+    latency: LatencyTable | None = None,
+    criterion: str | None = None,
 ) -> dict[str, float]:
     """The bounds on costs in absolute numbers; refuses a budget that no plan can meet, before any scoring is done.
 
@@ -99,11 +104,18 @@ def check_reachable(
         budget: what is asked.
         after: see `widths_of`; fractions are of its dense model.
         latency: of the dense model; needed where milliseconds are bounded.
+        criterion: name of what scores, where it is known; must give nats where drift is bounded.
 
     Raises:
-        PlanError: milliseconds are bounded and `latency` is missing, or of another model.
+        PlanError: milliseconds are bounded and `latency` is missing, or of another model; drift is, and the criterion
+            gives no nats.
         BudgetError: a bound lies below the floor (names it and what holds it), or a pattern matches nothing.
     """
+    if budget.most_drift is not None and criterion is not None and not in_nats(criterion):
+        raise PlanError(
+            f"a budget of drift needs scores in nats, and {criterion} gives none; score with TPV() and the softmax "
+            "head, not compensated"
+        )
     source = graph if after is None else after.graph
     if latency is not None and latency.model_id != source.model_id:
         raise PlanError(

@@ -62,7 +62,7 @@ def open_pool(
         source: a folder of images in any tree, an `.npz` / `.npy` array file, `digits`, or a tar file or name of
             timm's dataset factory (see `zoo.streams`).
         model: says which preprocessing fits (timm's data configuration).
-        size: height and width in pixels, in place of the model's own.
+        size: height and width in pixels, in place of the model's own; arrays must have it.
         labels: None, "folders" (a class per parent folder, alphabetical), or a class-map file with a folder
             name per line in label order. Arrays and digits carry their own; tar files and named sets give their own
             if anything is asked for.
@@ -77,7 +77,7 @@ def open_pool(
         return _factory(source, model, shape, labels)
     path = Path(source).expanduser()
     if path.is_file() and path.suffix in (".npz", ".npy"):
-        return _arrays(path, shape[0])
+        return _arrays(path, shape[0], size)
     if not path.is_dir():
         raise DataError(f"no folder of images at {source}; give a folder, an .npz or .npy file, or 'digits'")
     return _folder(path, model, shape, labels)
@@ -109,7 +109,7 @@ def _shifting(images: Tensor) -> Callable[[int, bool], Tensor]:
     return read
 
 
-def _arrays(path: Path, channels: int) -> Pool:
+def _arrays(path: Path, channels: int, size: int | None) -> Pool:
     try:
         loaded = np.load(path, allow_pickle=False)
         images = loaded if isinstance(loaded, np.ndarray) else loaded["x"]
@@ -122,6 +122,11 @@ def _arrays(path: Path, channels: int) -> Pool:
         raise DataError(
             f"{path}: x is {images.dtype} {images.shape}; it must be preprocessed floats of shape "
             f"(images, {channels}, height, width)"
+        )
+    if size is not None and images.shape[2:] != (size, size):
+        raise DataError(
+            f"{path} holds images of {images.shape[2]} x {images.shape[3]}, which are preprocessed and stay as they "
+            f"are; leave size={size} (data.size) out, or give a folder of images"
         )
     if labels is not None and len(labels) != len(images):
         raise DataError(f"{path}: y holds {len(labels)} labels for {len(images)} images")
