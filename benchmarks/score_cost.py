@@ -164,11 +164,10 @@ def main() -> None:
         layout = "channels last" if args.channels_last else "contiguous"
         where = f"{device.type} ({name}), {layout}, torch {torch.__version__}"
         print(f"\n{net}, {args.batches} batches of {args.batch} at {args.size} px, {where}")
-        chosen = {
-            k: v
-            for k, v in rows(model, batch, graph, args.batches).items()
-            if not args.only or k in args.only or "plain" in k
-        }
+        every = rows(model, batch, graph, args.batches)
+        if unknown := set(args.only or ()) - set(every):
+            parser.error(f"--only: no row {', '.join(sorted(unknown))}; choose of {', '.join(every)}")
+        chosen = {k: v for k, v in every.items() if not args.only or k in args.only or "plain" in k}
         times: dict[str, list[float]] = {row: [] for row in chosen}
         for number in range(args.rounds + 1):
             for row, (run, scale) in chosen.items():
