@@ -67,6 +67,34 @@ def test_one_step_is_a_plain_plan(residual) -> None:
     assert given.diff(plan) == {}
 
 
+def test_what_did_not_change_is_not_scored_again() -> None:
+    b, told = built("mlp"), list[tuple[int, int | None]]()
+
+    def progress(stage: str, done: int, total: int | None) -> None:
+        if stage == "score":
+            told.append((done, total))
+
+    budget, planning = tp.Budget(drift=1e-12, round_to=1), tp.Planning(steps=3)
+    plan = tp.plan_for(b.model, batches("mlp"), b.graph, budget, planning=planning, progress=progress)
+    assert plan.removed == 0
+    assert len(told) == len(set(told)) == len(batches("mlp"))
+
+
+def test_a_criterion_without_nats_is_told_before_it_scores_under_a_drift() -> None:
+    b = built("mlp")
+    for steps in (1, 2):
+        with pytest.raises(tp.PlanError, match="needs scores in nats, and jbr gives none"):
+            tp.plan_for(
+                b.model,
+                batches("mlp"),
+                b.graph,
+                tp.Budget(drift=0.1),
+                criterion=tp.JBR(),
+                planning=tp.Planning(steps=steps),
+                progress=lambda *told: pytest.fail("scored"),
+            )
+
+
 def test_steps_may_differ_from_one_step() -> None:
     # Otherwise the tests above could not tell a second scoring from none.
     name, found = "residual", set()

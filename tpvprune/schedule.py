@@ -131,7 +131,8 @@ def plan_for(
     choice: dict[str, Any] = {field.name: getattr(planning, field.name) for field in fields(planning)}
     del choice["steps"], choice["spacing"], choice["refit"]
     choice["latency"] = latency
-    finals = check_reachable(graph, budget, latency=latency)
+    by = getattr(criterion, "label", None) if scores is None else scores.criterion
+    finals = check_reachable(graph, budget, latency=latency, criterion=by)
     state, kept = None if save is None else Path(save), None
     if planning.steps == 1:
         if scores is None:
@@ -170,6 +171,7 @@ def plan_for(
         if found is None:
             again, kept = criterion if first else _from(criterion, model), _kept(state, small, f"step{step + 1}")
             found = score(small, batches, now, again, progress=progress, save=kept, exact=True)
+            scores = found if first else None  # good for the next step too, where nothing leaves in this one
         limit = _limit_of(budget, {name: way[step] for name, way in ways.items()})
         # Under a bound on drift the refitted model is what is measured, after the last step too.
         more = planning.refit and (step + 1 < planning.steps or asked.drift is not None)
