@@ -167,26 +167,34 @@ def report(path: Path, plots: Path | None) -> None:
                 rows[net, batches][row["criterion"]][row["per"]].append(row["curve"])
     for (net, batches), named in sorted(rows.items()):
         print(f"\n{net}, {batches} batches of 128\n")
-        print(
-            f"| criterion | seeds | {' | '.join(f'area, {per}' for per in PER.values())} | "
-            f"{' | '.join(f'{what}, {per}' for what in AT.values() for per in PER.values())} |"
-        )
-        print("| --- " * 8 + "|")
-        for name in ordered(named, "macs"):
-            curves = named[name]
-            areas = " | ".join(spread([area(points) for points in curves[per]]) for per in PER)
-            values = " | ".join(
-                " / ".join(f"{np.mean([at(points, m, key) for points in curves[per]]):.3f}" for m in POINTS)
-                if curves[per]
-                else "-"
-                for key in AT
-                for per in PER
-            )
-            print(f"| {name} | {min(len(curves[per]) for per in PER)} | {areas} | {values} |")
+        table({name: curves for name, curves in named.items() if name in CRITERIA})
+        if any(name in ABLATIONS for name in named):
+            print(f"\n{net}, {batches} batches of 128, with one thing changed\n")
+            table({name: curves for name, curves in named.items() if name in ("tpv plan", "tpv", *ABLATIONS)})
         for per, words in PER.items():
             if plots is not None:
-                of = {name: named[name][per] for name in ordered(named, per) if named[name][per]}
+                of = {name: named[name][per] for name in ordered(named, per) if name in CRITERIA and named[name][per]}
                 plot(plots / f"criteria_{net}_{batches}_{per}.svg", of, f"{net}, {batches} batches, {words}")
+
+
+def table(named: dict[str, dict[str, list[Any]]]) -> None:
+    print(
+        f"| criterion | seeds | {' | '.join(f'area, {per}' for per in PER.values())} | "
+        f"{' | '.join(f'{what}, {per}' for what in AT.values() for per in PER.values())} |"
+    )
+    print("| --- " * 8 + "|")
+    for name in ordered(named, "macs"):
+        curves = named[name]
+        areas = " | ".join(spread([area(points) for points in curves[per]]) for per in PER)
+        values = " | ".join(
+            " / ".join(f"{np.mean([at(points, m, key) for points in curves[per]]):.3f}" for m in POINTS)
+            if curves[per]
+            else "-"
+            for key in AT
+            for per in PER
+        )
+        counts = sorted({len(curves[per]) for per in PER if curves[per]})
+        print(f"| {name} | {', '.join(map(str, counts))} | {areas} | {values} |")
 
 
 def ordered(named: dict[str, dict[str, list[Any]]], per: str) -> list[str]:
@@ -204,6 +212,7 @@ def plot(path: Path, curves: dict[str, list[Any]], title: str) -> None:
     import matplotlib
 
     matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = path.stem  # the same curves give the same file
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, 2, figsize=(13, 5), sharex=True, sharey=True)
@@ -219,7 +228,7 @@ def plot(path: Path, curves: dict[str, list[Any]], title: str) -> None:
     panels[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight")
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
     pyplot.close(figure)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -169,10 +170,22 @@ def test_what_cannot_be_met_is_told_before_anything_is_scored(mlp) -> None:
     assert "score" not in seen
 
 
+def test_a_criterion_that_tells_with_its_scores_what_they_are_may_be_bounded_by_drift(mlp) -> None:
+    class Mine:
+        label = "mine"
+
+        def measure(self, *args: Any, **kwargs: Any) -> tp.Scores:
+            return tp.TPV().measure(*args, **kwargs)
+
+    found = tp.prune(mlp.model, [mlp.inputs], tp.Budget(drift=0.5), criterion=Mine())
+    assert found.plan.made_by["criterion"].startswith("tpv(head=softmax")
+
+
 def test_a_budget_of_milliseconds_and_the_joint_allocator_can_be_asked_for(mlp) -> None:
     table = tp.latency_table(mlp.model, mlp.graph, mlp.inputs)
     found = tp.prune(mlp.model, [mlp.inputs], tp.Budget(latency_ms=0.99), latency=table)
     assert found.plan.made_by["asked"]["latency_ms"] >= found.plan.made_by["got"]["latency_ms"]
+    assert f"batch {len(mlp.inputs)}" in found.report.environment["latency"]
     joint = tp.prune(mlp.model, [mlp.inputs], tp.Budget(macs=0.8), planning=tp.Planning(allocator="joint"))
     assert joint.plan.made_by["allocator"] == "joint"
     assert joint.scores.sensitivities is not None

@@ -168,6 +168,12 @@ def test_a_stopped_scoring_of_single_weights_goes_on_where_it_was(place: Path, p
     assert not list((place / "broken").glob("*.partial*"))
 
 
+def test_nats_are_asked_for_before_anything_is_scored(place: Path):
+    with pytest.raises(tp.PlanError, match=r"needs scores in nats, and tpv\(head=logits"):
+        Run(recipe(place, "budget.drift=0.1", "score.head=logits"), place / "out").until("plan")
+    assert not list((place / "out").glob("scores*"))
+
+
 def test_a_recipe_bounds_several_costs_and_drift(place: Path):
     run = Run(recipe(place, "budget.bytes=0.8", "budget.params=90%", "budget.drift=50"), place / "out")
     run.until("eval")

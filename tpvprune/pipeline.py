@@ -24,7 +24,7 @@ from tpvprune.recovery.recover import CLOSED_FORM, recover
 from tpvprune.recovery.settings import GaussNewton
 from tpvprune.schedule import Planning, plan_for
 from tpvprune.scores import Scores
-from tpvprune.scoring.criteria import Criterion, predicted_kl, score
+from tpvprune.scoring.criteria import Criterion, name_of, predicted_kl, score
 from tpvprune.scoring.probing import probes_for
 from tpvprune.scoring.tpv import TPV
 from tpvprune.surgery.removal import apply
@@ -112,7 +112,7 @@ def prune(
         criterion = TPV(output=output, compensated=compensated, probes=probes)
     graph = trace(model, inputs_of(first)[:1], depth=depth, progress=progress)
     clock = timed("trace", clock)
-    check_reachable(graph, budget, latency=latency, criterion=getattr(criterion, "label", None))
+    check_reachable(graph, budget, latency=latency, criterion=name_of(criterion))
     scores = score(model, batches, graph, criterion, progress=progress)
     clock = timed("score", clock)
     plan = plan_for(

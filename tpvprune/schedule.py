@@ -27,7 +27,7 @@ from tpvprune.processes import from_first, of_all, process
 from tpvprune.recovery.reconstruct import Reconstruct, reconstruct
 from tpvprune.report import compare
 from tpvprune.scores import Scores
-from tpvprune.scoring.criteria import Criterion, score
+from tpvprune.scoring.criteria import Criterion, name_of, score
 from tpvprune.scoring.losses import JBR
 from tpvprune.scoring.shares import kept_scores
 from tpvprune.scoring.tpv import TPV
@@ -131,7 +131,7 @@ def plan_for(
     choice: dict[str, Any] = {field.name: getattr(planning, field.name) for field in fields(planning)}
     del choice["steps"], choice["spacing"], choice["refit"]
     choice["latency"] = latency
-    by = getattr(criterion, "label", None) if scores is None else scores.criterion
+    by = name_of(criterion) if scores is None else scores.criterion
     finals = check_reachable(graph, budget, latency=latency, criterion=by)
     state, kept = None if save is None else Path(save), None
     if planning.steps == 1:

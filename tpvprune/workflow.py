@@ -48,7 +48,7 @@ from tpvprune.runfolder import (
 )
 from tpvprune.schedule import hold_zeros, plan_for
 from tpvprune.scores import Scores
-from tpvprune.scoring.criteria import predicted_kl, score
+from tpvprune.scoring.criteria import name_of, predicted_kl, score
 from tpvprune.scoring.registry import criterion_named
 from tpvprune.scoring.shares import kept_scores
 from tpvprune.sections import SparsifySection
@@ -167,7 +167,7 @@ class Run:
             with torch.no_grad():
                 finite_output(self.inputs.dense, first[0].to(self.inputs.device))
         if STAGES.index(last) >= STAGES.index("plan"):
-            name = getattr(self.inputs.criterion(), "label", None)
+            name = name_of(self.inputs.criterion())
             check_reachable(self._traced, self.recipe.limits(), latency=self._latency, criterion=name)
 
     @cached_property

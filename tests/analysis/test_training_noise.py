@@ -153,6 +153,35 @@ def test_steps_of_sgd_are_not_lost_in_half_precision() -> None:
     assert gap(found, wanted) < 1e-3 * float(wanted.abs().max())  # differences of outputs in float32
 
 
+class Casting(nn.Module):
+    """A model that casts what it is given to half precision by itself."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x.bfloat16() if next(self.parameters()).dtype != torch.float64 else x).float()
+
+
+@pytest.mark.parametrize("noise", ["sgd", "fine-tuning", "closed form"])
+def test_models_that_cast_their_inputs_to_half_precision_are_followed_too(noise: str) -> None:
+    model, x = linear(2).bfloat16(), example(9, 4).bfloat16()
+
+    def moved(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        measured = {"": [x]}
+        if noise == "sgd":
+            settings = analysis.SGD(lr=0.01, batch_size=3, burn_in=20, snapshots=2, chains=2)
+            return analysis.sgd_movements(model, [x], measured, settings, "logits")[""]
+        if noise == "closed form":
+            return analysis.label_noise_closed(model, [x], measured, 1.0, ridge=0.1)[""]
+        settings = analysis.LabelNoise(sigma=1.0, steps=20, penalty=0.05, repeats=2)
+        return analysis.label_noise_movements(model, [x], measured, settings)[""]
+
+    found, wanted = moved(Casting(model).eval(), x.float()), moved(copy.deepcopy(model).double(), x.double())
+    assert gap(found.double(), wanted.double()) < 1e-3 * float(wanted.abs().max())
+
+
 @pytest.mark.parametrize("penalty", [0.0, 0.05])
 def test_both_forms_of_label_noise_are_held_by_the_penalty(penalty: float) -> None:
     model, x, new = linear(2), example(9, 4), example(7, 4, seed=9)

@@ -161,6 +161,10 @@ def test_causes_are_read_off_the_model() -> None:
     masked = tp.mask(dense, plan_without(graph, {"0": [0]}))
     for model in (masked, nn.Sequential(masked)):
         assert causes_of(model, dense, usage, {}).zeros == 24, "one input channel of the last layer"
+    both = nn.Sequential(masked)
+    graph = tp.weight_graph(both, layers=["0.3"])
+    over = tp.mask(both, plan_without(graph, {"0.3.weight": [0, 1, 2]}))  # of which one is zero already
+    assert causes_of(over, dense, usage, {}).zeros == sum(int((p == 0).sum()) for p in over[0][3].parameters()) == 26
 
 
 def test_depthwise_layers_move_data() -> None:

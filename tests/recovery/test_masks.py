@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import tpvprune as tp
 from tests import tolerances
-from tests.cases import randomise
+from tests.cases import example, randomise
 from tests.helpers import assert_same_state, built, gap, outputs, plan_without, random_gone
 from tests.reference import ridge_refit
 from tpvprune.plan import plan_of
@@ -148,6 +148,27 @@ def test_zeros_of_a_part_stay_zero_in_training() -> None:
     found = tp.finetune(nn.Sequential(nn.Identity(), small), batches, dense, tp.Finetune(epochs=1, lr=0.05))
     assert sum(int((p == 0).sum()) for p in found.parameters()) == plan_of(small).zeros
     assert gap(found[1].get_parameter("2.weight"), small.get_parameter("2.weight")) > 0
+
+
+@pytest.mark.parametrize("silenced", [False, True])
+def test_zeros_of_a_part_are_cut_with_it_and_stay_zero(silenced: bool) -> None:
+    b = built("mlp")
+    plan = plan_without(b.graph, {"0": [2, 5]}) if silenced else sparse(b.model, seed=3)
+    part = tp.mask(b.model, plan)
+    whole = nn.Sequential(nn.Identity(), part, nn.Linear(4, 3).double()).eval()
+    # Twins in place of the weights: which entries are zero, and where each entry comes from.
+    graph = tp.trace(whole, b.inputs[:1])
+    later = plan_without(graph, {graph.groups[0].id: [0, 3]})
+    small = tp.apply(whole, later)
+    assert plan_of(small[1]) is None
+    assert plan_of(whole[1]) is not None
+    wanted = {name: later.cut(name, p.detach()) == 0 for name, p in whole.named_parameters()}
+    assert sum(int(zero.sum()) for zero in wanted.values()) == plan_of(small).zeros > 0
+    batches = list(example(24, *b.inputs.shape[1:], seed=1).split(8))
+    found = tp.recover(small, batches, teacher=whole, finetune_with=tp.Finetune(epochs=1, lr=0.05))
+    for name, parameter in found.named_parameters():
+        assert torch.equal(parameter == 0, wanted[name]), name
+        assert gap(parameter, small.get_parameter(name)) > 0
 
 
 def test_where_no_plan_is_found_masks_are_refused(mlp) -> None:

@@ -16,7 +16,7 @@ from tests import reference, tolerances
 from tests.cases import example, randomise
 from tests.helpers import Built, assert_scores_close, built
 from tpvprune.scoring import compensation, tpv
-from tpvprune.scoring.compensation import _in_turn, _Reads, residuals
+from tpvprune.scoring.compensation import _in_turn, _Reads, left_later, residuals
 from tpvprune.scoring.tpv import RIDGES
 
 
@@ -359,6 +359,28 @@ def test_what_is_told_of_precision_holds_for_other_samples():
     spread = torch.stack([found.values["0"] for found in whole]).std(0).square().mean().sqrt()
     errors = torch.stack([found.stderr["0"] for found in whole]).square().mean().sqrt()
     assert 0.8 < float(errors / spread) < 2.0  # with the growth of the whole alone: a third
+    # Half of what two halves are apart is the error of their mean, and the least that is told.
+    least = [half_apart(found) for found in whole]
+    grown = [float(found.stderr["0"].square().mean().sqrt()) for found in whole]
+    assert all(one >= (1 - 1e-9) * other for one, other in zip(grown, least, strict=True))
+    assert any(one == pytest.approx(other, rel=1e-9) for one, other in zip(grown, least, strict=True))
+
+
+def half_apart(scores: tp.Scores) -> float:
+    one, other = scores.halves
+    return float((one["0"] - other["0"]).square().mean().sqrt()) / 2
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_a_half_is_taken_apart_by_its_own_covariance(half: int, mlp: Built):
+    inputs = many(mlp, 60)
+    batches = list(inputs.split([25, 35]))
+    numbers = np.concatenate([np.arange(25), np.arange(1, 36)])
+    alone = {group.id: torch.rand(group.units, dtype=torch.float64) for group in mlp.graph.groups}
+    found = left_later(mlp.model, mlp.graph, residuals(mlp.model, batches, mlp.graph, (0.5,)), alone, half)
+    own = residuals(mlp.model, [inputs[numbers % 2 == half]], mlp.graph, (0.5,))
+    for name, wanted in left_later(mlp.model, mlp.graph, own, alone).items():
+        torch.testing.assert_close(found[name], wanted, rtol=1e-9, atol=0)
 
 
 def test_of_compensated_weights_no_precision_is_told():

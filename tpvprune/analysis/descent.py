@@ -25,16 +25,28 @@ CHUNK = 256  # inputs of a backward pass
 def in_float32(model: nn.Module) -> nn.Module:
     """The model itself; of one in half precision a copy in float32, which takes the same inputs.
 
+    Its layers widen what they are given: a model may cast its inputs to half precision by itself.
+
     Raises:
         ModelError: it cannot be copied.
     """
-    if not any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+
+    def halves(module: nn.Module, recurse: bool) -> bool:
+        return any(p.dtype in (torch.float16, torch.bfloat16) for p in module.parameters(recurse))
+
+    def widened(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return tuple(map(_widened, args)), {name: _widened(value) for name, value in kwargs.items()}
+
+    if not halves(model, recurse=True):
         return model
-    finer = copied(model).float()
-    finer.register_forward_pre_hook(
-        lambda _, given: tuple(wide(x) if isinstance(x, Tensor) and x.is_floating_point() else x for x in given)
-    )
-    return finer
+    finer = copied(model)
+    for module in [module for module in finer.modules() if module is finer or halves(module, recurse=False)]:
+        module.register_forward_pre_hook(widened, with_kwargs=True)
+    return finer.float()
+
+
+def _widened(value: Any) -> Any:
+    return wide(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def gathered(model: nn.Module, batches: Iterable[Batch], output: Selector) -> tuple[Tensor, Any]:

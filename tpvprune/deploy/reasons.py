@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tpvprune.batches import device_of
 from tpvprune.calls import Arguments
-from tpvprune.plan import plans_in
+from tpvprune.held import held_in
 from tpvprune.planning.cost import Usage
 from tpvprune.timing import Clock, milliseconds_inside
 
@@ -107,7 +107,7 @@ def causes_of(
         odd_layers=tuple(odd),
         light=light,
         layers=len(leaves),
-        zeros=sum(plan.zeros for plan in plans_in(pruned).values()),
+        zeros=sum(int(zero.sum()) for _, zero in held_in(pruned)),
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tpvprune.errors import InputError, PlanError
-from tpvprune.plan import Plan, plans_in
+from tpvprune.errors import InputError
+from tpvprune.held import held_in
+from tpvprune.plan import plans_in
 
 RELATIVE = 1e-8  # residual, against the one at the start, at which a refit is done
 MOST_ITERATIONS = 1000
@@ -29,13 +30,12 @@ class Masks:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        plans = plans_in(model)
-        if not plans:
+        if not plans_in(model):
             raise InputError(
                 f"neither this {type(model).__name__} nor a module in it carries a plan, which says what is zero; "
                 "give what apply(), mask(), recover() or load() returned, or a model that has it inside"
             )
-        self._zero = [pair for name, plan in plans.items() for pair in _zeros(model.get_submodule(name), plan, name)]
+        self._zero = held_in(model)
 
     @torch.no_grad()
     def gradients(self) -> None:
@@ -49,22 +49,6 @@ class Masks:
         """Set masked weights to zero."""
         for parameter, zero in self._zero:
             parameter.masked_fill_(zero, 0)
-
-
-def _zeros(module: nn.Module, plan: Plan, name: str) -> list[tuple[Tensor, Tensor]]:
-    """Parameters of a module, each with a bool mask of what its plan holds at zero."""
-    found = list[tuple[Tensor, Tensor]]()
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    for key, mask in plan.weight_masks().items():
-        parameter = parameters.get(key)
-        if parameter is None or parameter.shape != mask.shape:
-            has = "none" if parameter is None else f"{tuple(parameter.shape)}"
-            raise PlanError(
-                f"the plan of {name or 'the model'!r} masks {key!r} of shape {tuple(mask.shape)}, and the model has "
-                f"{has}; wrap it in what keeps its parameters, and cut the whole before you mask a part of it"
-            )
-        found.append((parameter, ~mask.to(parameter.device)))
-    return found
 
 
 def solve_free(a: Tensor, b: Tensor, free: Tensor) -> Tensor:

@@ -36,6 +36,11 @@ class Criterion(Protocol):
         ...
 
 
+def name_of(criterion: Criterion | None) -> str | None:
+    """What scores by a criterion will say that they are by; None where it tells that with the scores alone."""
+    return criterion.label if isinstance(criterion, Streaming) else None
+
+
 def predicted_kl(
     criterion: Criterion | None,
     model: nn.Module,

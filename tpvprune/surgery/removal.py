@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from tpvprune.errors import InternalError, PlanError
+from tpvprune.held import held_by
 from tpvprune.kinds import check_kinds
 from tpvprune.layers import counted, cut
-from tpvprune.plan import Plan, attach, plan_of
+from tpvprune.plan import Plan, attach, plan_of, plans_in
 
 
 @check_kinds
@@ -18,7 +21,8 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
 
     All slices are taken in the coordinates of the model the plan was traced from, so the order of the
     groups does not matter. A skipped block becomes an `nn.Identity`. The new model carries its plan;
-    applying a second plan composes the two.
+    applying a second plan composes the two. What a module inside holds at zero by a plan of its own (`mask`) stays
+    zero: of a module that is cut it is part of the new model's plan, and that of the module is gone.
 
     Args:
         model: the model the plan's graph was traced from.
@@ -29,6 +33,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         ModelError: the model cannot be copied; what holds it up is named.
     """
     check_fits(model, plan)
+    plan, inside = _with_zeros_of_parts(model, plan)
     earlier = plan_of(model)
     whole = earlier.compose(plan) if earlier is not None else plan
     small = cut(model, plan)
@@ -39,8 +44,31 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     for name, mask in plan.weight_masks().items():
         parameter = small.get_parameter(name)
         parameter.masked_fill_(~mask.to(parameter.device), 0)
+    for name, module in small.named_modules():
+        if name in inside:
+            attach(module, None)
     attach(small, whole)
     return small
+
+
+def _with_zeros_of_parts(model: nn.Module, plan: Plan) -> tuple[Plan, set[str]]:
+    """A plan that also holds what the modules it cuts hold at zero by plans of their own, and the names of those."""
+    groups = [plan.graph[name] for name, mask in plan.keep.items() if not bool(mask.all())]
+    touched = {member.param for group in groups for member in group.members} | plan.graph.vanished(plan.keep)
+    inside = {
+        name: inner
+        for name, inner in plans_in(model).items()
+        if name and any(param.startswith(f"{name}.") for param in touched)
+    }
+    if not inside:
+        return plan, set()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    weights = {name: mask.clone() for name, mask in plan.weights.items()}
+    for part, inner in inside.items():
+        for parameter, zero in held_by(model, part, inner):
+            name = names[id(parameter)]
+            weights[name] = weights.get(name, torch.ones_like(zero, device="cpu")) & ~zero.cpu()
+    return replace(plan, weights=weights), set(inside)
 
 
 def check_fits(model: nn.Module, plan: Plan) -> None:
