@@ -1,11 +1,16 @@
-"""Weights that the plans of a model, and of the modules in it, hold at zero."""
+"""The plans of a model and of the modules in it, and the weights that they hold at zero."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from tpvprune.errors import PlanError
-from tpvprune.plan import Plan, plans_in
+from tpvprune.plan import Plan, plan_of
+
+
+def plans_in(model: nn.Module) -> dict[str, Plan]:
+    """The plans of a model and of the modules in it, by name: compiled, parallel and averaged models wrap one."""
+    return {name: plan for name, module in model.named_modules() if (plan := plan_of(module)) is not None}
 
 
 def held_by(model: nn.Module, name: str, plan: Plan) -> list[tuple[Tensor, Tensor]]:

@@ -115,6 +115,12 @@ def forget(model: nn.Module) -> None:
         module.training = mode
 
 
+def touched(plan: Plan) -> set[str]:
+    """Names of the tensors that units of a plan leave."""
+    graph = plan.graph
+    return {m.param for name, mask in plan.keep.items() if not bool(mask.all()) for m in graph[name].members}
+
+
 @torch.no_grad()
 def cut(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy of a model without the units of a plan; what it masks stays.
@@ -126,8 +132,8 @@ def cut(model: nn.Module, plan: Plan) -> nn.Module:
     small = copied(model)
     forget(small)
     graph, gone = plan.graph, plan.graph.vanished(plan.keep)
-    touched = {m.param for name, mask in plan.keep.items() if not bool(mask.all()) for m in graph[name].members}
-    for name in sorted(touched - gone):
+    changed = touched(plan)
+    for name in sorted(changed - gone):
         if "#" not in name:
             layer, _, key = name.rpartition(".")
             owner = small.get_submodule(layer)
@@ -137,7 +143,7 @@ def cut(model: nn.Module, plan: Plan) -> nn.Module:
     for name in skipped:
         around, _, key = name.rpartition(".")
         setattr(small.get_submodule(around), key, nn.Identity().train(small.get_submodule(name).training))
-    written = {name.removesuffix(".in_proj_weight") for name in touched if name.endswith("in_proj_weight")}
+    written = {name.removesuffix(".in_proj_weight") for name in changed if name.endswith("in_proj_weight")}
     if any(isinstance(small.get_submodule(name), nn.MultiheadAttention) for name in written):
         free(small)
     for module, count in _groups_left(small, plan):

@@ -349,8 +349,3 @@ def plan_of(model: nn.Module) -> Plan | None:
     """The plan a pruned model carries; None for a dense model."""
     found = model.__dict__.get(_ATTRIBUTE)
     return found if isinstance(found, Plan) else None
-
-
-def plans_in(model: nn.Module) -> dict[str, Plan]:
-    """The plans of a model and of the modules in it, by name: compiled, parallel and averaged models wrap one."""
-    return {name: plan for name, module in model.named_modules() if (plan := plan_of(module)) is not None}

@@ -80,12 +80,10 @@ class Tally:
         """
         if self.rows and other.rows and set(self.sums) != set(other.sums):
             raise PlanError("tallies of different units cannot be added")
-        sums = {}
-        for key in self.sums if self.rows else other.sums:
-            parts = [self.sums[key]] if self.rows else []
-            if other.rows:
-                parts.append(other.sums[key][[ODD, EVEN, SQUARES, CROSS]] if turned else other.sums[key])
-            sums[key] = sum(parts[1:], parts[0])
+        order = [ODD, EVEN, SQUARES, CROSS] if turned else [EVEN, ODD, SQUARES, CROSS]
+        mine, theirs = self.sums, {key: s[order] for key, s in other.sums.items()}
+        both = self.rows and other.rows
+        sums = {key: s + theirs[key] for key, s in mine.items()} if both else mine if self.rows else theirs
         even, odd = other.samples[::-1] if turned else other.samples
         return Tally(
             sums,

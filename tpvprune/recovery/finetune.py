@@ -35,8 +35,8 @@ from tpvprune.batches import (
 )
 from tpvprune.copies import copied
 from tpvprune.errors import DataError, InputError, NonFiniteError
+from tpvprune.held import plans_in
 from tpvprune.kinds import check_kinds
-from tpvprune.plan import plans_in
 from tpvprune.processes import from_first, of_all, process
 from tpvprune.recovery.classes import class_labels
 from tpvprune.recovery.distance import Features, distillation_loss

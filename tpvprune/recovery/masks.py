@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.errors import InputError
-from tpvprune.held import held_in
-from tpvprune.plan import plans_in
+from tpvprune.held import held_in, plans_in
 
 RELATIVE = 1e-8  # residual, against the one at the start, at which a refit is done
 MOST_ITERATIONS = 1000

@@ -11,7 +11,8 @@ from torch import nn
 
 from tpvprune.digests import state_digest
 from tpvprune.errors import CheckpointError
-from tpvprune.plan import Plan, plan_of, plans_in
+from tpvprune.held import plans_in
+from tpvprune.plan import Plan, plan_of
 from tpvprune.recovery.settings import Finetune
 
 STATE_FORMAT = 4

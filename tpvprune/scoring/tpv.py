@@ -291,7 +291,7 @@ class TPV:
         unseen: UnseenError | None = None
         if _of_weights(graph):
             parts = parts_of_inputs(model, looked, graph, self.compensated)
-            later = _Rows(model, graph, parts, self.compensated)
+            later = _RowsInTurn(model, graph, parts, self.compensated)
         else:
             try:
                 maps = residuals(model, looked, graph, RIDGES)
@@ -310,7 +310,7 @@ class TPV:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _RowsInTurn:
     """`rows_in_turn` as a `Later`: halves would take its time, and room for inputs' covariances, three times."""
 
     model: nn.Module

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from tpvprune.errors import InternalError, PlanError
-from tpvprune.held import held_by
+from tpvprune.held import held_by, plans_in
 from tpvprune.kinds import check_kinds
-from tpvprune.layers import counted, cut
-from tpvprune.plan import Plan, attach, plan_of, plans_in
+from tpvprune.layers import counted, cut, touched
+from tpvprune.plan import Plan, attach, plan_of
 
 
 @check_kinds
@@ -53,12 +53,11 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
 
 def _with_zeros_of_parts(model: nn.Module, plan: Plan) -> tuple[Plan, set[str]]:
     """A plan that also holds what the modules it cuts hold at zero by plans of their own, and the names of those."""
-    groups = [plan.graph[name] for name, mask in plan.keep.items() if not bool(mask.all())]
-    touched = {member.param for group in groups for member in group.members} | plan.graph.vanished(plan.keep)
+    changed = touched(plan) | plan.graph.vanished(plan.keep)
     inside = {
         name: inner
         for name, inner in plans_in(model).items()
-        if name and any(param.startswith(f"{name}.") for param in touched)
+        if name and any(param.startswith(f"{name}.") for param in changed)
     }
     if not inside:
         return plan, set()
