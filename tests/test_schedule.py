@@ -14,7 +14,7 @@ from tests import tolerances
 from tests.cases import example
 from tests.helpers import assert_same_state, built, gap, outputs
 from tpvprune import schedule, stepping
-from tpvprune.plan import plan_of
+from tpvprune.plan import drift_of, plan_of
 
 NETS = ("mlp", "conv_bn", "residual", "vit", "grouped")
 
@@ -125,6 +125,50 @@ def test_a_drift_is_held_against_what_was_measured(most: float) -> None:
     assert max(before) <= most
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("name", ["residual", "mlp"])
+def test_a_drift_is_that_of_other_samples_too(name: str, steps: int) -> None:
+    b, data = built(name), batches(name, 4)
+    budget = tp.Budget(drift=0.05, round_to=1, min_keep=0.01)
+    plan = tp.plan_for(b.model, data, b.graph, budget, planning=tp.Planning(steps=steps))
+    told = plan.made_by
+    assert plan.removed
+    assert told["measured_kl"] == pytest.approx(kl_by_hand(name, plan, data), rel=tolerances.FLOAT32, abs=1e-7)
+    assert told["optimism"] > 0
+    assert told["measured_kl"] + told["optimism"] <= 0.05
+    assert drift_of(told) == told["measured_kl"] + told["optimism"]
+    if steps == 1:  # what it expects of others is what `allocate` does
+        scores = tp.score(b.model, data, b.graph)
+        again = tp.allocate(scores, b.graph, tp.Budget(macs=plan.macs, round_to=1, min_keep=0.01), cross_validated=True)
+        assert again.made_by["optimism"] == pytest.approx(told["optimism"], rel=0.5)
+
+
+def test_a_cost_that_drifts_too_far_on_other_samples_is_refused() -> None:
+    b, data = built("residual"), batches("residual")
+    budget = tp.Budget(macs=0.6, drift=1.0, round_to=1)
+    told = tp.plan_for(b.model, data, b.graph, budget).made_by
+    between = told["measured_kl"] + 0.5 * told["optimism"]
+    match = r"step 1 of 1 the drift measured .* and [\d.]+ more are expected on others"
+    with pytest.raises(tp.BudgetError, match=match):
+        tp.plan_for(b.model, data, b.graph, dataclasses.replace(budget, drift=between))
+
+
+def test_what_cannot_be_measured_is_predicted_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    b, data = built("mlp"), batches("mlp", 4)
+    budget = tp.Budget(drift=0.05, round_to=1)
+    once = tp.plan_for(b.model, iter(data), b.graph, budget)
+    scores = tp.score(b.model, data, b.graph)
+    assert once.to_json() == tp.allocate(scores, b.graph, budget).to_json()
+    given = tp.plan_for(b.model, [], b.graph, budget, scores=scores)
+    assert given.to_json() == once.to_json()
+    assert ["not measured" in record.message for record in caplog.records] == [True, True]
+    assert once.made_by["predicted_kl"] <= 0.05
+    assert "measured_kl" not in once.made_by
+    caplog.clear()
+    tp.plan_for(b.model, data, b.graph, budget)
+    assert not caplog.records
+
+
 def kl_by_hand(name: str, plan: tp.Plan, data: list[torch.Tensor]) -> float:
     b = built(name)
     p, q = (outputs(model, torch.cat(data)).log_softmax(1) for model in (b.model, tp.apply(b.model, plan)))
@@ -153,7 +197,8 @@ def test_steps_taken_again_use_what_they_may(name: str, steps: int) -> None:
     b, data = built(name), batches(name)
     budget = tp.Budget(drift=0.1, round_to=1, min_keep=0.01)
     plan = tp.plan_for(b.model, data, b.graph, budget, planning=tp.Planning(steps=steps))
-    assert 0.4 * 0.1 <= kl_by_hand(name, plan, data) <= 0.1
+    assert kl_by_hand(name, plan, data) <= 0.1
+    assert 0.4 * 0.1 <= drift_of(plan.made_by) <= 0.1
 
 
 @pytest.mark.parametrize("budget", [{"drift": 0.1}, {"macs": 0.6, "drift": 0.5}], ids=str)
@@ -168,6 +213,7 @@ def test_where_steps_are_refitted_the_refitted_model_is_measured(name: str, budg
     assert plan.removed
     assert plan.made_by["measured_kl"] == pytest.approx(measured, rel=tolerances.FLOAT32, abs=1e-7)
     assert measured <= budget["drift"]
+    assert plan.made_by["optimism"] == 0  # a refit makes up for units that were badly chosen too
 
 
 @pytest.mark.parametrize("steps", [2, 3])
@@ -199,7 +245,7 @@ def test_a_drift_that_is_measured_above_the_bound_is_refused_and_what_was_scored
         found = iter([0.04, 0.2])
         patched.setattr(schedule, "_measured", lambda *args, **kwargs: next(found))
         match = (
-            r"macs=0\.5, drift=0\.1 .* after step 2 of 2 the drift .* 0\.2 nats, with macs [\d,]+ \(\d+\.\d%\); allow"
+            r"macs=0\.5, drift=0\.1 .* after step 2 of 2 the drift .* 0\.2 nats.*, with macs [\d,]+ \(\d+\.\d%\); allow"
         )
         with pytest.raises(tp.BudgetError, match=match):
             tp.plan_for(b.model, data, b.graph, budget, planning=planning, save=save)

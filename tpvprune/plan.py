@@ -318,9 +318,9 @@ def _apart(a: Tensor, b: Tensor) -> dict[str, list[int]]:
 
 
 def drift_of(made_by: Mapping[str, Any]) -> Any:
-    """KL in nats from the dense model that a plan says of itself: measured between steps, or else predicted."""
+    """KL in nats from the dense model that a plan says of itself: measured and its optimism, or else predicted."""
     measured = made_by.get("measured_kl")
-    return made_by.get("predicted_kl") if measured is None else measured
+    return made_by.get("predicted_kl") if measured is None else measured + made_by.get("optimism", 0.0)
 
 
 def _packed(mask: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -10,9 +11,19 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from tpvprune.batches import Batch, Progress, inputs_of, repeatable
+from tpvprune.batches import (
+    Batch,
+    Progress,
+    device_of,
+    evaluation_mode,
+    finite_output,
+    inputs_of,
+    is_classifier,
+    repeatable,
+)
 from tpvprune.budget import QUANTITIES, Budget, Quantity
 from tpvprune.errors import BudgetError, DataError, PlanError
 from tpvprune.kinds import check_kinds
@@ -35,6 +46,7 @@ from tpvprune.stepping import Asked, Step
 from tpvprune.surgery.removal import apply
 from tpvprune.types import Graph
 
+logger = logging.getLogger(__name__)
 _UNITS = {"latency_ms": " ms", "bytes": " B", "units": " units"}  # with a unit, no number is read as a share
 
 
@@ -101,16 +113,18 @@ def plan_for(
     """Score and allocate, in as many steps as asked; one plan of the dense model.
 
     After the first step, TPV and JBR score what is left with the dense model as the reference, so that the drift
-    that is already there counts. What is left is measured against the dense model after every step where drift is
-    bounded, and a step takes at most what is left of the bound. Under drift alone a step gets its share of the bound;
-    one that measures more is taken again, smaller, or left out. With costs, the plan meets them within the drift that
-    is measured, or there is an error.
+    that is already there counts. Where drift is bounded, what is left is measured against the dense model after every
+    step, on the batches that are scored, and what it is expected to drift further on others is added (`optimism` of
+    `allocate`; not where steps are refitted). Under drift alone a step gets its share of the bound; one that drifts
+    more is taken again, smaller, or left out. With costs, the plan meets them within that drift, or there is an error.
+    Outputs that are not `(batch, classes)`, and batches that can be read once only, leave it at the prediction, which
+    is warned of: in one step only.
 
     Under several processes each gives its own share of the batches, and all get the same plan.
 
     Args:
         model: the dense model.
-        batches: unlabeled; read once a step.
+        batches: unlabeled; read once a step, and where drift is bounded to measure it.
         graph: from `trace`, of the dense model.
         budget: what the result may cost.
         criterion: how to score; `TPV()` by default.
@@ -134,7 +148,13 @@ def plan_for(
     by = name_of(criterion) if scores is None else scores.criterion
     finals = check_reachable(graph, budget, latency=latency, criterion=by)
     state, kept = None if save is None else Path(save), None
-    if planning.steps == 1:
+    measurable = budget.drift is None or planning.steps > 1 or _measurable(model, batches, criterion)
+    if planning.steps == 1 and (budget.drift is None or not measurable):
+        if not measurable:
+            logger.warning(
+                "the drift is predicted to first order and not measured: that takes logits (batch, classes), and "
+                "batches that can be read again"
+            )
         if scores is None:
             kept = _kept(state, model, "step1")
             scores = score(model, batches, graph, criterion, progress=progress, save=kept, exact=True)
@@ -205,6 +225,18 @@ def _example(batches: Iterable[Batch]) -> Tensor:
     raise DataError("there is no batch; give at least one")
 
 
+def _measurable(model: nn.Module, batches: Iterable[Batch], criterion: Criterion) -> bool:
+    """Whether the drift of what a plan leaves can be measured, with the batches of all processes."""
+    first = None if iter(batches) is batches else next(iter(batches), None)
+    logits = None
+    if first is not None:
+        with evaluation_mode(model), torch.no_grad():
+            inputs = inputs_of(first)[:1].to(device_of(model))
+            logits = is_classifier(finite_output(model, inputs, getattr(criterion, "output", None)))
+    told = [found for found in of_all(logits) if found is not None]
+    return bool(told) and all(told)
+
+
 def _measured(small: nn.Module, model: nn.Module, batches: Iterable[Batch], criterion: Criterion) -> float:
     """KL to the dense model on the batches of all processes."""
     metrics, samples = {"now": {"kl": 0.0}}, 0
@@ -214,8 +246,8 @@ def _measured(small: nn.Module, model: nn.Module, batches: Iterable[Batch], crit
     told = [(kl, count) for kl, count in found if kl is not None]
     if len(told) < len(found):
         raise BudgetError(
-            "drift is measured between steps on logits (batch, classes), and the model gives others: plan in one step, "
-            "or bound a cost"
+            "drift is measured after every step on logits (batch, classes), and the model gives others: plan in one "
+            "step, or bound a cost"
         )
     return told[0][0] if len(told) == 1 else sum(kl * count for kl, count in told) / sum(count for _, count in told)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,18 +10,15 @@ from torch import nn
 
 from tpvprune.budget import Budget
 from tpvprune.errors import BudgetError
-from tpvprune.plan import Plan, plan_of
+from tpvprune.plan import Plan, drift_of, plan_of
 from tpvprune.planning.allocate import allocate, understated
 from tpvprune.planning.latency import LatencyTable
+from tpvprune.planning.optimism import widest
 from tpvprune.planning.widths import costs_of
 from tpvprune.processes import from_first
 from tpvprune.scores import Scores
 from tpvprune.surgery.removal import apply
 from tpvprune.types import Graph
-
-RETAKES = 4  # how often a step that drifts too far is taken again, under a smaller bound
-ENOUGH = 0.7  # share of the bound on what is measured that a step taken again is to come to
-STEEP = 16  # how much smaller it is taken at most where nothing is known that fits
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class Step:
         if self.asked.drift is None:
             return self._under(self.limit, 0.0)
         before = measured_kl(self.plan) if self.plan.removed else 0.0
-        before = self.measure(self.small) if before is None else before
+        before = (self.measure(self.small) if before is None else before) + self._optimism
         return self._promised(before) if self.asked.costs else self._drifting(before)
 
     def _promised(self, before: float) -> tuple[Plan, nn.Module]:
@@ -76,8 +72,8 @@ class Step:
             gone = f" ({before:.3g} nats measured before it)" if before else ""
             where = f"step {self.number + 1} of {self.asked.steps} of {self.asked.words}{gone}"
             raise BudgetError(f"in {where}: {error}") from error
-        now = self.measure(small)
-        plan = _told(plan, now)
+        plan = _told(plan, self.measure(small))
+        now = drift_of(plan.made_by)
         if now > most:
             raise BudgetError(self.asked.too_far(self.number + 1, plan, now))
         return plan, small
@@ -85,27 +81,26 @@ class Step:
     def _drifting(self, before: float) -> tuple[Plan, nn.Module]:
         """Under drift alone: a step that measures more than its share is taken again, smaller, or left out."""
         most = (self.asked.drift or 0.0) * (self.number + 1) / self.asked.steps
-        fits, exceeds, room = 0.0, math.inf, most - before  # bounds on what the step adds, as it is predicted
-        best: tuple[Plan, nn.Module] | None = None
-        last = self.plan
-        for _ in range(RETAKES + 1):
-            if room <= 0:
-                break
-            last, small = self._under(replace(self.limit, drift=f"{room} nats"), before)
-            now = self.measure(small)
-            if now <= most:
-                best, fits = (_told(last, now), small), room
-                if now >= ENOUGH * most or exceeds == math.inf:
-                    break
-            else:
-                exceeds = room
-            room = math.sqrt(max(fits, exceeds / STEEP) * exceeds)
+
+        def take(room: float) -> tuple[tuple[Plan, nn.Module], float]:
+            plan, small = self._under(replace(self.limit, drift=f"{room} nats"), before)
+            plan = _told(plan, self.measure(small))
+            return (plan, small), drift_of(plan.made_by)
+
+        best, found = widest(take, most - before, most)
         if best is not None:
             return best
+        last = self.plan if found is None else found[0]
         steps = [*self.plan.made_by["steps"], {"got": {}}]
         about = {**last.made_by, **self.plan.made_by, "asked": self.asked.bounds, "steps": steps}
         about |= {"predicted_kl": before} | ({} if self.plan.removed else {"understated": []})
-        return _told(replace(self.plan, made_by=about), before), self.small
+        about |= {"optimism": self._optimism}
+        return _told(replace(self.plan, made_by=about), before - self._optimism), self.small
+
+    @property
+    def _optimism(self) -> float:
+        """What the steps before this one are expected to drift further on other samples."""
+        return float(self.plan.made_by.get("optimism", 0.0)) if self.plan.removed else 0.0
 
     def _under(self, limit: Budget, before: float) -> tuple[Plan, nn.Module]:
         after = self.plan if self.plan.removed else None
@@ -116,6 +111,9 @@ class Step:
             about.pop("predicted_kl", None)  # of this step alone
         else:
             about["predicted_kl"] = before + part.made_by["predicted_kl"]
+            # A refit makes up for units that were badly chosen too, on all samples.
+            more = 0.0 if self.refit is not None else float(part.made_by.get("optimism", 0.0))
+            about["optimism"] = self._optimism + more
         small = apply(self.small, part)
         plan = plan_of(small) or self.plan
         if self.asked.drift is not None:
@@ -159,9 +157,8 @@ class Asked:
         Raises:
             BudgetError: a cost, or the measured drift, is above what was asked.
         """
-        measured = measured_kl(plan)
-        if self.drift is not None and measured is not None and measured > self.drift:
-            raise BudgetError(self.too_far(self.steps, plan, measured))
+        if self.drift is not None and measured_kl(plan) is not None and drift_of(plan.made_by) > self.drift:
+            raise BudgetError(self.too_far(self.steps, plan, drift_of(plan.made_by)))
         # Milliseconds are sums of floats, which each step takes in another order.
         if any(self._cost(name, plan) > bound * (1 + 1e-9) for name, bound in self.costs.items()):
             raise BudgetError(
@@ -169,12 +166,15 @@ class Asked:
                 "than that, or plan in one step"
             )
 
-    def too_far(self, done: int, plan: Plan, measured: float) -> str:
+    def too_far(self, done: int, plan: Plan, drift: float) -> str:
         """What to say of a plan that drifts more than asked after so many steps."""
         reached = f", with {self._reached(plan)}" if self.costs else ""
+        more = float(plan.made_by.get("optimism", 0.0))
+        others = f", and {more:.3g} more are expected on others" if more else ""
         return (
             f"{self.words} cannot be met: after step {done} of {self.steps} the drift measured on the scored batches "
-            f"is {measured:.3g} nats{reached}; allow more drift, ask for less to leave, or take other steps"
+            f"is {drift - more:.3g} nats{others}{reached}; allow more drift, ask for less to leave, score more images, "
+            "or take other steps"
         )
 
     def _reached(self, plan: Plan) -> str:

@@ -24,7 +24,7 @@ from tpvprune.errors import BudgetError, InputError
 from tpvprune.groupwise import sensitivity
 from tpvprune.kinds import check_kinds
 from tpvprune.plan import Plan
-from tpvprune.planning.allocate import allocate
+from tpvprune.planning.allocate import allocate, warn_of
 from tpvprune.scores import Scores
 from tpvprune.scoring.criteria import score
 from tpvprune.scoring.perturb import Rounding
@@ -178,10 +178,11 @@ def advise(
     tables = rounder.tables(Plan({}, graph))
     found = []
     for split in range(SPLITS + 1):
-        plan = _pruned(scores, graph, drift * split / SPLITS)
-        if plan is None:
+        # What is chosen by few samples drifts by more than they say, the more so the less of it there is.
+        plan = _pruned(scores, graph, drift * (split / SPLITS) ** 2)
+        spent = math.inf if plan is None else float(plan.made_by.get("predicted_kl", 0.0))
+        if plan is None or spent > drift:
             continue
-        spent = float(plan.made_by.get("predicted_kl", 0.0))
         found.append((plan, *rounder.mix(plan, spent, drift - spent)))
         if progress:
             progress("advise", split + 1, SPLITS + 1)
@@ -191,6 +192,7 @@ def advise(
         "pruning": min((rounder.mix(plan, one.pruning, -1.0)[0] for plan, one, _ in found), key=lambda mix: mix.cost),
     }
     plan, mixed, chosen = best
+    warn_of(plan.made_by.get("understated", ()))
     left = rounder.tables(plan)
     sizes = graph.sizes(plan.keep)
     layers = tuple(
@@ -225,7 +227,7 @@ def _pruned(scores: Scores, graph: Graph, drift: float) -> Plan | None:
     if not drift:
         return Plan({}, graph)
     try:
-        return allocate(scores, graph, Budget(drift=drift))
+        return allocate(scores, graph, Budget(drift=drift), measured=True)
     except BudgetError:
         return None
 
@@ -250,7 +252,8 @@ def _totals(scores: Scores, graph: Graph) -> dict[float, float]:
     found = {}
     for share in MACS:
         try:
-            found[share] = float(allocate(scores, graph, Budget(macs=share)).made_by["predicted_kl"])
+            plan = allocate(scores, graph, Budget(macs=share), cross_validated=True)
+            found[share] = float(plan.made_by["predicted_kl"])
         except BudgetError:
             break
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -13,7 +14,8 @@ from tpvprune.plan import Plan
 from tpvprune.planning.greedy import Ladders, Spending, Steps, shrink
 from tpvprune.planning.joint import Joint
 from tpvprune.planning.latency import LatencyTable
-from tpvprune.planning.widths import Costs, check_reachable, costs_of, widths_of
+from tpvprune.planning.optimism import drift_on, optimism, widest
+from tpvprune.planning.widths import check_reachable, costs_of, widths_of
 from tpvprune.scores import Scores
 from tpvprune.types import Graph
 
@@ -35,6 +37,7 @@ def allocate(
     after: Plan | None = None,
     latency: LatencyTable | None = None,
     measured: bool = False,
+    cross_validated: bool | None = None,
 ) -> Plan:
     """Remove, step by step, the units that cost the least predicted drift for what they save.
 
@@ -57,13 +60,18 @@ def allocate(
         after: the plan that has made the model which scores and graph are of, so that fractions, floors and
             roundings are those of the dense model. Drift is counted from that model on.
         latency: from `latency_table`, of the dense model; needed where milliseconds are bounded.
-        measured: whether the caller measures the drift that comes of it, so that nothing is to be warned of.
+        measured: whether the caller measures the drift that comes of it and goes by that: a bound on drift is then
+            held against what the scored samples say, and nothing is warned of.
+        cross_validated: whether the drift on other samples is estimated too, by plans that halves of the samples make
+            and judge (Efron 1986), in twice the time again; where drift is bounded by default.
 
     Returns:
         A plan whose costs are at most the bounds, in the coordinates of `graph`; `Plan.macs` and `Plan.params` are
-        exact, and `made_by` says what was asked and what came out; `predicted_kl`, where there is one, with products
-        of different units shrunk as the allocator counts them; `understated`, under a bound on drift, the groups that
-        are cut before a norm that pools over their units, whose drift is more than is predicted.
+        exact, and `made_by` says what was asked and what came out; `predicted_kl`, where there is one: with
+        `optimism`, the nats by which it drifts further on other samples than on those that it was made by, it is the
+        drift on others, and otherwise that on those, products of different units shrunk as the allocator counts
+        them; `understated`, under a bound on drift, the groups that are cut before a norm that pools over their
+        units, whose drift is more than is predicted.
 
     Raises:
         PlanError: the scores belong to another model or lack a group, or what the allocator or the budget needs is
@@ -75,54 +83,84 @@ def allocate(
     if allocator == "auto":
         allocator = "global" if scores.sensitivities is None else "joint"
     widths, bounds = widths_of(graph, budget, after), check_reachable(graph, budget, after, latency, scores.criterion)
-    steps: Steps
     may_go = next((group.id for group in graph.groups if group.kind == "block" and len(widths[group.id]) > 1), None)
     if allocator in ("uniform", "isomorphic") and may_go is not None:
         raise BudgetError(
             f"allocator={allocator!r} takes shares of groups, and block {may_go!r} goes whole or stays: protect the "
             "blocks, trace without depth=True, or choose joint or global"
         )
-    if allocator == "joint":
-        if scores.sensitivities is None:
-            raise PlanError("allocator='joint' needs scores with sensitivities: score with TPV(sensitivities=1280)")
-        found = scores.sensitivities
-        if not budget.quantities:  # chosen by its own noise, a slope that falls would make room for more than it gives
-            found = replace(found, linear=found.linear.clamp(min=0))
-        steps = Joint(graph, widths, found, shrinkage, exchange)
-    else:
-        steps = Ladders(graph, widths, scores, allocator)
-    bounded: dict[str, Costs] = {name: costs_of(name, graph, latency=latency) for name in budget.quantities}
-    if per is None and len(bounded) < 2:
+    if allocator == "joint" and scores.sensitivities is None:
+        raise PlanError("allocator='joint' needs scores with sensitivities: score with TPV(sensitivities=1280)")
+    if per is None and len(budget.quantities) < 2:
         per = next(iter(budget.quantities), "macs")
-    rank = None if per is None else bounded.get(per) or costs_of(per, graph, latency=latency)
-    spending = Spending(bounded, bounds, rank)
     most = budget.most_drift
-    keep = shrink(graph, steps, spending, None if most is None else 2 * most)
+    judged = scores.in_nats and (most is not None if cross_validated is None else cross_validated)
     made_by = {
         "allocator": allocator,
-        "rank": "score" if per == "units" else f"score per {per or ' and '.join(bounded)}",
+        "rank": "score" if per == "units" else f"score per {per or ' and '.join(bounds)}",
         "criterion": scores.criterion,
         "samples": scores.samples,
         "asked": bounds | ({} if most is None else {"drift": most}),
-        "got": {name: cost.total for name, cost in bounded.items()},
     }
-    if scores.in_nats:
-        made_by["predicted_kl"] = max(0.0, steps.drift({name: ~mask for name, mask in keep.items()}) / 2)
-    plan = Plan(keep, graph, made_by)
+
+    def steps_of(found: Scores) -> Steps:
+        effects = found.sensitivities
+        if allocator != "joint" or effects is None:
+            return Ladders(graph, widths, found, allocator if allocator in ("uniform", "isomorphic") else "global")
+        if not bounds:  # chosen by its own noise, a slope that falls would make room for more than it gives
+            effects = replace(effects, linear=effects.linear.clamp(min=0))
+        return Joint(graph, widths, effects, shrinkage, exchange)
+
+    def spending_of(limits: Mapping[str, float]) -> Spending:
+        bounded = {name: costs_of(name, graph, latency=latency) for name in limits}
+        rank = None if per is None else bounded.get(per) or costs_of(per, graph, latency=latency)
+        return Spending(bounded, dict(limits), rank)
+
+    def taken(room: float | None) -> tuple[Plan, float]:
+        """A plan that drifts by no more than `room` as the allocator counts it, and its drift in nats."""
+        steps, spending = steps_of(scores), spending_of(bounds)
+        keep = shrink(graph, steps, spending, None if room is None else 2 * room)
+        counted = max(0.0, steps.drift({name: ~mask for name, mask in keep.items()}) / 2)
+        got = {name: cost.total for name, cost in spending.bounded.items()}
+        about = {**made_by, "got": got, **({"predicted_kl": counted} if scores.in_nats else {})}
+        if judged and keep:
+            # Milliseconds are sums of floats, which each plan takes in another order.
+            alike = bounds or {str(per): costs_of(per or "macs", graph, keep, latency=latency).total * (1 + 1e-9)}
+            more = optimism(scores, graph, lambda half: shrink(graph, steps_of(half), spending_of(alike), None))
+            if more is not None:
+                counted = max(0.0, drift_on(scores, graph, keep) + more) / 2
+                about |= {"predicted_kl": counted, "optimism": more / 2}
+        return Plan(keep, graph, about), counted
+
+    plan, counted = taken(most)
+    if most is not None and not measured and counted > most:
+        if bounds:
+            raise BudgetError(
+                f"the budget cannot be met with a drift of at most {most:g} nats: the plan of least drift is predicted "
+                f"at {counted:.3g} on samples that it was not made by; allow more drift, ask for less, or score more "
+                "samples"
+            )
+        plan = widest(taken, most, most)[0] or Plan({}, graph, {**made_by, "got": {}, "predicted_kl": 0.0})
     pooled = [] if most is None else understated(plan)
-    if pooled and not measured:
-        logger.warning(
-            "groups that are cut (%s) stand before a norm that pools over their units: what that does to the rest "
-            "is not predicted, and the drift may be about three times the bound; measure it, or plan in steps",
-            ", ".join(pooled[:3]) + (", ..." if len(pooled) > 3 else ""),
-        )
-    return replace(plan, made_by={**made_by, "understated": pooled}) if pooled else plan
+    if not measured:
+        warn_of(pooled)
+    return replace(plan, made_by={**plan.made_by, "understated": pooled}) if pooled else plan
 
 
 def understated(plan: Plan) -> list[str]:
     """Groups that a plan cuts where zeroing units is not removing them: the norm they stand before pools over them."""
     graph, lost = plan.graph, plan.graph.lost({name: ~mask for name, mask in plan.keep.items()})
     return [n for n, mask in plan.keep.items() if n not in lost and not (graph[n].exact_mask or bool(mask.all()))]
+
+
+def warn_of(pooled: Sequence[str]) -> None:
+    """Say that a plan drifts by more than is predicted, where groups of `understated` are cut."""
+    if pooled:
+        logger.warning(
+            "groups that are cut (%s) stand before a norm that pools over their units: what that does to the rest "
+            "is not predicted, and the drift may be about three times the bound; measure it, or plan in steps",
+            ", ".join(pooled[:3]) + (", ..." if len(pooled) > 3 else ""),
+        )
 
 
 def _check(

@@ -1,0 +1,101 @@
+"""How much further a plan drifts on other samples than on those that it was chosen by.
+
+Units that look cheap on some samples are dearer on others: the optimism of what was fitted (Efron 1986; Hastie,
+Tibshirani and Friedman 2009, section 7.4). Two-fold cross-validation tells it: each half of the samples chooses a plan
+of the same cost, and the other half judges it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+from torch import Tensor
+
+from tpvprune.scores import Scores, Sensitivities
+from tpvprune.types import Graph
+
+LEAST = 4  # samples below which halves tell nothing
+RETAKES = 4  # how often what drifts too far is taken again, under a smaller bound
+ENOUGH = 0.7  # share of the bound that what is taken again is to come to
+STEEP = 16  # how much smaller it is taken at most where nothing is known that fits
+Taken = TypeVar("Taken")
+
+
+def halved(scores: Scores) -> tuple[Scores, Scores] | None:
+    """The scores of the even and of the odd samples; None where they are not known apart.
+
+    The slope of a drift that is there already stays that of all samples.
+    """
+    found = scores.sensitivities
+    if found is None:
+        if scores.halves is None or scores.samples < LEAST:
+            return None
+        one, other = (replace(scores, values=half, stderr=None, halves=None, tally=None) for half in scores.halves)
+        return one, other
+    if found.samples < LEAST:
+        return None
+    rows = found.rows.reshape(found.samples, -1, found.rows.shape[1])
+    parts = (rows[number::2] for number in (0, 1))
+    one, other = (
+        replace(scores, sensitivities=Sensitivities(found.groups, part.flatten(0, 1), found.linear, len(part)))
+        for part in parts
+    )
+    return one, other
+
+
+def drift_on(scores: Scores, graph: Graph, keep: Mapping[str, Tensor]) -> float:
+    """Drift of a plan on the samples of some scores, nothing shrunk; where these have no sensitivities, their sum."""
+    lost = graph.lost({name: ~mask for name, mask in keep.items()})
+    left = {name: mask for name, mask in keep.items() if name not in lost}
+    if scores.sensitivities is not None:
+        return scores.sensitivities.drift(left)[0]
+    return sum(float(scores.values[name][~mask].double().sum()) for name, mask in left.items())
+
+
+def optimism(scores: Scores, graph: Graph, planned: Callable[[Scores], Mapping[str, Tensor]]) -> float | None:
+    """How much further a plan drifts on other samples than on those of its scores; None where that cannot be told.
+
+    It is what plans of half the samples do, and so more than less: a margin for rare samples that drift far, which
+    few samples do not show.
+
+    Args:
+        scores: that the plan is made by.
+        graph: of the same model.
+        planned: the masks of a plan that costs as much, made by other scores of the same units.
+    """
+    halves = halved(scores)
+    if halves is None:
+        return None
+    gaps = []
+    for mine, other in (halves, halves[::-1]):
+        keep = planned(mine)
+        gaps.append(drift_on(other, graph, keep) - drift_on(mine, graph, keep))
+    return max(0.0, sum(gaps) / 2)
+
+
+def widest(take: Callable[[float], tuple[Taken, float]], room: float, most: float) -> tuple[Taken | None, Taken | None]:
+    """What is taken under the largest bound found at which it drifts by no more than `most`, and what was taken last.
+
+    Args:
+        take: takes under a bound, and says how far that drifts.
+        room: the first bound, and the largest.
+        most: drift that is allowed.
+    """
+    fits, exceeds = 0.0, math.inf
+    best: Taken | None = None
+    last: Taken | None = None
+    for _ in range(RETAKES + 1):
+        if room <= 0:
+            break
+        last, drift = take(room)
+        if drift <= most:
+            best, fits = last, room
+            if drift >= ENOUGH * most or exceeds == math.inf:
+                break
+        else:
+            exceeds = room
+        room = math.sqrt(max(fits, exceeds / STEEP) * exceeds)
+    return best, last
