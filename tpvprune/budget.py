@@ -81,8 +81,8 @@ class Budget:
         params: parameters ("3M").
         bytes: weights and buffers in memory ("20 MB", "20 MiB").
         latency_ms: milliseconds of one forward pass ("8 ms"), by a `LatencyTable` of the machine at hand.
-        drift: KL in nats from the dense model, predicted to first order ("0.05 nats"); needs TPV scores of the
-            softmax head.
+        drift: KL in nats from the dense model, on samples that the plan was not made by ("0.05 nats"): predicted to
+            first order by `allocate`, measured by `plan_for`; needs TPV scores of the softmax head.
         units: channels and heads of all groups together. They differ in what they cost: it is there to compare
             criteria as the literature does.
         min_keep: least share of every group's units that stays.

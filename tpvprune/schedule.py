@@ -25,12 +25,13 @@ from tpvprune.batches import (
     repeatable,
 )
 from tpvprune.budget import QUANTITIES, Budget, Quantity
-from tpvprune.errors import BudgetError, DataError, PlanError
+from tpvprune.errors import BudgetError, DataError, ModelError, PlanError
 from tpvprune.kinds import check_kinds
 from tpvprune.plan import Plan
 from tpvprune.planning.allocate import ALLOCATORS, Allocator, allocate
 from tpvprune.planning.graph import trace
 from tpvprune.planning.latency import LatencyTable
+from tpvprune.planning.optimism import tells_of_others
 from tpvprune.planning.sparsity import sparsify
 from tpvprune.planning.weights import weight_graph
 from tpvprune.planning.widths import check_reachable, costs_of, widths_of
@@ -166,7 +167,8 @@ def plan_for(
     ways = {
         name: planning.bounds(costs_of(name, graph, latency=latency).total, bound) for name, bound in finals.items()
     }
-    plan = from_first(Plan.load(state) if state is not None and state.is_file() else Plan({}, graph, {"steps": []}))
+    begun = state is not None and planning.steps > 1 and state.is_file()
+    plan = from_first(Plan.load(state) if state is not None and begun else Plan({}, graph, {"steps": []}))
     if planning.refit and refit_batches is None and process()[1] > 1:
         raise BudgetError("refit=True under several processes: give refit_batches, the same in all of them")
     source = batches if refit_batches is None else refit_batches
@@ -185,19 +187,21 @@ def plan_for(
                 f"block {lacking[0]!r} counts as a unit, but cannot be skipped any more after step {step}: plan in one "
                 "step, or bound another quantity than units"
             )
-        if all(len(widths) == 1 for widths in widths_of(now, budget, None if first else plan).values()):
+        if step and all(len(widths) == 1 for widths in widths_of(now, budget, None if first else plan).values()):
             break  # nothing can leave any more
         found = scores if first else None
         if found is None:
             again, kept = criterion if first else _from(criterion, model), _kept(state, small, f"step{step + 1}")
             found = score(small, batches, now, again, progress=progress, save=kept, exact=True)
             scores = found if first else None  # good for the next step too, where nothing leaves in this one
+        if budget.drift is not None and not planning.refit and not tells_of_others(found):
+            logger.warning("what is scored is too little to tell how much further a plan drifts on other samples")
         limit = _limit_of(budget, {name: way[step] for name, way in ways.items()})
         # Under a bound on drift the refitted model is what is measured, after the last step too.
         more = planning.refit and (step + 1 < planning.steps or asked.drift is not None)
         taken = Step(step, asked, plan, small, now, found, limit, choice, refit if more else None, measure)
         plan, small = taken.taken()
-        if state is not None and process()[0] == 0:
+        if state is not None and planning.steps > 1 and process()[0] == 0:
             plan.save(state)
         _forget(kept)
     asked.check(plan)
@@ -231,8 +235,11 @@ def _measurable(model: nn.Module, batches: Iterable[Batch], criterion: Criterion
     logits = None
     if first is not None:
         with evaluation_mode(model), torch.no_grad():
-            inputs = inputs_of(first)[:1].to(device_of(model))
-            logits = is_classifier(finite_output(model, inputs, getattr(criterion, "output", None)))
+            try:
+                inputs = inputs_of(first).to(device_of(model))
+                logits = is_classifier(finite_output(model, inputs, getattr(criterion, "output", None)))
+            except ModelError:  # the scores may have been made by a criterion that knows which output counts
+                logits = False
     told = [found for found in of_all(logits) if found is not None]
     return bool(told) and all(told)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from tpvprune.budget import Budget
 from tpvprune.errors import BudgetError
-from tpvprune.plan import Plan, drift_of, plan_of
+from tpvprune.plan import Plan, drift_of
 from tpvprune.planning.allocate import allocate, understated
 from tpvprune.planning.latency import LatencyTable
 from tpvprune.planning.optimism import widest
@@ -94,7 +94,7 @@ class Step:
         steps = [*self.plan.made_by["steps"], {"got": {}}]
         about = {**last.made_by, **self.plan.made_by, "asked": self.asked.bounds, "steps": steps}
         about |= {"predicted_kl": before} | ({} if self.plan.removed else {"understated": []})
-        about |= {"optimism": self._optimism}
+        about |= {"optimism": self._optimism} if "optimism" in about else {}
         return _told(replace(self.plan, made_by=about), before - self._optimism), self.small
 
     @property
@@ -112,10 +112,11 @@ class Step:
         else:
             about["predicted_kl"] = before + part.made_by["predicted_kl"]
             # A refit makes up for units that were badly chosen too, on all samples.
-            more = 0.0 if self.refit is not None else float(part.made_by.get("optimism", 0.0))
-            about["optimism"] = self._optimism + more
+            more = about.pop("optimism", None)
+            if self.refit is None and (more is not None or self._optimism):
+                about["optimism"] = self._optimism + (more or 0.0)
         small = apply(self.small, part)
-        plan = plan_of(small) or self.plan
+        plan = part if after is None else after.compose(part)  # `small` may carry more, of what the dense model was
         if self.asked.drift is not None:
             about["understated"] = understated(plan)
         plan = replace(plan, made_by=about)

@@ -123,6 +123,25 @@ def test_what_cutting_one_group_costs_is_half_its_tpv(told) -> None:
         assert one.saved_at_share[0.5] == pytest.approx(1 - left, rel=tolerances.EXACT)
 
 
+def test_of_few_samples_pruning_is_counted_on_others() -> None:
+    model, batches, seen = net(), [example(12, 6, seed=11)], list[tuple[str, int, int | None]]()
+    graph = tp.trace(model, batches[0][:1])
+    scores = tp.score(model, batches, graph)
+
+    def progress(stage: str, done: int, total: int | None) -> None:
+        seen.append((stage, done, total))
+
+    found = analysis.advise(model, batches, graph, 0.02, bits=BITS, scores=scores, progress=progress)
+    assert seen[-1] == ("advise", 11, 11)
+    for mix in (found.mixed, *found.alone.values()):
+        assert mix.total <= 0.02 + tolerances.EXACT
+    for share, kl in found.pruning_totals.items():
+        plan = tp.allocate(scores, graph, tp.Budget(macs=share), cross_validated=True)
+        assert kl == plan.made_by["predicted_kl"]
+        counted = tp.allocate(scores, graph, tp.Budget(macs=share)).made_by["predicted_kl"]
+        assert kl != counted
+
+
 def test_errors_name_what_is_wrong(told) -> None:
     model, batches, graph, _ = told
     with pytest.raises(tp.InputError, match="drift=0"):

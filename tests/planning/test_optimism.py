@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tpvprune as tp
+from tests.block_cases import built as built_blocks
 from tests.cases import example
+from tests.fakeclock import FakeClock
 from tests.helpers import built
 from tpvprune.planning.optimism import ENOUGH, STEEP, drift_on, halved, optimism, widest
 
@@ -84,6 +86,9 @@ def test_halves_are_of_the_even_and_the_odd_samples_and_few_have_none() -> None:
     _, graph = layer()
     rows = drawn(7, 0, each=2)
     one, other = halved(scores_of(graph, rows, 7))
+    for half, number in ((one, 0), (other, 1)):  # what other allocators choose by
+        mine = rows.reshape(7, 2, -1)[number::2].double()
+        assert torch.allclose(half.values[graph.groups[0].id], mine.square().sum((0, 1)) / len(mine))
     assert torch.equal(one.sensitivities.rows, rows.reshape(7, 2, -1)[0::2].flatten(0, 1))
     assert torch.equal(other.sensitivities.rows, rows.reshape(7, 2, -1)[1::2].flatten(0, 1))
     assert (one.sensitivities.samples, other.sensitivities.samples) == (4, 3)
@@ -114,15 +119,15 @@ def test_the_prediction_holds_on_samples_that_the_plan_has_not_seen(samples: int
     assert np.mean(told) == pytest.approx(np.mean(true), rel=0.25)
 
 
-@pytest.mark.parametrize("allocator", ["joint", "global"])
-def test_a_budget_of_drift_holds_on_samples_that_the_plan_has_not_seen(allocator: str) -> None:
+@pytest.mark.parametrize(("allocator", "halves_alone"), [("joint", False), ("global", False), ("global", True)])
+def test_a_budget_of_drift_holds_on_samples_that_the_plan_has_not_seen(allocator: str, halves_alone: bool) -> None:
     _, graph = layer()
     many, most = scores_of(graph, drawn(20000, 1000), 20000), 0.05
     budget, honest, blind = tp.Budget(drift=most, round_to=1, min_keep=0.02), list[float](), list[float]()
     for seed in range(25):
         rows = drawn(20, seed)
         scores, group = scores_of(graph, rows, 20), graph.groups[0].id
-        if allocator == "global":
+        if halves_alone:
             halves = tuple({group: rows[n::2].double().square().mean(0)} for n in (0, 1))
             scores = dataclasses.replace(scores, sensitivities=None, halves=halves)
         for found, judged in ((honest, None), (blind, False)):
@@ -130,7 +135,7 @@ def test_a_budget_of_drift_holds_on_samples_that_the_plan_has_not_seen(allocator
             assert plan.made_by["predicted_kl"] <= most
             gone = ~plan.mask(group)
             alone = float(many.values[group][gone].sum()) / 2
-            found.append(alone if allocator == "global" else drift_on(many, graph, plan.keep) / 2)
+            found.append(alone if halves_alone else drift_on(many, graph, plan.keep) / 2)
     assert np.mean(blind) > 1.3 * most
     assert 0.6 * most < np.mean(honest) < 1.15 * most
 
@@ -153,10 +158,60 @@ def test_a_cost_that_drifts_too_far_on_other_samples_is_refused() -> None:
 def test_milliseconds_are_judged_by_plans_of_as_many_milliseconds() -> None:
     b = built("conv_bn")
     scores = tp.score(b.model, [example(16, *b.inputs.shape[1:], seed=5)], b.graph)
-    table = tp.latency_table(b.model, b.graph, b.inputs)
-    budget = tp.Budget(drift=0.05, round_to=1)
-    plan = tp.allocate(scores, b.graph, budget, per="latency_ms", latency=table)
-    assert plan.made_by["predicted_kl"] <= 0.05
+    with FakeClock().running() as clock:
+        clock.whole = b.model
+        table = tp.latency_table(b.model, b.graph, b.inputs, clock=clock)
+    for drift in (0.01, 0.05, 0.2):
+        budget = tp.Budget(drift=drift, round_to=1)
+        plan = tp.allocate(scores, b.graph, budget, per="latency_ms", latency=table)
+        assert 0 < plan.made_by["predicted_kl"] <= drift
+
+
+def test_several_costs_are_judged_by_plans_that_meet_them_all() -> None:
+    b = built("residual")
+    scores = tp.score(b.model, [example(16, *b.inputs.shape[1:], seed=5)], b.graph)
+    budget = tp.Budget(macs=0.7, params=0.7, round_to=1)
+    plan = tp.allocate(scores, b.graph, budget, cross_validated=True)
+    halves = [tp.allocate(half, b.graph, budget).keep for half in halved(scores)]
+    gaps = [drift_on(other, b.graph, keep) - drift_on(mine, b.graph, keep)
+            for keep, mine, other in zip(halves, halved(scores), halved(scores)[::-1], strict=True)]  # fmt: skip
+    assert plan.made_by["optimism"] == pytest.approx(max(0.0, sum(gaps) / 4))
+    on_these = drift_on(scores, b.graph, plan.keep) / 2
+    assert plan.made_by["predicted_kl"] == pytest.approx(on_these + plan.made_by["optimism"])
+
+
+def test_units_in_a_skipped_block_are_not_counted_twice() -> None:
+    b = built_blocks("stages")
+    scores = tp.score(b.model, [example(16, *b.inputs.shape[1:], seed=5)], b.graph)
+    block, inner = next((name, inner) for name in b.blocks for inner in b.graph.within(name))
+    alone = {block: torch.zeros(1, dtype=torch.bool)}
+    half = torch.ones(b.graph[inner].units, dtype=torch.bool)
+    half[::2] = False
+    both = {**alone, inner: half}
+    for found in (scores, dataclasses.replace(scores, sensitivities=None)):
+        assert drift_on(found, b.graph, both) == drift_on(found, b.graph, alone) > 0
+
+
+@pytest.mark.parametrize("name", ["conv_bn", "residual", "mlp"])
+def test_a_cost_within_what_is_predicted_is_not_refused(name: str) -> None:
+    b = built(name)
+    scores = tp.score(b.model, [example(32, *b.inputs.shape[1:], seed=3)], b.graph)
+    kwargs = {"macs": 0.6, "round_to": 1, "min_keep": 0.05}
+    told = tp.allocate(scores, b.graph, tp.Budget(**kwargs), cross_validated=True).made_by["predicted_kl"]
+    plan = tp.allocate(scores, b.graph, tp.Budget(**kwargs, drift=1.01 * told))
+    assert plan.macs <= 0.6 * b.graph.macs()
+    with pytest.raises(tp.BudgetError, match="on samples that it was not made by"):
+        tp.allocate(scores, b.graph, tp.Budget(**kwargs, drift=0.99 * told))
+
+
+def test_too_few_samples_to_tell_of_others_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    _, graph = layer()
+    plan = tp.allocate(scores_of(graph, drawn(3, 0), 3), graph, tp.Budget(drift=0.5, round_to=1))
+    assert "optimism" not in plan.made_by
+    assert ["may be more on others" in record.message for record in caplog.records] == [True]
+    caplog.clear()
+    tp.allocate(scores_of(graph, drawn(4, 0), 4), graph, tp.Budget(drift=0.5, round_to=1))
+    assert not caplog.records
 
 
 def test_a_plan_that_removes_nothing_says_nothing_of_others() -> None:

@@ -181,9 +181,8 @@ def advise(
         # What is chosen by few samples drifts by more than they say, the more so the less of it there is.
         plan = _pruned(scores, graph, drift * (split / SPLITS) ** 2)
         spent = math.inf if plan is None else float(plan.made_by.get("predicted_kl", 0.0))
-        if plan is None or spent > drift:
-            continue
-        found.append((plan, *rounder.mix(plan, spent, drift - spent)))
+        if plan is not None and spent <= drift:
+            found.append((plan, *rounder.mix(plan, spent, drift - spent)))
         if progress:
             progress("advise", split + 1, SPLITS + 1)
     best = min(found, key=lambda one: one[1].cost)

@@ -14,7 +14,7 @@ from tpvprune.plan import Plan
 from tpvprune.planning.greedy import Ladders, Spending, Steps, shrink
 from tpvprune.planning.joint import Joint
 from tpvprune.planning.latency import LatencyTable
-from tpvprune.planning.optimism import drift_on, optimism, widest
+from tpvprune.planning.optimism import LEAST, drift_on, optimism, tells_of_others, widest
 from tpvprune.planning.widths import check_reachable, costs_of, widths_of
 from tpvprune.scores import Scores
 from tpvprune.types import Graph
@@ -63,7 +63,8 @@ def allocate(
         measured: whether the caller measures the drift that comes of it and goes by that: a bound on drift is then
             held against what the scored samples say, and nothing is warned of.
         cross_validated: whether the drift on other samples is estimated too, by plans that halves of the samples make
-            and judge (Efron 1986), in twice the time again; where drift is bounded by default.
+            and judge (Efron 1986); where drift is bounded by default. It takes two more plans, and a bound on drift
+            alone that they tell to be exceeded is held by at most five tries.
 
     Returns:
         A plan whose costs are at most the bounds, in the coordinates of `graph`; `Plan.macs` and `Plan.params` are
@@ -94,7 +95,19 @@ def allocate(
     if per is None and len(budget.quantities) < 2:
         per = next(iter(budget.quantities), "macs")
     most = budget.most_drift
-    judged = scores.in_nats and (most is not None if cross_validated is None else cross_validated)
+    asked = most is not None if cross_validated is None else cross_validated
+    judged = asked and scores.in_nats and tells_of_others(scores)
+    if asked and not judged and scores.in_nats and not measured:
+        logger.warning(
+            "the drift is that of the %d samples that were scored, and may be more on others: it takes %d samples, and "
+            "scores with sensitivities or halves, to tell",
+            scores.samples,
+            LEAST,
+        )
+    if not bounds and scores.sensitivities is not None:
+        # Chosen by its own noise, a slope that falls would make room for more than it gives.
+        effects = scores.sensitivities
+        scores = replace(scores, sensitivities=replace(effects, linear=effects.linear.clamp(min=0)))
     made_by = {
         "allocator": allocator,
         "rank": "score" if per == "units" else f"score per {per or ' and '.join(bounds)}",
@@ -107,8 +120,6 @@ def allocate(
         effects = found.sensitivities
         if allocator != "joint" or effects is None:
             return Ladders(graph, widths, found, allocator if allocator in ("uniform", "isomorphic") else "global")
-        if not bounds:  # chosen by its own noise, a slope that falls would make room for more than it gives
-            effects = replace(effects, linear=effects.linear.clamp(min=0))
         return Joint(graph, widths, effects, shrinkage, exchange)
 
     def spending_of(limits: Mapping[str, float]) -> Spending:
@@ -119,7 +130,9 @@ def allocate(
     def taken(room: float | None) -> tuple[Plan, float]:
         """A plan that drifts by no more than `room` as the allocator counts it, and its drift in nats."""
         steps, spending = steps_of(scores), spending_of(bounds)
-        keep = shrink(graph, steps, spending, None if room is None else 2 * room)
+        # Under costs there is one plan of least drift, and who judges it says whether it may be.
+        free = room is None or (bounds and (judged or measured))
+        keep = shrink(graph, steps, spending, None if free or room is None else 2 * room)
         counted = max(0.0, steps.drift({name: ~mask for name, mask in keep.items()}) / 2)
         got = {name: cost.total for name, cost in spending.bounded.items()}
         about = {**made_by, "got": got, **({"predicted_kl": counted} if scores.in_nats else {})}
@@ -132,15 +145,18 @@ def allocate(
                 about |= {"predicted_kl": counted, "optimism": more / 2}
         return Plan(keep, graph, about), counted
 
-    plan, counted = taken(most)
+    if most is None or measured or bounds:
+        plan, counted = taken(most)
+    else:
+        plan, counted = (
+            widest(taken, most, most)[0] or Plan({}, graph, {**made_by, "got": {}, "predicted_kl": 0.0}),
+            0.0,
+        )
     if most is not None and not measured and counted > most:
-        if bounds:
-            raise BudgetError(
-                f"the budget cannot be met with a drift of at most {most:g} nats: the plan of least drift is predicted "
-                f"at {counted:.3g} on samples that it was not made by; allow more drift, ask for less, or score more "
-                "samples"
-            )
-        plan = widest(taken, most, most)[0] or Plan({}, graph, {**made_by, "got": {}, "predicted_kl": 0.0})
+        raise BudgetError(
+            f"the budget cannot be met with a drift of at most {most:g} nats: the plan of least drift is predicted "
+            f"at {counted:.3g} on samples that it was not made by; allow more drift, ask for less, or score more"
+        )
     pooled = [] if most is None else understated(plan)
     if not measured:
         warn_of(pooled)

@@ -24,26 +24,38 @@ STEEP = 16  # how much smaller it is taken at most where nothing is known that f
 Taken = TypeVar("Taken")
 
 
+def tells_of_others(scores: Scores) -> bool:
+    """Whether scores know two halves of their samples apart."""
+    if scores.sensitivities is None:
+        return scores.halves is not None and scores.samples >= LEAST
+    return scores.sensitivities.samples >= LEAST
+
+
 def halved(scores: Scores) -> tuple[Scores, Scores] | None:
     """The scores of the even and of the odd samples; None where they are not known apart.
 
     The slope of a drift that is there already stays that of all samples.
     """
     found = scores.sensitivities
-    if found is None:
-        if scores.halves is None or scores.samples < LEAST:
-            return None
-        one, other = (replace(scores, values=half, stderr=None, halves=None, tally=None) for half in scores.halves)
-        return one, other
-    if found.samples < LEAST:
+    if not tells_of_others(scores):
         return None
+    if found is None:
+        one, other = (_of(scores, half) for half in scores.halves or ())
+        return one, other
     rows = found.rows.reshape(found.samples, -1, found.rows.shape[1])
-    parts = (rows[number::2] for number in (0, 1))
-    one, other = (
-        replace(scores, sensitivities=Sensitivities(found.groups, part.flatten(0, 1), found.linear, len(part)))
-        for part in parts
-    )
+    one, other = (_of_rows(scores, found, rows[number::2]) for number in (0, 1))
     return one, other
+
+
+def _of(scores: Scores, values: Mapping[str, Tensor], effects: Sensitivities | None = None) -> Scores:
+    return replace(scores, values=values, stderr=None, halves=None, tally=None, sensitivities=effects)
+
+
+def _of_rows(scores: Scores, found: Sensitivities, rows: Tensor) -> Scores:
+    each = found.linear + rows.double().square().sum((0, 1)) / len(rows)
+    split = each.split([units for _, units in found.groups])
+    values = {name: part for (name, _), part in zip(found.groups, split, strict=True)}
+    return _of(scores, values, Sensitivities(found.groups, rows.flatten(0, 1), found.linear, len(rows)))
 
 
 def drift_on(scores: Scores, graph: Graph, keep: Mapping[str, Tensor]) -> float:
