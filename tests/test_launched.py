@@ -161,7 +161,7 @@ def test_the_first_process_tells_what_is_wrong(together: Path) -> None:
 def test_an_error_that_all_meet_ends_all(together: Path) -> None:
     (code, _, said), (code_there, out_there, said_there) = told(together, "unmet")
     assert code == code_there == 2
-    assert "the budget cannot be met with a drift" in said
+    assert "cannot be met: after step 1 of 1 the drift measured on the scored batches is" in said
     assert out_there == ""
     assert said_there.startswith("tpvprune: process 1: ")
 

@@ -469,7 +469,7 @@ def test_groups_whose_cut_a_mask_does_not_tell_are_named_under_a_bound_on_drift(
     pooled = [g.id for g in graph.groups if not g.exact_mask and not bool(plan.mask(g.id).all())]
     assert bool(pooled) is (name == "vit")
     assert plan.made_by.get("understated", []) == pooled
-    assert ["pools over their units" in record.message for record in caplog.records] == [True] * bool(pooled)
+    assert sum("pools over their units" in record.message for record in caplog.records) == bool(pooled)
     caplog.clear()
     assert "understated" not in tp.allocate(in_nats(graph), graph, tp.Budget(macs=0.6, round_to=1)).made_by
     assert not caplog.records
