@@ -104,17 +104,18 @@ class Step:
 
     def _under(self, limit: Budget, before: float) -> tuple[Plan, nn.Module]:
         after = self.plan if self.plan.removed else None
-        part = from_first(allocate(self.scores, self.graph, limit, after=after, measured=True, **self.choice))
+        # A refit makes up for units that were badly chosen too, on all samples.
+        judged = None if self.refit is None else False
+        choice = {**self.choice, "measured": True, "cross_validated": judged}
+        part = from_first(allocate(self.scores, self.graph, limit, after=after, **choice))
         steps = [*self.plan.made_by["steps"], {"got": part.made_by["got"]}]
         about = {**part.made_by, "asked": self.asked.bounds, "steps": steps}
         if self.asked.drift is None:
             about.pop("predicted_kl", None)  # of this step alone
         else:
             about["predicted_kl"] = before + part.made_by["predicted_kl"]
-            # A refit makes up for units that were badly chosen too, on all samples.
-            more = about.pop("optimism", None)
-            if self.refit is None and (more is not None or self._optimism):
-                about["optimism"] = self._optimism + (more or 0.0)
+            if "optimism" in about or self._optimism:
+                about["optimism"] = self._optimism + about.get("optimism", 0.0)
         small = apply(self.small, part)
         plan = part if after is None else after.compose(part)  # `small` may carry more, of what the dense model was
         if self.asked.drift is not None:

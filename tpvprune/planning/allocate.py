@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from tpvprune.budget import QUANTITIES, Budget, Quantity
@@ -116,20 +116,11 @@ def allocate(
         "asked": bounds | ({} if most is None else {"drift": most}),
     }
 
-    def steps_of(found: Scores) -> Steps:
-        effects = found.sensitivities
-        if allocator != "joint" or effects is None:
-            return Ladders(graph, widths, found, allocator if allocator in ("uniform", "isomorphic") else "global")
-        return Joint(graph, widths, effects, shrinkage, exchange)
-
-    def spending_of(limits: Mapping[str, float]) -> Spending:
-        bounded = {name: costs_of(name, graph, latency=latency) for name in limits}
-        rank = None if per is None else bounded.get(per) or costs_of(per, graph, latency=latency)
-        return Spending(bounded, dict(limits), rank)
+    way = _Way(graph, widths, allocator, per, latency, shrinkage, exchange)
 
     def taken(room: float | None) -> tuple[Plan, float]:
         """A plan that drifts by no more than `room` as the allocator counts it, and its drift in nats."""
-        steps, spending = steps_of(scores), spending_of(bounds)
+        steps, spending = way.steps(scores), way.spending(bounds)
         # Under costs there is one plan of least drift, and who judges it says whether it may be.
         free = room is None or (bounds and (judged or measured))
         keep = shrink(graph, steps, spending, None if free or room is None else 2 * room)
@@ -139,28 +130,53 @@ def allocate(
         if judged and keep:
             # Milliseconds are sums of floats, which each plan takes in another order.
             alike = bounds or {str(per): costs_of(per or "macs", graph, keep, latency=latency).total * (1 + 1e-9)}
-            more = optimism(scores, graph, lambda half: shrink(graph, steps_of(half), spending_of(alike), None))
+            more = optimism(scores, graph, lambda half: shrink(graph, way.steps(half), way.spending(alike), None))
             if more is not None:
                 counted = max(0.0, drift_on(scores, graph, keep) + more) / 2
                 about |= {"predicted_kl": counted, "optimism": more / 2}
         return Plan(keep, graph, about), counted
 
-    if most is None or measured or bounds:
-        plan, counted = taken(most)
+    if most is not None and not measured and not bounds:
+        plan = widest(taken, most, most)[0] or Plan({}, graph, {**made_by, "got": {}, "predicted_kl": 0.0})
     else:
-        plan, counted = (
-            widest(taken, most, most)[0] or Plan({}, graph, {**made_by, "got": {}, "predicted_kl": 0.0}),
-            0.0,
-        )
-    if most is not None and not measured and counted > most:
-        raise BudgetError(
-            f"the budget cannot be met with a drift of at most {most:g} nats: the plan of least drift is predicted "
-            f"at {counted:.3g} on samples that it was not made by; allow more drift, ask for less, or score more"
-        )
+        plan, drift = taken(most)
+        if most is not None and not measured and drift > most:
+            raise BudgetError(
+                f"the budget cannot be met with a drift of at most {most:g} nats: the plan of least drift is predicted "
+                f"at {drift:.3g} on samples that it was not made by; allow more drift, ask for less, or score more"
+            )
     pooled = [] if most is None else understated(plan)
     if not measured:
         warn_of(pooled)
     return replace(plan, made_by={**plan.made_by, "understated": pooled}) if pooled else plan
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How units are chosen by scores, whichever these are; see `allocate`."""
+
+    graph: Graph
+    widths: dict[str, list[int]]
+    allocator: Allocator
+    per: Quantity | None
+    latency: LatencyTable | None
+    shrinkage: float | None
+    exchange: bool
+
+    def steps(self, scores: Scores) -> Steps:
+        """The steps in which groups shrink."""
+        if self.allocator == "joint" and scores.sensitivities is not None:
+            return Joint(self.graph, self.widths, scores.sensitivities, self.shrinkage, self.exchange)
+        pools = self.allocator if self.allocator in ("uniform", "isomorphic") else "global"
+        return Ladders(self.graph, self.widths, scores, pools)
+
+    def spending(self, bounds: Mapping[str, float]) -> Spending:
+        """What steps are taken for."""
+        bounded = {name: costs_of(name, self.graph, latency=self.latency) for name in bounds}
+        rank = (
+            None if self.per is None else bounded.get(self.per) or costs_of(self.per, self.graph, latency=self.latency)
+        )
+        return Spending(bounded, dict(bounds), rank)
 
 
 def understated(plan: Plan) -> list[str]:
