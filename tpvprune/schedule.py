@@ -28,7 +28,7 @@ from tpvprune.budget import QUANTITIES, Budget, Quantity
 from tpvprune.errors import BudgetError, DataError, ModelError, PlanError
 from tpvprune.kinds import check_kinds
 from tpvprune.plan import Plan
-from tpvprune.planning.allocate import ALLOCATORS, Allocator, allocate
+from tpvprune.planning.allocate import ALLOCATORS, Allocator, allocate, warn_of_few
 from tpvprune.planning.graph import trace
 from tpvprune.planning.latency import LatencyTable
 from tpvprune.planning.optimism import tells_of_others
@@ -195,7 +195,7 @@ def plan_for(
             found = score(small, batches, now, again, progress=progress, save=kept, exact=True)
             scores = found if first else None  # good for the next step too, where nothing leaves in this one
         if budget.drift is not None and not planning.refit and not tells_of_others(found):
-            logger.warning("what is scored is too little to tell how much further a plan drifts on other samples")
+            warn_of_few(found)
         limit = _limit_of(budget, {name: way[step] for name, way in ways.items()})
         # Under a bound on drift the refitted model is what is measured, after the last step too.
         more = planning.refit and (step + 1 < planning.steps or asked.drift is not None)

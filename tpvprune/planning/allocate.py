@@ -98,12 +98,7 @@ def allocate(
     asked = most is not None if cross_validated is None else cross_validated
     judged = asked and scores.in_nats and tells_of_others(scores)
     if asked and not judged and scores.in_nats and not measured:
-        logger.warning(
-            "the drift is that of the %d samples that were scored, and may be more on others: it takes %d samples, and "
-            "scores with sensitivities or halves, to tell",
-            scores.samples,
-            LEAST,
-        )
+        warn_of_few(scores)
     if not bounds and scores.sensitivities is not None:
         # Chosen by its own noise, a slope that falls would make room for more than it gives.
         effects = scores.sensitivities
@@ -183,6 +178,16 @@ def understated(plan: Plan) -> list[str]:
     """Groups that a plan cuts where zeroing units is not removing them: the norm they stand before pools over them."""
     graph, lost = plan.graph, plan.graph.lost({name: ~mask for name, mask in plan.keep.items()})
     return [n for n, mask in plan.keep.items() if n not in lost and not (graph[n].exact_mask or bool(mask.all()))]
+
+
+def warn_of_few(scores: Scores) -> None:
+    """Say that a drift is held against the samples alone that were scored."""
+    logger.warning(
+        "the drift is that of the %d samples that were scored, and may be more on others: it takes %d samples, and "
+        "scores with sensitivities or halves, to tell",
+        scores.samples,
+        LEAST,
+    )
 
 
 def warn_of(pooled: Sequence[str]) -> None:
