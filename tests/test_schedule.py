@@ -257,6 +257,17 @@ def test_one_step_leaves_no_plan_that_another_budget_would_go_on_with(tmp_path: 
     assert not save.exists()
 
 
+def test_one_step_under_drift_shows_how_far_it_is() -> None:
+    b, told = built("mlp"), list[tuple[str, int, int | None]]()
+    tp.plan_for(
+        b.model, batches("mlp", 4), b.graph, tp.Budget(drift=0.05, round_to=1), progress=lambda *what: told.append(what)
+    )
+    stages = list(dict.fromkeys(stage for stage, *_ in told))
+    assert stages == ["plan", "score", "allocate", "eval"]
+    assert max(done for stage, done, _ in told if stage == "eval") == 4
+    assert told[-1] == ("plan", 1, 1)
+
+
 def kl_by_hand(name: str, plan: tp.Plan, data: list[torch.Tensor]) -> float:
     b = built(name)
     p, q = (outputs(model, torch.cat(data)).log_softmax(1) for model in (b.model, tp.apply(b.model, plan)))

@@ -165,7 +165,7 @@ def _plan(run: Run, recipe: Recipe, train: Any, macs: str) -> Any:
     graph = _graph(run, recipe)
     scores = score(run.inputs.dense, train, graph, TPV(), progress=run.progress)
     limits = recipe.limits().__class__(macs=macs, round_to=recipe.budget.round_to)
-    return allocate(scores, graph, limits)
+    return allocate(scores, graph, limits, progress=run.progress)
 
 
 def _print_findings(name: str, findings: list[Finding], head: str) -> None:

@@ -36,9 +36,11 @@ def bars() -> Iterator[Progress | None]:
 
         def tell(stage: str, done: int, total: int | None) -> None:
             if stage not in tasks or done <= 1:
-                for task in tasks.values():
-                    bar.update(task, visible=False)
+                if stage in tasks:
+                    bar.remove_task(tasks[stage])
                 tasks[stage] = bar.add_task(stage, total=total)
+            for name, task in tasks.items():
+                bar.update(task, visible=name == stage)
             bar.update(tasks[stage], completed=done, total=total)
 
         yield tell

@@ -132,7 +132,7 @@ def plan_for(
         planning: how to plan; one step by default.
         scores: of the dense model, if there are any.
         latency: see `allocate`.
-        progress: called as `progress("plan", steps_done, steps)`, and by scoring.
+        progress: called as `progress("plan", steps_done, steps)`, by `score`, `allocate` and `compare`.
         save: where the plan so far is kept, and beside it the scores that its next step is made of; what is found
             there is gone on with. Of several processes the first one's counts.
         refit_with: settings of the refits between steps, where `planning` asks for them.
@@ -145,7 +145,7 @@ def plan_for(
     planning, criterion = planning or Planning(), criterion or TPV()
     choice: dict[str, Any] = {field.name: getattr(planning, field.name) for field in fields(planning)}
     del choice["steps"], choice["spacing"], choice["refit"]
-    choice["latency"] = latency
+    choice |= {"latency": latency, "progress": progress}
     by = name_of(criterion) if scores is None else scores.criterion
     finals = check_reachable(graph, budget, latency=latency, criterion=by)
     state, kept = None if save is None else Path(save), None
@@ -173,7 +173,7 @@ def plan_for(
         raise BudgetError("refit=True under several processes: give refit_batches, the same in all of them")
     source = batches if refit_batches is None else refit_batches
     refit = partial(_left, model, planning=planning, batches=source, settings=refit_with, progress=progress)
-    measure = partial(_measured, model=model, batches=batches, criterion=criterion)
+    measure = partial(_measured, model=model, batches=batches, criterion=criterion, progress=progress)
     asked = Asked.of(budget, finals, planning.steps, latency)
     small = refit(plan) if plan.removed else model
     for step in range(len(plan.made_by["steps"]), planning.steps):
@@ -244,11 +244,14 @@ def _measurable(model: nn.Module, batches: Iterable[Batch], criterion: Criterion
     return bool(told) and all(told)
 
 
-def _measured(small: nn.Module, model: nn.Module, batches: Iterable[Batch], criterion: Criterion) -> float:
+def _measured(
+    small: nn.Module, model: nn.Module, batches: Iterable[Batch], criterion: Criterion, progress: Progress | None
+) -> float:
     """KL to the dense model on the batches of all processes."""
     metrics, samples = {"now": {"kl": 0.0}}, 0
     if process()[1] == 1 or next(iter(batches), None) is not None:
-        metrics, samples = compare({"now": small}, model, batches, output=getattr(criterion, "output", None))
+        output = getattr(criterion, "output", None)
+        metrics, samples = compare({"now": small}, model, batches, output=output, progress=progress)
     found = of_all((metrics["now"].get("kl"), samples))
     told = [(kl, count) for kl, count in found if kl is not None]
     if len(told) < len(found):

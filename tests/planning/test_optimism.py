@@ -243,3 +243,21 @@ def test_the_widest_bound_that_fits_is_found(factor: float, power: float, most: 
 
 def test_no_room_takes_nothing() -> None:
     assert widest(lambda room: pytest.fail("taken"), 0.0, 1.0) == (None, None)
+
+
+@pytest.mark.parametrize("budget", [{"drift": 0.05}, {"macs": 0.5}, {"macs": 0.8, "drift": 5.0}])
+def test_progress_is_told_within_plans_and_comes_to_its_end(budget: dict[str, float]) -> None:
+    _, graph = layer()
+    told: list[tuple[str, int, int | None]] = []
+    tp.allocate(
+        scores_of(graph, drawn(100, 0), 100),
+        graph,
+        tp.Budget(**budget, round_to=1, min_keep=0.01),
+        progress=lambda *what: told.append(what),
+    )
+    percents = [done for _, done, _ in told]
+    assert {(stage, total) for stage, _, total in told} == {("allocate", 100)}
+    assert percents == sorted(set(percents))
+    assert percents[0] < 20
+    assert percents[-1] == 100
+    assert sum(percent < 100 / 3 for percent in percents) > 3  # the first of its plans alone

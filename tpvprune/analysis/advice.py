@@ -179,7 +179,7 @@ def advise(
     found = []
     for split in range(SPLITS + 1):
         # What is chosen by few samples drifts by more than they say, the more so the less of it there is.
-        plan = _pruned(scores, graph, drift * (split / SPLITS) ** 2)
+        plan = _pruned(scores, graph, drift * (split / SPLITS) ** 2, progress)
         spent = math.inf if plan is None else float(plan.made_by.get("predicted_kl", 0.0))
         if plan is not None and spent <= drift:
             found.append((plan, *rounder.mix(plan, spent, drift - spent)))
@@ -221,12 +221,12 @@ def advise(
     )
 
 
-def _pruned(scores: Scores, graph: Graph, drift: float) -> Plan | None:
+def _pruned(scores: Scores, graph: Graph, drift: float, progress: Progress | None) -> Plan | None:
     """The plan of one share of the budget; None where nothing fits into it, or nothing can leave."""
     if not drift:
         return Plan({}, graph)
     try:
-        return allocate(scores, graph, Budget(drift=drift), measured=True)
+        return allocate(scores, graph, Budget(drift=drift), measured=True, progress=progress)
     except BudgetError:
         return None
 

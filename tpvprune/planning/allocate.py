@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from torch import Tensor
+
+from tpvprune.batches import Progress
 from tpvprune.budget import QUANTITIES, Budget, Quantity
 from tpvprune.errors import BudgetError, PlanError
 from tpvprune.kinds import check_kinds
@@ -14,7 +17,7 @@ from tpvprune.plan import Plan
 from tpvprune.planning.greedy import Ladders, Spending, Steps, shrink
 from tpvprune.planning.joint import Joint
 from tpvprune.planning.latency import LatencyTable
-from tpvprune.planning.optimism import LEAST, drift_on, optimism, tells_of_others, widest
+from tpvprune.planning.optimism import LEAST, RETAKES, drift_on, optimism, tells_of_others, widest
 from tpvprune.planning.widths import check_reachable, costs_of, widths_of
 from tpvprune.scores import Scores
 from tpvprune.types import Graph
@@ -38,6 +41,7 @@ def allocate(
     latency: LatencyTable | None = None,
     measured: bool = False,
     cross_validated: bool | None = None,
+    progress: Progress | None = None,
 ) -> Plan:
     """Remove, step by step, the units that cost the least predicted drift for what they save.
 
@@ -65,6 +69,7 @@ def allocate(
         cross_validated: whether the drift on other samples is estimated too, by plans that halves of the samples make
             and judge (Efron 1986); where drift is bounded by default. It takes two more plans, and a bound on drift
             alone that they tell to be exceeded is held by at most five tries.
+        progress: called as `progress("allocate", percent, 100)`, of the plans that may have to be made.
 
     Returns:
         A plan whose costs are at most the bounds, in the coordinates of `graph`; `Plan.macs` and `Plan.params` are
@@ -111,28 +116,30 @@ def allocate(
         "asked": bounds | ({} if most is None else {"drift": most}),
     }
 
-    way = _Way(graph, widths, allocator, per, latency, shrinkage, exchange)
+    alone = None if measured or bounds else most  # all that is bounded
+    told = _Told(progress, (3 if judged else 1) * (RETAKES + 1 if judged and alone is not None else 1))
+    way = _Way(graph, widths, allocator, per, latency, shrinkage, exchange, told)
 
     def taken(room: float | None) -> tuple[Plan, float]:
         """A plan that drifts by no more than `room` as the allocator counts it, and its drift in nats."""
         steps, spending = way.steps(scores), way.spending(bounds)
         # Under costs there is one plan of least drift, and who judges it says whether it may be.
         free = room is None or (bounds and (judged or measured))
-        keep = shrink(graph, steps, spending, None if free or room is None else 2 * room)
+        keep = way.keep(steps, spending, None if free or room is None else 2 * room)
         counted = max(0.0, steps.drift({name: ~mask for name, mask in keep.items()}) / 2)
         got = {name: cost.total for name, cost in spending.bounded.items()}
         about = {**made_by, "got": got, **({"predicted_kl": counted} if scores.in_nats else {})}
         if judged and keep:
             # Milliseconds are sums of floats, which each plan takes in another order.
             alike = bounds or {str(per): costs_of(per or "macs", graph, keep, latency=latency).total * (1 + 1e-9)}
-            more = optimism(scores, graph, lambda half: shrink(graph, way.steps(half), way.spending(alike), None))
+            more = optimism(scores, graph, lambda half: way.keep(way.steps(half), way.spending(alike), None))
             if more is not None:
                 counted = max(0.0, drift_on(scores, graph, keep) + more) / 2
                 about |= {"predicted_kl": counted, "optimism": more / 2}
         return Plan(keep, graph, about), counted
 
-    if most is not None and not measured and not bounds:
-        plan = widest(taken, most, most)[0] or Plan({}, graph, {**made_by, "got": {}, "predicted_kl": 0.0})
+    if alone is not None:
+        plan = widest(taken, alone, alone)[0] or Plan({}, graph, {**made_by, "got": {}, "predicted_kl": 0.0})
     else:
         plan, drift = taken(most)
         if most is not None and not measured and drift > most:
@@ -140,6 +147,7 @@ def allocate(
                 f"the budget cannot be met with a drift of at most {most:g} nats: the plan of least drift is predicted "
                 f"at {drift:.3g} on samples that it was not made by; allow more drift, ask for less, or score more"
             )
+    told.end()
     pooled = [] if most is None else understated(plan)
     if not measured:
         warn_of(pooled)
@@ -157,6 +165,13 @@ class _Way:
     latency: LatencyTable | None
     shrinkage: float | None
     exchange: bool
+    told: _Told
+
+    def keep(self, steps: Steps, spending: Spending, most: float | None) -> dict[str, Tensor]:
+        """The masks of one plan."""
+        keep = shrink(self.graph, steps, spending, most, self.told.within)
+        self.told.next()
+        return keep
 
     def steps(self, scores: Scores) -> Steps:
         """The steps in which groups shrink."""
@@ -172,6 +187,33 @@ class _Way:
             None if self.per is None else bounded.get(self.per) or costs_of(self.per, self.graph, latency=self.latency)
         )
         return Spending(bounded, dict(bounds), rank)
+
+
+@dataclass
+class _Told:
+    """Tells how far `allocate` is, in percent."""
+
+    progress: Progress | None
+    plans: int
+    made: int = 0
+    last: int = -1
+
+    def within(self, share: float) -> None:
+        """That a share of the plan that is being made is done."""
+        percent = int(100 * (self.made + min(1.0, max(0.0, share))) / self.plans)
+        if self.progress and percent != self.last:
+            self.last = percent
+            self.progress("allocate", percent, 100)
+
+    def next(self) -> None:
+        """That a plan is done."""
+        self.made += 1
+        self.within(0.0)
+
+    def end(self) -> None:
+        """That no more plans are needed."""
+        self.made = self.plans
+        self.within(0.0)
 
 
 def understated(plan: Plan) -> list[str]:

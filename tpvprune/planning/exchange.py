@@ -30,7 +30,7 @@ class _Side:
 
     groups: list[str]
     units: list[Tensor]  # columns of each candidate
-    effects: Tensor  # (rows, candidates): summed over a candidate's units
+    effects: Tensor  # (candidates, rows): summed over a candidate's units
     changes: Tensor  # (candidates,): what each alone does to the drift
 
 
@@ -38,7 +38,7 @@ class Exchange:
     """The drift of a plan as a function of what leaves, with products of different units shrunk.
 
     Args:
-        rows: sensitivities over the root of the number of samples, `(rows, units)`.
+        effects: what each unit does, `(units, rows)`: sensitivities over the root of the number of samples.
         linear: `(units,)`, float64.
         shrinkage: of the products of different units, 0 to 1.
         spans: where the units of each group that may be exchanged stand.
@@ -48,16 +48,16 @@ class Exchange:
 
     def __init__(
         self,
-        rows: Tensor,
+        effects: Tensor,
         linear: Tensor,
         shrinkage: float,
         spans: Mapping[str, slice],
         widths: Mapping[str, list[int]],
         gone: Sequence[slice] = (),
     ) -> None:
-        self.rows, self.linear, self.keep_share, self.spans = rows, linear, 1 - shrinkage, spans
+        self.effects, self.linear, self.keep_share, self.spans = effects, linear, 1 - shrinkage, spans
         self.widths, self.gone = widths, tuple(gone)
-        self.alone = rows.double().square().sum(0)
+        self.alone = torch.linalg.vector_norm(effects, dim=1, dtype=torch.float64).square()
 
     def improve(self, graph: Graph, gone: dict[str, Tensor], spending: Spending) -> None:
         """Exchange units until no move helps; `gone`, bool masks `(units,)`, and `spending` are brought up to date."""
@@ -66,8 +66,8 @@ class Exchange:
             left[span] = gone[name]
         for span in self.gone:
             left[span] = True
-        self.together = self.rows[:, left].sum(1)
-        self.passes = WORK // max(1, self.rows.numel())
+        self.together = self.effects[left].sum(0)
+        self.passes = WORK // max(1, self.effects.numel())
         while self.passes > 0:
             self._descend(graph, left, spending)
             if not spending.bounded or not self._chained(graph, left, spending):
@@ -80,7 +80,7 @@ class Exchange:
     def _slopes(self, left: Tensor) -> tuple[Tensor, Tensor, float]:
         """What each unit adds when it leaves, what it adds when it comes back, and the drift."""
         self.passes -= 1
-        slopes = (2 * self.keep_share) * (self.rows.mT @ self.together).double()
+        slopes = (2 * self.keep_share) * (self.effects @ self.together).double()
         square = (
             self.keep_share * self.together.double().square().sum() + (1 - self.keep_share) * self.alone[left].sum()
         )
@@ -106,7 +106,7 @@ class Exchange:
 
     def _move(self, left: Tensor, columns: Tensor, leave: bool) -> None:
         left[columns] = leave
-        effect = self.rows[:, columns].sum(1)
+        effect = self.effects[columns].sum(0)
         self.together += effect if leave else -effect
 
     def _chained(self, graph: Graph, left: Tensor, spending: Spending) -> bool:
@@ -189,7 +189,7 @@ class Exchange:
             changes = back[out].unsqueeze(1) + adds[stays]
             if float(changes.min()) - self._most_product(out, stays) >= below:
                 continue
-            changes = changes - 2 * self.keep_share * (self.rows[:, out].mT @ self.rows[:, stays]).double()
+            changes = changes - 2 * self.keep_share * (self.effects[out] @ self.effects[stays].mT).double()
             place = int(changes.argmin())
             change = float(changes.flatten()[place])
             if change < below:
@@ -210,7 +210,7 @@ class Exchange:
             return None
         coming, going = self._steps(left, back, True), self._steps(left, adds, False)
         changes = coming.changes.unsqueeze(1) + going.changes
-        changes = changes - 2 * self.keep_share * (coming.effects.mT @ going.effects).double()
+        changes = changes - 2 * self.keep_share * (coming.effects @ going.effects.mT).double()
         # The last column: a step comes back and none goes for it.
         changes = torch.cat([changes, coming.changes.unsqueeze(1)], 1)
         nothing = torch.zeros(0, dtype=torch.int64)
@@ -242,9 +242,9 @@ class Exchange:
             groups += [name] * len(chosen)
             units += chosen
         if not groups:
-            return _Side([], [], self.rows[:, :0], self.linear[:0])
-        effects = torch.stack([self.rows[:, columns].sum(1) for columns in units], 1)
+            return _Side([], [], self.effects[:0], self.linear[:0])
+        effects = torch.stack([self.effects[columns].sum(0) for columns in units])
         alone = torch.stack([self.alone[columns].sum() for columns in units])
         # Units of one step meet each other as well: twice their products, whether they come or go.
-        meets = self.keep_share * (effects.double().square().sum(0) - alone)
+        meets = self.keep_share * (torch.linalg.vector_norm(effects, dim=1, dtype=torch.float64).square() - alone)
         return _Side(groups, units, effects, torch.stack([each[columns].sum() for columns in units]) + meets)

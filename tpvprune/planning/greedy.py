@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -72,6 +72,11 @@ class Spending:
         return tuple(name for name, cost in self.bounded.items() if cost.total > self.bounds[name])
 
     @property
+    def lost(self) -> float:
+        """Share of what has to be lost that has been, of the quantity that is furthest from its bound."""
+        return min(1 - (cost.total - self.bounds[n]) / self.to_lose[n] for n, cost in self.bounded.items())
+
+    @property
     def ranked(self) -> float:
         """What is left of the quantity that steps are ranked by, where it is not bounded itself."""
         return 0.0 if self.rank is None or self.rank in self.bounded.values() else self.rank.total
@@ -113,7 +118,13 @@ class Spending:
         return any(cost.touches(group, other) for cost in costs)
 
 
-def shrink(graph: Graph, steps: Steps, spending: Spending, most: float | None) -> dict[str, Tensor]:
+def shrink(
+    graph: Graph,
+    steps: Steps,
+    spending: Spending,
+    most: float | None,
+    tell: Callable[[float], None] | None = None,
+) -> dict[str, Tensor]:
     """Take steps until all bounds hold, or, where only drift is bounded, until no step fits under it.
 
     Args:
@@ -121,6 +132,7 @@ def shrink(graph: Graph, steps: Steps, spending: Spending, most: float | None) -
         steps: how.
         spending: what for.
         most: bound on the drift, in the units of the scores.
+        tell: called with the share of the way that the steps have come.
 
     Returns:
         Keep-masks of the groups that lose something.
@@ -147,6 +159,8 @@ def shrink(graph: Graph, steps: Steps, spending: Spending, most: float | None) -
         gone = steps.take(best)
         taken.append((group, gone, ratio))
         drift += added
+        if tell:
+            tell(spending.lost if spending.bounded else drift / (most or math.inf))
         closed.update(graph.within(best))  # what lies in a skipped block competes no more
         spending.remove(group, len(gone))
         if spending.unmet != unmet:

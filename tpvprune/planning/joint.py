@@ -4,7 +4,7 @@ With `R` the sensitivities (rows by units) and `S` what has left, the drift is `
 that unit `c` adds `linear_c + |R_c|^2 + 2 R_c . R 1_S` (over samples). Where there are too many units for all products
 to be held, what units that leave do to all others takes a pass over `R`, which is shared by a small share of them.
 
-A block that is skipped takes back what its own units have done before: its column is its effect less theirs.
+A block that is skipped takes back what its own units have done before: what it does is its own effect less theirs.
 
 With fewer samples than units the products of different units are noise as much as signal, and a greedy choice would
 pick the units whose noise cancels. So they are shrunk by a factor `1 - shrinkage` (Schaefer and Strimmer 2005).
@@ -58,9 +58,11 @@ class Joint:
         if shrinkage is None:
             shrinkage = estimated_shrinkage(_of_small_units(graph, sensitivities))
         self.shrinkage = shrinkage
-        self._rows = sensitivities.rows.float() / math.sqrt(sensitivities.samples)
+        # A row a unit: they are read unit by unit.
+        self._effects = torch.empty(sensitivities.rows.shape[::-1])
+        self._effects.copy_(sensitivities.rows.mT).div_(math.sqrt(sensitivities.samples))
         self._linear = sensitivities.linear.double()
-        self._adds = self._linear + self._rows.double().square().sum(0)
+        self._adds = self._linear + torch.linalg.vector_norm(self._effects, dim=1, dtype=torch.float64).square()
         self._left = torch.ones(len(self._adds), dtype=torch.bool)
         self._span: dict[str, slice] = {}
         start = 0
@@ -68,7 +70,7 @@ class Joint:
             self._span[name] = slice(start, start + units)
             start += units
         self._taken = dict.fromkeys(self._span, 0)
-        self._graph, self._blocks = graph, Blocks(graph, self._rows, self._adds, self.shrinkage, self._span)
+        self._graph, self._blocks = graph, Blocks(graph, self._effects, self._adds, self.shrinkage, self._span)
         # Where the units of groups of about one size stand, a row a group, so that all are looked at in one go; what
         # is left of a row points past the last unit.
         sizes: dict[int, list[str]] = {}
@@ -81,8 +83,8 @@ class Joint:
             rows = [torch.where(most < span.stop - span.start, most + span.start, start) for span in spans]
             self._places.append((names, torch.stack(rows)))
         self._inside: dict[str, Tensor] = {}
-        self._products = self._rows.mT @ self._rows if len(self._adds) <= SMALL else None
-        self._waiting = torch.zeros(len(self._rows))  # effects of units whose products are not in `_adds` yet
+        self._products = self._effects @ self._effects.mT if len(self._adds) <= SMALL else None
+        self._waiting = torch.zeros(self._effects.shape[1])  # effects of units whose products are not in `_adds` yet
         self._counts = 0, 0  # units that have left, and that wait
 
     def next_units(self, name: str) -> int:
@@ -115,13 +117,13 @@ class Joint:
         self._left[columns] = False
         changed = self._blocks.effect(name)  # of a block of which something has left
         if self._products is not None:
-            products = self._products[columns].sum(0) if changed is None else self._rows.mT @ changed
+            products = self._products[columns].sum(0) if changed is None else self._effects @ changed
             self._adds += 2 * (1 - self.shrinkage) * products
         else:
-            self._waiting += self._rows.index_select(1, columns).sum(1) if changed is None else changed
+            self._waiting += self._effects[columns].sum(0) if changed is None else changed
             self._counts = self._counts[0] + len(columns), self._counts[1] + len(columns)
             if self._counts[1] * FRESH >= self._counts[0]:
-                self._adds += 2 * (1 - self.shrinkage) * (self._rows.mT @ self._waiting)
+                self._adds += 2 * (1 - self.shrinkage) * (self._effects @ self._waiting)
                 self._waiting.zero_()
                 self._counts = self._counts[0], 0
         self._blocks.take(name, columns)
@@ -133,8 +135,8 @@ class Joint:
         columns, lost = torch.zeros(len(self._adds), dtype=torch.bool), self._graph.lost(gone)
         for name, mask in gone.items():
             columns[self._span[name]] = mask & (name not in lost)
-        rows = self._rows[:, columns].double()
-        together, alone = rows.sum(1).square().sum(), rows.square().sum()
+        effects = self._effects[columns].double()
+        together, alone = effects.sum(0).square().sum(), effects.square().sum()
         return float(self._linear[columns].sum() + (1 - self.shrinkage) * together + self.shrinkage * alone)
 
     def improve(self, graph: Graph, gone: dict[str, Tensor], spending: Spending) -> None:
@@ -144,7 +146,7 @@ class Joint:
         lost = graph.lost(gone)
         skipped = [self._span[name] for name, mask in gone.items() if graph[name].kind == "block" and bool(mask.any())]
         spans = {n: span for n, span in self._span.items() if graph[n].kind != "block" and n not in lost}
-        exchange = Exchange(self._rows, self._linear, self.shrinkage, spans, self.widths, skipped)
+        exchange = Exchange(self._effects, self._linear, self.shrinkage, spans, self.widths, skipped)
         exchange.improve(graph, gone, spending)
 
     @staticmethod
@@ -171,7 +173,7 @@ class Joint:
         span, count = self._span[name], self.next_units(name)
         adds = torch.where(self._left[span], self._adds[span], torch.inf)
         if count > 1 and name not in self._inside:
-            self._inside[name] = self._rows[:, span].mT @ self._rows[:, span]
+            self._inside[name] = self._effects[span] @ self._effects[span].mT
         units, total = [], 0.0
         for _ in range(count):
             unit = int(adds.argmin())
