@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from torch import nn
 
 import tpvprune as tp
 from tests.helpers import assert_same_state, built, outputs
-from tpvprune.plan import plan_of
+from tpvprune.plan import attach, plan_of
+from tpvprune.surgery.removal import refitted
 
 
 def batches(name: str, count: int = 3, seed: int = 0) -> list[torch.Tensor]:
@@ -35,6 +37,62 @@ def test_prune_is_its_verbs_in_order(name: str) -> None:
     assert_same_state(result.model.state_dict(), by_hand.state_dict())
     assert plan_of(result.model).macs <= 0.6 * b.graph.macs()
     assert all(torch.equal(result.scores.values[g], v) for g, v in scores.values.items())
+
+
+@pytest.mark.parametrize("name", ["mlp", "residual", "vit"])
+@pytest.mark.parametrize("planning", [None, tp.Planning(steps=2, refit=True)])
+def test_a_pruned_model_is_pruned_as_if_it_were_the_dense_one(
+    name: str, planning: tp.Planning | None, tmp_path: Path
+) -> None:
+    b, data = built(name), batches(name)
+    once = tp.prune(b.model, data, tp.Budget(macs=0.8, round_to=1)).model
+    bare = copy.deepcopy(once)
+    attach(bare, None)
+    before = plan_of(once)
+    found, wanted = (tp.prune(m, data, tp.Budget(macs=0.7, round_to=1), planning=planning) for m in (once, bare))
+    assert wanted.plan.removed
+    assert {g: m.tolist() for g, m in found.plan.keep.items()} == {g: m.tolist() for g, m in wanted.plan.keep.items()}
+    assert_same_state(found.model.state_dict(), wanted.model.state_dict())
+    assert plan_of(once) is before
+    whole = plan_of(found.model)
+    assert whole.graph.shapes == b.graph.shapes
+    assert whole.diff(before.compose(found.plan)) == {}
+    tp.save(found.model, tmp_path / "twice")
+    again = tp.load(tmp_path / "twice", skeleton=b.model)
+    assert torch.equal(outputs(again, b.inputs), outputs(found.model, b.inputs))
+
+
+def test_zeros_of_a_model_that_was_pruned_before_stay_zero() -> None:
+    b, data = built("mlp"), batches("mlp")
+    weight = [name for name in b.graph.parameters if name.endswith("weight")][-1]
+    masks = {weight: torch.rand(b.graph.shapes[weight], generator=torch.Generator().manual_seed(0)) > 0.5}
+    held = tp.apply(b.model, tp.Plan({}, b.graph, weights=masks))
+    result = tp.prune(held, data, tp.Budget(macs=0.6, round_to=1))
+    zero = ~plan_of(result.model).weight_masks()[weight]
+    refitted = result.model.get_parameter(weight)
+    assert int(zero.sum()) > 0.3 * refitted.numel()
+    assert bool((refitted[zero] == 0).all())
+    assert bool((refitted[~zero] != 0).all())
+    assert not torch.equal(refitted, tp.apply(held, result.plan).get_parameter(weight))
+
+
+def test_a_refit_that_fails_leaves_the_model_its_plan() -> None:
+    b, data = built("mlp"), batches("mlp")
+    once = tp.apply(b.model, tp.allocate(tp.score(b.model, data, b.graph), b.graph, tp.Budget(macs=0.8, round_to=1)))
+    graph = tp.trace(once, b.inputs)
+    plan = tp.allocate(tp.score(once, data, graph), graph, tp.Budget(macs=0.8, round_to=1))
+    small = tp.apply(once, plan)
+    whole = plan_of(small)
+
+    def fail(model: nn.Module) -> nn.Module:
+        assert plan_of(model) is not whole
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        refitted(small, once, plan, fail)
+    assert plan_of(small) is whole
+    with pytest.raises(tp.PlanError, match=r"not the dense original.*give the model that was pruned first"):
+        tp.reconstruct(small, data, once)
 
 
 def test_without_a_refit_units_are_judged_together_as_they_are() -> None:
@@ -112,7 +170,7 @@ def test_stages_can_be_left_out_or_added() -> None:
     logits = tp.TPV(head="logits")
     plain = tp.prune(b.model, data, tp.Budget(macs=0.6), criterion=logits, progress=lambda s, *_: stages.append(s))
     assert plain.report.drift["predicted_kl"] is None
-    assert list(dict.fromkeys(stages)) == ["trace", "score", "reconstruct", "eval"]
+    assert list(dict.fromkeys(stages)) == ["trace", "score", "allocate", "reconstruct", "eval"]
     assert plain.report.data["measured_on"] == "scoring batches"
 
 

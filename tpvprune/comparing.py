@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from tpvprune.recovery.reconstruct import Reconstruct, reconstruct
 from tpvprune.report import compare
 from tpvprune.schedule import Planning, plan_for
 from tpvprune.scoring.criteria import Criterion, score
-from tpvprune.surgery.removal import apply
+from tpvprune.surgery.removal import apply, refitted
 from tpvprune.types import Graph
 
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -94,7 +95,8 @@ def compare_criteria(
             plan = plan_for(model, batches, graph, limit, criterion=criterion, planning=planning, scores=scores)
             small = apply(model, plan)
             if refit_with is not None:
-                small = reconstruct(small, batches, model, refit_with, progress=progress)
+                refit = partial(reconstruct, batches=batches, teacher=model, settings=refit_with, progress=progress)
+                small = refitted(small, model, plan, refit)
             models[f"{share}"] = small
             costs[f"{share}"] = plan.macs / graph.macs(), plan.params / graph.params()
         metrics, count = compare({"dense": model, **models}, model, held_out, output=output, progress=progress)

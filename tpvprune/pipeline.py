@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -27,7 +28,7 @@ from tpvprune.scores import Scores
 from tpvprune.scoring.criteria import Criterion, name_of, predicted_kl, score
 from tpvprune.scoring.probing import probes_for
 from tpvprune.scoring.tpv import TPV
-from tpvprune.surgery.removal import apply
+from tpvprune.surgery.removal import apply, refitted
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +71,8 @@ def prune(
     """Trace, score, plan, cut, recover and measure. The model given is left as it was.
 
     Args:
-        model: any module.
+        model: any module; one that was pruned before counts as the dense one, and what comes of it carries the plan
+            from the first of them.
         batches: unlabeled; a list or a DataLoader.
         budget: what the result may cost.
         criterion: how to score; `TPV()` by default, compensated if the closed form follows (and drift is not
@@ -132,9 +134,9 @@ def prune(
     clock = timed("apply", clock)
     small = None
     if any(stage is not None for stage in (reconstruct_with, refine_with, finetune_with)):
-        small = recover(
-            cut,
-            batches,
+        refit = partial(
+            recover,
+            batches=batches,
             teacher=model,
             reconstruct_with=reconstruct_with,
             refine_with=refine_with,
@@ -142,6 +144,7 @@ def prune(
             output=output,
             progress=progress,
         )
+        small = refitted(cut, model, plan, refit)
         clock = timed("recover", clock)
     measured = batches if held_out is None else held_out
     predicted = predicted_kl(criterion, model, measured, plan)

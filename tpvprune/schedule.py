@@ -44,7 +44,7 @@ from tpvprune.scoring.losses import JBR
 from tpvprune.scoring.shares import kept_scores
 from tpvprune.scoring.tpv import TPV
 from tpvprune.stepping import Asked, Step
-from tpvprune.surgery.removal import apply
+from tpvprune.surgery.removal import apply, refitted
 from tpvprune.types import Graph
 
 logger = logging.getLogger(__name__)
@@ -275,7 +275,10 @@ def _left(
     From the dense weights each time: refits of refits move away from them, and end up worse.
     """
     small = apply(model, plan)
-    return reconstruct(small, batches, model, settings, progress=progress) if planning.refit else small
+    if not planning.refit:
+        return small
+    refit = partial(reconstruct, batches=batches, teacher=model, settings=settings, progress=progress)
+    return refitted(small, model, plan, refit)
 
 
 def _again(small: nn.Module, inputs: Any, plan: Plan, progress: Progress | None) -> Graph:

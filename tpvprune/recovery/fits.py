@@ -37,7 +37,10 @@ def fitting_plan(model: nn.Module, teacher: nn.Module, verb: str) -> Plan:
     dense = {name: tuple(p.shape) for name, p in teacher.named_parameters()}
     wrong = next((n for n in plan.graph.parameters if dense.get(n) != plan.graph.shapes[n]), None)
     if wrong is not None:
-        raise PlanError(f"the teacher is not the dense original: {wrong!r} is {dense.get(wrong)} there")
+        raise PlanError(
+            f"the teacher is not the dense original: {wrong!r} is {dense.get(wrong)} there, and by the plan that the "
+            f"model carries it was {plan.graph.shapes[wrong]}; give the model that was pruned first"
+        )
     return plan
 
 

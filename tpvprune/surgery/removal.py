@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -33,8 +34,8 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         ModelError: the model cannot be copied; what holds it up is named.
     """
     check_fits(model, plan)
-    plan, inside = _with_zeros_of_parts(model, plan)
-    earlier = plan_of(model)
+    inside = _plans_of_parts(model, plan)
+    plan, earlier = _with_zeros(plan, model, inside), plan_of(model)
     whole = earlier.compose(plan) if earlier is not None else plan
     small = cut(model, plan)
     left = plan.graph.sizes(plan.keep)
@@ -51,23 +52,45 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     return small
 
 
-def _with_zeros_of_parts(model: nn.Module, plan: Plan) -> tuple[Plan, set[str]]:
-    """A plan that also holds what the modules it cuts hold at zero by plans of their own, and the names of those."""
+def refitted(small: nn.Module, model: nn.Module, plan: Plan, refit: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """What a refit makes of `apply(model, plan)`, with `model` as its teacher.
+
+    Where `model` was pruned before, `small` carries a plan of what that was made from. The refit is given the plan of
+    its teacher instead, with what that holds at zero, and what comes out carries the whole one again.
+    """
+    earlier, whole = plan_of(model), plan_of(small)
+    if earlier is None:
+        return refit(small)
+    attach(small, _with_zeros(plan, model, {**_plans_of_parts(model, plan), "": earlier}))
+    try:
+        found = refit(small)
+    finally:
+        attach(small, whole)
+    attach(found, whole)
+    return found
+
+
+def _plans_of_parts(model: nn.Module, plan: Plan) -> dict[str, Plan]:
+    """Plans of their own of the modules that a plan cuts."""
     changed = touched(plan) | plan.graph.vanished(plan.keep)
-    inside = {
+    return {
         name: inner
         for name, inner in plans_in(model).items()
         if name and any(param.startswith(f"{name}.") for param in changed)
     }
+
+
+def _with_zeros(plan: Plan, model: nn.Module, inside: Mapping[str, Plan]) -> Plan:
+    """A plan that also holds at zero what the plans of modules do."""
     if not inside:
-        return plan, set()
+        return plan
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     weights = {name: mask.clone() for name, mask in plan.weights.items()}
     for part, inner in inside.items():
         for parameter, zero in held_by(model, part, inner):
             name = names[id(parameter)]
             weights[name] = weights.get(name, torch.ones_like(zero, device="cpu")) & ~zero.cpu()
-    return replace(plan, weights=weights), set(inside)
+    return replace(plan, weights=weights)
 
 
 def check_fits(model: nn.Module, plan: Plan) -> None:
