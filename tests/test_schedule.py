@@ -15,6 +15,7 @@ from tests.cases import example
 from tests.helpers import assert_same_state, built, gap, outputs
 from tpvprune import schedule, stepping
 from tpvprune.plan import drift_of, plan_of
+from tpvprune.stepping import drift_told
 
 NETS = ("mlp", "conv_bn", "residual", "vit", "grouped")
 
@@ -266,6 +267,19 @@ def test_one_step_under_drift_shows_how_far_it_is() -> None:
     assert stages == ["plan", "score", "allocate", "eval"]
     assert max(done for stage, done, _ in told if stage == "eval") == 4
     assert told[-1] == ("plan", 1, 1)
+
+
+def test_what_a_plan_under_drift_was_held_at_is_told_with_its_parts() -> None:
+    b, data = built("mlp"), batches("mlp", 4)
+    plan = tp.plan_for(b.model, data, b.graph, tp.Budget(drift=0.05, round_to=1))
+    told, by = drift_told(plan), plan.made_by
+    assert list(told) == ["drift", "measured_kl", "optimism"]
+    assert told["drift"] == pytest.approx(by["measured_kl"] + by["optimism"], rel=1e-3)
+    assert told["measured_kl"] == pytest.approx(kl_by_hand("mlp", plan, data), rel=1e-3)
+    assert 0 < told["optimism"] < told["drift"] <= 0.05
+    assert drift_told(tp.plan_for(b.model, data, b.graph, tp.Budget(macs=0.8, round_to=1))) == {}
+    unmeasured = tp.plan_for(b.model, iter(data), b.graph, tp.Budget(drift=0.05, round_to=1))
+    assert drift_told(unmeasured)["drift"] == pytest.approx(unmeasured.made_by["predicted_kl"], rel=1e-3)
 
 
 def kl_by_hand(name: str, plan: tp.Plan, data: list[torch.Tensor]) -> float:

@@ -184,6 +184,9 @@ def test_a_recipe_bounds_several_costs_and_drift(place: Path):
     assert report["got"]["bytes"]["value"] <= 0.8 * dense
     assert report["got"]["drift"]["value"] <= 50
     assert report["got"]["params"]["share"] <= 0.9
+    told = json.loads((place / "out" / "stages.json").read_text())["plan"]["told"]
+    assert told["drift"] == pytest.approx(report["got"]["drift"]["value"], rel=1e-3)
+    assert {"measured_kl", "optimism"} <= set(told)
 
 
 def test_half_the_multiply_adds_is_the_default_where_nothing_is_bounded(place: Path):

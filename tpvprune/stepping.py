@@ -193,6 +193,14 @@ def measured_kl(plan: Plan) -> float | None:
     return float(found) if isinstance(found, float) else None
 
 
+def drift_told(plan: Plan) -> dict[str, float]:
+    """Nats that a plan under a bound on drift was held at, and what they are made of, to four digits."""
+    if "drift" not in plan.made_by.get("asked", {}):
+        return {}
+    parts = {name: plan.made_by[name] for name in ("measured_kl", "optimism") if name in plan.made_by}
+    return {name: float(f"{kl:.4g}") for name, kl in {"drift": drift_of(plan.made_by), **parts}.items()}
+
+
 def _told(plan: Plan, measured: float) -> Plan:
     """With what its last step measures."""
     steps = [*plan.made_by["steps"]]

@@ -52,6 +52,7 @@ from tpvprune.scoring.criteria import name_of, predicted_kl, score
 from tpvprune.scoring.registry import criterion_named
 from tpvprune.scoring.shares import kept_scores
 from tpvprune.sections import SparsifySection
+from tpvprune.stepping import drift_told
 from tpvprune.surgery.removal import apply
 from tpvprune.types import Graph, read_json
 
@@ -268,6 +269,7 @@ class Run:
             "macs": plan.macs,
             "share_of_params": round(plan.params / graph.params(), 4),
             "share_of_macs": round(plan.macs / graph.macs(), 4),
+            **drift_told(plan),
             **({**zeros, "images": by.get("samples", 0)} if plan.zeros else {}),
         }
 
