@@ -88,7 +88,7 @@ def test_a_card_with_a_report_says_what_was_asked_and_measured(report) -> None:
     top1 = [f"{report[name]['metrics']['top1']:.1%}" for name in ("before", "pruned", "recovered")]
     assert f"| accuracy | {' | '.join(top1)} |" in card
     assert f"accuracy went from {top1[0]} to {top1[2]}" in card
-    assert "Measured on 5 images, scored on 5." in card
+    assert "Measured on 5 images, scored on 5 images." in card
     assert f"{report['drift']['predicted_kl']:.4g} predicted" in card
     for table in re.findall(r"(?:^\|.*\n)+", card, re.MULTILINE):
         assert len({line.count("|") for line in table.splitlines()}) == 1
@@ -102,3 +102,11 @@ def test_numbers_and_bounds_are_those_of_the_report(report) -> None:
     report["got"]["latency_ms"] = {"value": 7.5, "share": 0.5, "measured": 9.25}
     assert bounds(report)[-1] == ["milliseconds", "8 ms", "8", "9.25 (predicted 7.5)", "50.0%"]
     assert [figure("kl", v) for v in (None, 1234, 0.123456)] == ["-", "1,234", "0.1235"]
+
+
+def test_scores_of_weights_alone_are_said_to_be(report) -> None:
+    b = built("mlp")
+    plan = plan_without(b.graph, random_gone(b.graph, 0))
+    assert isinstance(report["data"], dict)
+    card = model_card(plan, {"class": "x.Net"}, {**report, "data": {**report["data"], "scored": 0}})
+    assert "Measured on 5 images, scored by the weights alone. Milliseconds" in card

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from tpvprune.files import read_text, write_text
+from tpvprune.measures import scored_on
 from tpvprune.plan import Plan
 from tpvprune.version import __version__
 
@@ -143,7 +144,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def _measured(report: Mapping[str, Any]) -> str:
     data, environment = report["data"], report["environment"]
     return (
-        f"Measured on {data['measured']:,} images, scored on {data['scored']:,}. Milliseconds: "
+        f"Measured on {data['measured']:,} images, {scored_on(data['scored'])}. Milliseconds: "
         f"{environment['latency']}, {environment['device']}, {environment['threads']} thread(s)."
     )
 

@@ -16,6 +16,7 @@ from tpvprune.errors import DataError, InputError
 from tpvprune.files import write_text
 from tpvprune.lock import only_run
 from tpvprune.lookcli import Samples, say, share
+from tpvprune.measures import scored_on
 from tpvprune.options import AsJson, Checkpoint, Data, Labels, Out, Overrides, Target
 from tpvprune.recipe import Recipe, validate_recipe
 from tpvprune.runfolder import PRODUCTS
@@ -141,7 +142,7 @@ def _print(name: str, found: Comparison, folder: Path) -> None:
     if "kl" in found.dense:
         rows = [[one, *(f"{point.metrics['kl']:.3g}" for point in found.of(one))] for one in found.ranked()]
         print_table(["KL in nats", *(f"{at:g}" for at in found.shares)], rows)
-    best, images = found.ranked()[0], f"scored on {found.samples:,} images, measured on {found.images:,} others"
+    best, images = found.ranked()[0], f"{scored_on(found.samples)}, measured on {found.images:,} others"
     say(
         f"got, {best}: {', '.join(share(point.macs) for point in found.of(best))} of the multiply-adds.",
         f"dense: {number(found.dense[metric])}; {images}.",

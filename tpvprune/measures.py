@@ -9,6 +9,11 @@ from typing import Any
 REPORT_FORMAT = 2
 
 
+def scored_on(samples: int) -> str:
+    """In words, what scores were made of."""
+    return f"scored on {samples:,} images" if samples else "scored by the weights alone"
+
+
 @dataclass(frozen=True)
 class Measure:
     """What one model costs and how well it does.

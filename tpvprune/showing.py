@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tpvprune.console import bars, err, log_line, number, out, print_json, print_table
+from tpvprune.measures import scored_on
 from tpvprune.processes import launched, met
 from tpvprune.recipe import Recipe
 from tpvprune.runfolder import PRODUCTS
@@ -105,7 +106,7 @@ def print_report(told: Mapping[str, Any], folder: Path) -> None:
     out.print(
         f"KL to the dense model in nats: predicted {number(drift['predicted_kl'])}, "
         f"pruned {number(drift['pruned_kl'])}, recovered {number(drift['recovered_kl'])}\n"
-        f"scored on {data['scored']} images, measured on {data['measured']} others, "
+        f"{scored_on(data['scored'])}, measured on {data['measured']:,} others, "
         f"{data.get('skipped', 0)} skipped; {seconds:.0f} s\n"
         f"load it: tpvprune.load({str(folder)!r}); look at it: {folder / PRODUCTS['report']}",
         highlight=False,

@@ -15,7 +15,7 @@ from tpvprune.comparison import METRICS
 from tpvprune.deploy.story import Story, merged
 from tpvprune.errors import PlanError
 from tpvprune.files import write_text
-from tpvprune.measures import Report
+from tpvprune.measures import Report, scored_on
 from tpvprune.version import __version__
 
 PAGE = "report.html"
@@ -48,6 +48,7 @@ def report_page(story: Story) -> str:
         figures=figures(story) if plots.available() else None,
         shapes=story.shapes(),
         final=final,
+        scored_on=scored_on,
         metric_words={name: f"{words[0].upper()}{words[1:]}" for name, words in METRICS.items()},
         version=__version__,
     )
