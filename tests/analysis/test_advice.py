@@ -48,6 +48,15 @@ def test_energies_are_the_diagonal_of_dense_jacobians(mlp) -> None:
         assert float(near) > 0.95
 
 
+def test_too_few_samples_to_tell_of_others_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model, inputs = net(), example(4, 6)
+    graph = tp.trace(model, inputs[:1])
+    for count, said in ((3, 1), (4, 0)):
+        caplog.clear()
+        analysis.advise(model, [inputs[:count]], graph, 0.02, bits=BITS)
+        assert sum("may be more on others" in record.message for record in caplog.records) == said
+
+
 def test_what_rounding_one_layer_costs_is_half_its_trace(told) -> None:
     model, batches, _, found = told
     for one in found.layers:

@@ -24,7 +24,8 @@ from tpvprune.errors import BudgetError, InputError
 from tpvprune.groupwise import sensitivity
 from tpvprune.kinds import check_kinds
 from tpvprune.plan import Plan
-from tpvprune.planning.allocate import allocate, warn_of
+from tpvprune.planning.allocate import allocate, warn_of, warn_of_few
+from tpvprune.planning.optimism import tells_of_others
 from tpvprune.scores import Scores
 from tpvprune.scoring.criteria import score
 from tpvprune.scoring.perturb import Rounding
@@ -172,6 +173,8 @@ def advise(
     repeatable(batches, "scores and energies both need them")
     if scores is None:
         scores = score(model, batches, graph, TPV(output=output, seed=seed), progress=progress)
+    if not tells_of_others(scores):
+        warn_of_few(scores)
     weights = {n: w for n, w in parameters_of(model, None).items() if w.ndim > 1}
     energies = weight_energies(model, batches, list(weights), seed=seed, output=output, progress=progress)
     rounder = Rounder(model, energies, widths, per, cost, graph)
@@ -251,7 +254,7 @@ def _totals(scores: Scores, graph: Graph) -> dict[float, float]:
     found = {}
     for share in MACS:
         try:
-            plan = allocate(scores, graph, Budget(macs=share), cross_validated=True)
+            plan = allocate(scores, graph, Budget(macs=share), measured=True, cross_validated=True)
             found[share] = float(plan.made_by["predicted_kl"])
         except BudgetError:
             break
