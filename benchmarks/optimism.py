@@ -4,6 +4,9 @@
 
 Plans are made of few images by the joint allocator; all figures are first order, in nats of KL, so that what lies
 between the columns is the choice of units by what a few images say. Held-out images are drawn from the same folder.
+
+With `--refit` the same of refits, measured: KL of what a plan leaves, refitted in closed form, on the images that the
+refit is made of; of refits on each half of them, on the other half; and on others.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ import torch
 
 import tpvprune as tp
 from tpvprune.planning.optimism import drift_on
+from tpvprune.refits import Refits
+from tpvprune.report import compare
 from tpvprune.zoo.data import open_pool
 from tpvprune.zoo.models import create_model
 
@@ -33,33 +38,46 @@ def main() -> None:
     parser.add_argument("--round-to", type=int)
     parser.add_argument("--probes", type=int, default=1)
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--refit", action="store_true", help="measure refits")
     args = parser.parse_args()
     model = create_model(args.model, args.checkpoint).eval()
     seen, others = open_pool(args.data, model).split()
     graph = tp.trace(model, next(iter(seen.sample(1, 0).loader(1)))[0])
 
-    def scores_of(pool: Any, probes: int, seed: int) -> tp.Scores:
-        batches = [batch for batch, _ in pool.loader(args.batch)]
+    def batches_of(pool: Any) -> list[torch.Tensor]:
+        return [batch for batch, _ in pool.loader(args.batch)]
+
+    def scores_of(batches: list[torch.Tensor], probes: int, seed: int) -> tp.Scores:
         return tp.score(model, batches, graph, tp.TPV(sensitivities=10**9, probes=probes, seed=seed))
 
-    held = scores_of(others.sample(args.held_out, 1), 2, 1)
-    heads = "images", "multiply-adds", "counted", "on those images", "cross-validated", "on others"
-    print(f"| {' | '.join(heads)} | counted / others | cross-validated / others |\n{'| --- ' * 8}|")
+    others_of = batches_of(others.sample(args.held_out, 1))
+    held = None if args.refit else scores_of(others_of, 2, 1)
+    said = ("on those images", "crossed") if args.refit else ("counted", "on those images", "cross-validated")
+    judged = ("on those images", "crossed") if args.refit else ("counted", "cross-validated")
+    heads = ["images", "multiply-adds", *said, "on others", *(f"{one} / others" for one in judged)]
+    print(f"| {' | '.join(heads)} |\n{'| --- ' * len(heads)}|")
     for samples in args.samples:
         for macs in args.macs:
             rows = []
             for seed in args.seeds:
-                scores = scores_of(seen.sample(samples, seed), args.probes, seed)
+                batches = batches_of(seen.sample(samples, seed))
+                scores = scores_of(batches, args.probes, seed)
                 budget = tp.Budget(macs=macs, round_to=args.round_to)
-                counted = tp.allocate(scores, graph, budget)
-                plan = tp.allocate(scores, graph, budget, cross_validated=True)
-                on = [drift_on(found, graph, plan.keep) / 2 for found in (scores, held)]
-                rows.append((counted.made_by["predicted_kl"], on[0], plan.made_by["predicted_kl"], on[1]))
+                plan = tp.allocate(scores, graph, budget, cross_validated=not args.refit)
+                if held is None:
+                    refits = Refits(model, batches, None, None, None)
+                    small = {"now": refits(plan)}
+                    on = [compare(small, model, images)[0]["now"]["kl"] for images in (batches, others_of)]
+                    rows.append((on[0], refits.drift(plan), on[1]))
+                    continue
+                counted = tp.allocate(scores, graph, budget).made_by["predicted_kl"]
+                on = [drift_on(known, graph, plan.keep) / 2 for known in (scores, held)]
+                rows.append((counted, on[0], plan.made_by["predicted_kl"], on[1]))
             found = np.array(rows)
             mean = [f"{math.exp(np.log(column).mean()):.4f}" for column in found.T]
             ratios = [
                 f"{np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f})"
-                for ratio in (found[:, 0] / found[:, 3], found[:, 2] / found[:, 3])
+                for ratio in (found[:, 0] / found[:, -1], found[:, -2] / found[:, -1])
             ]
             print(f"| {samples} | {macs:g} | {' | '.join(mean)} | {' | '.join(ratios)} |", flush=True)
 

@@ -31,12 +31,13 @@ from tpvprune.plan import Plan
 from tpvprune.planning.allocate import ALLOCATORS, Allocator, allocate, warn_of_few
 from tpvprune.planning.graph import trace
 from tpvprune.planning.latency import LatencyTable
-from tpvprune.planning.optimism import tells_of_others
+from tpvprune.planning.optimism import LEAST, tells_of_others
 from tpvprune.planning.sparsity import sparsify
 from tpvprune.planning.weights import weight_graph
 from tpvprune.planning.widths import check_reachable, costs_of, widths_of
 from tpvprune.processes import from_first, of_all, process
-from tpvprune.recovery.reconstruct import Reconstruct, reconstruct
+from tpvprune.recovery.reconstruct import Reconstruct
+from tpvprune.refits import Refits
 from tpvprune.report import compare
 from tpvprune.scores import Scores
 from tpvprune.scoring.criteria import Criterion, name_of, score
@@ -44,7 +45,7 @@ from tpvprune.scoring.losses import JBR
 from tpvprune.scoring.shares import kept_scores
 from tpvprune.scoring.tpv import TPV
 from tpvprune.stepping import Asked, Step
-from tpvprune.surgery.removal import apply, refitted
+from tpvprune.surgery.removal import apply
 from tpvprune.types import Graph
 
 logger = logging.getLogger(__name__)
@@ -116,10 +117,11 @@ def plan_for(
     After the first step, TPV and JBR score what is left with the dense model as the reference, so that the drift
     that is already there counts. Where drift is bounded, what is left is measured against the dense model after every
     step, on the batches that are scored, and what it is expected to drift further on others is added (`optimism` of
-    `allocate`; not where steps are refitted). Under drift alone a step gets its share of the bound; one that drifts
-    more is taken again, smaller, or left out. With costs, the plan meets them within that drift, or there is an error.
-    Outputs that are not `(batch, classes)`, and batches that can be read once only, leave it at the prediction, which
-    is warned of: in one step only.
+    `allocate`). Where steps are refitted, the refitted model is measured: by refits on each half of the samples, on
+    the other half. Under drift alone a step gets its share of the bound; one that drifts more is taken again, smaller,
+    or left out, and one that a refit brings far below it is taken again, larger. With costs, the plan meets them within
+    that drift, or there is an error. Outputs that are not `(batch, classes)`, and batches that can be read once only,
+    leave it at the prediction, which is warned of: in one step only.
 
     Under several processes each gives its own share of the batches, and all get the same plan.
 
@@ -172,10 +174,18 @@ def plan_for(
     if planning.refit and refit_batches is None and process()[1] > 1:
         raise BudgetError("refit=True under several processes: give refit_batches, the same in all of them")
     source = batches if refit_batches is None else refit_batches
-    refit = partial(_left, model, planning=planning, batches=source, settings=refit_with, progress=progress)
-    measure = partial(_measured, model=model, batches=batches, criterion=criterion, progress=progress)
+    refit = Refits(model, source, refit_with, getattr(criterion, "output", None), progress) if planning.refit else None
+    on_scored = partial(_measured, model=model, batches=batches, criterion=criterion, progress=progress)
+
+    def measure(plan: Plan, cut: nn.Module) -> float:
+        """KL in nats to the dense model, refitted if asked for."""
+        if refit is None:
+            return on_scored(cut)
+        crossed = from_first(refit.drift(plan))
+        return on_scored(refit(plan)) if crossed is None else crossed
+
     asked = Asked.of(budget, finals, planning.steps, latency)
-    small = refit(plan) if plan.removed else model
+    small = model if not plan.removed else apply(model, plan) if refit is None else refit(plan)
     for step in range(len(plan.made_by["steps"]), planning.steps):
         if progress:
             progress("plan", step, planning.steps)
@@ -194,12 +204,10 @@ def plan_for(
             again, kept = criterion if first else _from(criterion, model), _kept(state, small, f"step{step + 1}")
             found = score(small, batches, now, again, progress=progress, save=kept, exact=True)
             scores = found if first else None  # good for the next step too, where nothing leaves in this one
-        if budget.drift is not None and not planning.refit and not tells_of_others(found):
+        if budget.drift is not None and not (tells_of_others(found) if refit is None else found.samples >= LEAST):
             warn_of_few(found)
         limit = _limit_of(budget, {name: way[step] for name, way in ways.items()})
-        # Under a bound on drift the refitted model is what is measured, after the last step too.
-        more = planning.refit and (step + 1 < planning.steps or asked.drift is not None)
-        taken = Step(step, asked, plan, small, now, found, limit, choice, refit if more else None, measure)
+        taken = Step(step, asked, plan, small, now, found, limit, choice, refit, measure)
         plan, small = taken.taken()
         if state is not None and planning.steps > 1 and process()[0] == 0:
             plan.save(state)
@@ -260,25 +268,6 @@ def _measured(
             "step, or bound a cost"
         )
     return told[0][0] if len(told) == 1 else sum(kl * count for kl, count in told) / sum(count for _, count in told)
-
-
-def _left(
-    model: nn.Module,
-    plan: Plan,
-    planning: Planning,
-    batches: Iterable[Batch],
-    settings: Reconstruct | None,
-    progress: Progress | None,
-) -> nn.Module:
-    """What a plan leaves, refitted if asked for.
-
-    From the dense weights each time: refits of refits move away from them, and end up worse.
-    """
-    small = apply(model, plan)
-    if not planning.refit:
-        return small
-    refit = partial(reconstruct, batches=batches, teacher=model, settings=settings, progress=progress)
-    return refitted(small, model, plan, refit)
 
 
 def _again(small: nn.Module, inputs: Any, plan: Plan, progress: Progress | None) -> Graph:

@@ -34,8 +34,8 @@ class Step:
         scores: of `small`.
         limit: what the step may cost.
         choice: further arguments of `allocate`.
-        refit: gives what a plan leaves, refitted; None where nothing is refitted after this step.
-        measure: KL in nats from the dense model to what a plan leaves.
+        refit: gives what a plan leaves, refitted; None where nothing is refitted.
+        measure: KL in nats from the dense model to what a plan leaves, given both; refitted, where that is asked for.
     """
 
     number: int
@@ -47,7 +47,7 @@ class Step:
     limit: Budget
     choice: Mapping[str, Any]
     refit: Callable[[Plan], nn.Module] | None
-    measure: Callable[[nn.Module], float]
+    measure: Callable[[Plan, nn.Module], float]
 
     def taken(self) -> tuple[Plan, nn.Module]:
         """The plan with this step in it, and what it leaves.
@@ -56,10 +56,13 @@ class Step:
             BudgetError: the costs of this step cannot be met within the drift that is asked for.
         """
         if self.asked.drift is None:
-            return self._under(self.limit, 0.0)
-        before = measured_kl(self.plan) if self.plan.removed else 0.0
-        before = (self.measure(self.small) if before is None else before) + self._optimism
-        return self._promised(before) if self.asked.costs else self._drifting(before)
+            plan, cut = self._under(self.limit, 0.0)
+        else:
+            before = measured_kl(self.plan) if self.plan.removed else 0.0
+            before = (self.measure(self.plan, self.small) if before is None else before) + self._optimism
+            plan, cut = self._promised(before) if self.asked.costs else self._drifting(before)
+        last = self.number + 1 == self.asked.steps
+        return plan, cut if self.refit is None or last else self.refit(plan)
 
     def _promised(self, before: float) -> tuple[Plan, nn.Module]:
         """Under costs, the plan of least drift that meets them: within the drift, or an error."""
@@ -72,22 +75,29 @@ class Step:
             gone = f" ({before:.3g} nats measured before it)" if before else ""
             where = f"step {self.number + 1} of {self.asked.steps} of {self.asked.words}{gone}"
             raise BudgetError(f"in {where}: {error}") from error
-        plan = _told(plan, self.measure(small))
+        plan = _told(plan, self.measure(plan, small))
         now = drift_of(plan.made_by)
         if now > most:
             raise BudgetError(self.asked.too_far(self.number + 1, plan, now))
         return plan, small
 
     def _drifting(self, before: float) -> tuple[Plan, nn.Module]:
-        """Under drift alone: a step that measures more than its share is taken again, smaller, or left out."""
+        """Under drift alone: a step that measures more than its share is taken again, smaller, or left out.
+
+        A refit brings a step far below what is predicted of it: that is taken again, larger.
+        """
         most = (self.asked.drift or 0.0) * (self.number + 1) / self.asked.steps
+        tried = list[Plan]()
 
         def take(room: float) -> tuple[tuple[Plan, nn.Module], float]:
             plan, small = self._under(replace(self.limit, drift=f"{room} nats"), before)
-            plan = _told(plan, self.measure(small))
+            known = next((one for one in tried if not plan.diff(one)), None)
+            measured = None if known is None else measured_kl(known)
+            plan = _told(plan, self.measure(plan, small) if measured is None else measured)
+            tried.append(plan)
             return (plan, small), drift_of(plan.made_by)
 
-        best, found = widest(take, most - before, most)
+        best, found = widest(take, most - before, most, wider=self.refit is not None)
         if best is not None:
             return best
         last = self.plan if found is None else found[0]
@@ -121,7 +131,7 @@ class Step:
         if self.asked.drift is not None:
             about["understated"] = understated(plan)
         plan = replace(plan, made_by=about)
-        return plan, small if self.refit is None else self.refit(plan)
+        return plan, small
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from tests.block_cases import built as built_blocks
 from tests.cases import example
 from tests.fakeclock import FakeClock
 from tests.helpers import built
-from tpvprune.planning.optimism import ENOUGH, STEEP, drift_on, halved, optimism, widest
+from tpvprune.planning.optimism import ENOUGH, GROWTH, STEEP, drift_on, halved, optimism, widest
 
 STEADY = settings(max_examples=80, deadline=None, derandomize=True)
 UNITS = 60
@@ -239,6 +240,26 @@ def test_the_widest_bound_that_fits_is_found(factor: float, power: float, most: 
     else:
         assert factor * best**power <= most
         assert best == most or factor * best**power >= ENOUGH * most or len(asked) == 5
+
+
+@STEADY
+@given(st.floats(0.001, 100), st.floats(0.3, 3), st.floats(1e-3, 10))
+def test_where_it_may_the_bound_is_widened_until_enough_is_used(factor: float, power: float, most: float) -> None:
+    asked = list[float]()
+
+    def take(room: float) -> tuple[float, float]:
+        asked.append(room)
+        return room, factor * room**power
+
+    best, _ = widest(take, most, most, wider=True)
+    if best is None:
+        assert min(factor * room**power for room in asked) > most
+    else:
+        assert factor * best**power <= most
+        assert factor * best**power >= ENOUGH * most or len(asked) == 5
+        assert best == max(room for room in asked if factor * room**power <= most)
+    for before, after in itertools.pairwise(asked):
+        assert after <= GROWTH * before * 1.001
 
 
 def test_no_room_takes_nothing() -> None:

@@ -20,6 +20,7 @@ from tpvprune.types import Graph
 LEAST = 4  # samples below which halves tell nothing
 RETAKES = 4  # how often what drifts too far is taken again, under a smaller bound
 ENOUGH = 0.7  # share of the bound that what is taken again is to come to
+GROWTH = 4.0  # how much more is taken at most at once, where that may be
 STEEP = 16  # how much smaller it is taken at most where nothing is known that fits
 Taken = TypeVar("Taken")
 
@@ -88,13 +89,16 @@ def optimism(scores: Scores, graph: Graph, planned: Callable[[Scores], Mapping[s
     return max(0.0, sum(gaps) / 2)
 
 
-def widest(take: Callable[[float], tuple[Taken, float]], room: float, most: float) -> tuple[Taken | None, Taken | None]:
+def widest(
+    take: Callable[[float], tuple[Taken, float]], room: float, most: float, *, wider: bool = False
+) -> tuple[Taken | None, Taken | None]:
     """What is taken under the largest bound found at which it drifts by no more than `most`, and what was taken last.
 
     Args:
         take: takes under a bound, and says how far that drifts.
-        room: the first bound, and the largest.
+        room: the first bound, and the largest unless `wider`.
         most: drift that is allowed.
+        wider: whether the bound may be widened where what is taken drifts by much less than is allowed.
     """
     fits, exceeds = 0.0, math.inf
     best: Taken | None = None
@@ -105,9 +109,12 @@ def widest(take: Callable[[float], tuple[Taken, float]], room: float, most: floa
         last, drift = take(room)
         if drift <= most:
             best, fits = last, room
-            if drift >= ENOUGH * most or exceeds == math.inf:
+            if drift >= ENOUGH * most or (exceeds == math.inf and not wider):
                 break
         else:
             exceeds = room
-        room = math.sqrt(max(fits, exceeds / STEEP) * exceeds)
+        if exceeds < math.inf:
+            room = math.sqrt(max(fits, exceeds / STEEP) * exceeds)
+        else:
+            room *= min(GROWTH, most / max(drift, most / GROWTH))
     return best, last
