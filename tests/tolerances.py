@@ -44,3 +44,7 @@ seeds one spread is known to 9 %, and units of one net are not independent."""
 RATE = 0.1
 """Relative, for the ratio of two gaps that fall as the square of the noise: what the next order adds at the sizes
 tested is a few percent."""
+
+STANDARDISED = 1e-4
+"""Relative, for scores that take a standardised weight for free of its scale: the eps of 1e-6 that its variance is
+given is 1e-5 of that."""

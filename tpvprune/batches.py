@@ -219,6 +219,24 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Give every buffer back as it was: a forward pass may count in one."""
+    before = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, value in before:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+                module._buffers[name] = buffer
+
+
+@contextmanager
 def on_one_tensor(model: nn.Module) -> Iterator[None]:
     """Outside of inference mode, and with errors of PyTorch that come of the model as it was given in plain words.
 

@@ -194,9 +194,11 @@ def test_batches_may_be_dicts_and_labels_of_any_whole_type(mlp: Built, criterion
 def test_batches_without_labels_are_refused(mlp: Built, criterion: Any) -> None:
     ((x, y),) = labelled(mlp, 5)
     name = type(criterion).__name__.lower()
-    lacking = (x, (x,), [x], {"image": x}, (x, None), (x, "label"), (x, y.double()), (x, y[:, None]), (x, -y - 1))
-    for batch in lacking:
-        with pytest.raises(tp.DataError, match=f"criterion {name} needs labels, and the batches hold none; give"):
+    lacking = [(batch, "none") for batch in (x, (x,), [x], {"image": x}, (x, None), (x, "label"))]
+    lacking += [((x, y.double()), r"float64 of shape \(5,\)"), ((x, y[:, None]), r"int64 of shape \(5, 1\)")]
+    lacking += [((x, -y - 1), f"-{int(y.max()) + 1} among them")]
+    for batch, had in lacking:
+        with pytest.raises(tp.DataError, match=f"criterion {name} needs labels, and the batches hold {had}; give"):
             tp.score(mlp.model, [batch], mlp.graph, criterion)
     for labels in (y[:4], torch.cat([y, y]), y + 4):
         with pytest.raises(tp.DataError, match=rf"criterion {name}: the labels do not fit outputs of shape \(5, 4\)"):

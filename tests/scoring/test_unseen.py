@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from timm.layers import StdConv2d
+from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
+from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import tpvprune as tp
 from tests import reference, tolerances
@@ -377,3 +379,209 @@ def test_compensated_scores_under_autocast_are_those_of_half_precision_passes() 
         found = tp.score(model, batches, graph, tp.TPV(compensated="alone"))
     for name, value in wanted.values.items():
         assert bool(((found.values[name] / value).log().abs() < 0.5).all()), name
+
+
+def standardised(kind: type[nn.Module]) -> nn.Module:
+    inside = [nn.Conv2d(2, 5, 3, padding=1), nn.Tanh(), kind(5, 4, 3, padding=1), nn.Tanh()]
+    return randomise(nn.Sequential(*inside, nn.Flatten(), nn.Linear(64, 3)))
+
+
+@pytest.mark.parametrize(("kind", "over"), [(StdConv2d, "consume"), (StdConv2d, "all"), (ScaledStdConv2d, "consume")])
+def test_convolutions_that_standardise_their_weight_are_scored_by_gradients(
+    kind: type[nn.Module], over: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, inputs = standardised(kind), example(4, 2, 4, 4)
+    graph = tp.trace(model, inputs[:1])
+    scores = tp.score(model, list(inputs.split(1)), graph, tp.TPV(probes="exact", over=over))
+    assert "engine=batched" in scores.criterion
+    assert "'2' reads units of '0'" in caplog.text
+    assert_scores_close(scores.values, reference.tpv(model, inputs, graph, "softmax", over), tolerances.EXACT)
+    with pytest.raises(tp.ModelError, match=r"'2' reads units of '0'.*\(2.weight\).*engine='batched'"):
+        tp.score(model, [inputs], graph, tp.TPV(sensitivities=8))
+
+
+def test_what_a_standardised_weight_writes_is_seen_where_a_gain_scales_all_of_it() -> None:
+    shapes = {StdConv2d: False, ScaledStdConv2d: True}
+    for kind, seen in shapes.items():
+        model, inputs = (
+            randomise(nn.Sequential(kind(2, 4, 3), nn.Tanh(), nn.Conv2d(4, 3, 2), nn.Flatten())),
+            example(3, 2, 4, 4),
+        )
+        graph = tp.trace(model, inputs[:1])
+        scores = tp.score(model, list(inputs.split(1)), graph, tp.TPV(probes="exact", over="all"))
+        assert ("engine=batched" not in scores.criterion) == seen
+        close = tolerances.STANDARDISED if seen else tolerances.EXACT
+        assert_scores_close(scores.values, reference.tpv(model, inputs, graph, "softmax", "all"), close)
+
+
+def test_a_padded_convolution_of_its_own_class_is_seen() -> None:
+    model, inputs = standardised(Conv2dSame), example(4, 2, 4, 4)
+    graph = tp.trace(model, inputs[:1])
+    scores = tp.score(model, [inputs], graph, tp.TPV(probes="exact"))
+    assert "batched" not in scores.criterion
+    assert_scores_close(scores.values, reference.tpv(model, inputs, graph, "softmax", "consume"), tolerances.EXACT)
+
+
+@pytest.mark.parametrize("engine", ["auto", "per_sample"])
+@pytest.mark.parametrize("over", ["consume", "all"])
+def test_what_hooks_make_of_an_output_is_no_part_of_the_layer(engine: str, over: str) -> None:
+    model = randomise(nn.Sequential(*linears((5, 6)), nn.Tanh(), *linears((6, 4)), nn.Tanh(), *linears((4, 3))))
+    inputs = example(6, 5)
+    for module in (model[0], model[2]):
+        module.register_forward_hook(lambda module, args, output: output.sin() * 2)
+        if engine == "per_sample" and over == "all":
+            module.bias = None
+    graph = tp.trace(model, inputs[:1])
+    scores = tp.score(model, [inputs], graph, tp.TPV(probes="exact", engine=engine, over=over))
+    assert_scores_close(scores.values, reference.tpv(model, inputs, graph, "softmax", over), tolerances.EXACT)
+
+
+def test_a_batch_norm_without_running_statistics_mixes_samples(caplog: pytest.LogCaptureFixture) -> None:
+    model = randomise(
+        nn.Sequential(*linears((5, 6)), nn.Tanh(), *linears((6, 4)), nn.Identity(), nn.Tanh(), *linears((4, 3)))
+    )
+    model[3] = nn.BatchNorm1d(4, track_running_stats=False).double().eval()
+    inputs = example(8, 5)
+    graph = tp.trace(model, inputs[:2])
+    scores = tp.score(model, [inputs], graph)
+    assert "engine=batched" in scores.criterion
+    assert "'3' has no running statistics and mixes the samples" in caplog.text
+    with pytest.raises(tp.ModelError, match="'3' has no running statistics and mixes"):
+        tp.score(model, [inputs], graph, tp.TPV(engine="per_sample"))
+
+
+class OneByOne(nn.Module):
+    """Runs its layers on each sample alone, `(time, channels)` at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = linears((5, 6), (6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.last(self.first(one).tanh()).mean(0) for one in x])
+
+
+@pytest.mark.parametrize("time", [3, 4, 8])
+def test_calls_of_one_sample_each_are_not_taken_for_batches(time: int) -> None:
+    model, inputs = randomise(OneByOne()), example(4, time, 5)
+    graph = tp.trace(model, inputs[:1])
+    scores = tp.score(model, [inputs], graph)
+    assert "engine=batched" in scores.criterion
+    with pytest.raises(tp.ModelError, match="has the samples of a batch in an order of its own"):
+        tp.score(model, [inputs], graph, tp.TPV(engine="per_sample"))
+
+
+class Halves(nn.Module):
+    """Runs a batch two samples at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = linears((5, 6), (6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.last(self.first(part).tanh()) for part in x.split(3)])
+
+
+def test_batches_in_parts_are_scored_by_gradients() -> None:
+    model, inputs = randomise(Halves()), example(4, 5)
+    graph = tp.trace(model, inputs[:1])
+    assert "engine=batched" in tp.score(model, [inputs], graph).criterion
+
+
+def test_layers_that_work_for_a_group_are_no_part_of_it() -> None:
+    # A mixer's tokens pass through layers of the width of its channels.
+    model = randomise(
+        MlpMixer(num_classes=3, embed_dim=8, num_blocks=1, img_size=16, patch_size=8, mlp_ratio=(2.0, 2.0))
+    )
+    inputs = example(3, 3, 16, 16)
+    graph = tp.trace(model, inputs[:1])
+    assert any(member.role == "work" for group in graph.groups for member in group.members)
+    scores = tp.score(model, [inputs], graph, tp.TPV(probes="exact", over="all"))
+    assert "batched" not in scores.criterion
+    assert_scores_close(scores.values, reference.tpv(model, inputs, graph, "softmax", "all"), tolerances.EXACT)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, kept: bool = False) -> None:
+        super().__init__()
+        self.kept = kept
+        self.first, self.middle, self.last = linears((5, 6), (6, 6), (6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inside = lambda value: self.middle(value.tanh()).tanh()  # noqa: E731
+        x = self.first(x)
+        return self.last(inside(x) if self.kept else checkpoint(inside, x, use_reentrant=False))
+
+
+@pytest.mark.parametrize("engine", ["auto", "per_sample"])
+def test_what_a_checkpoint_runs_again_is_not_seen_twice(engine: str) -> None:
+    model, inputs = randomise(Checkpointed()), example(6, 5)
+    graph = tp.trace(model, inputs[:1])
+    scores = tp.score(model, [inputs], graph, tp.TPV(probes="exact", engine=engine))
+    wanted = reference.tpv(randomise(Checkpointed(kept=True)), inputs, graph, "softmax", "consume")
+    assert_scores_close(scores.values, wanted, tolerances.EXACT)
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = linears((5, 6), (6, 4))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("seen", torch.zeros(5, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen = 0.9 * self.seen + x.mean(0).detach()
+        return self.last(self.first(x).tanh())
+
+
+def test_buffers_that_a_pass_changes_are_put_back_and_a_stopped_scoring_goes_on(tmp_path: Path) -> None:
+    model, batches = randomise(Counts()), list(example(12, 5).split(4))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    graph = tp.trace(model, batches[0][:1])
+
+    def stop(stage: str, done: int, total: int | None) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tp.score(model, batches, graph, save=tmp_path / "s", progress=stop)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    again = tp.score(model, batches, graph, save=tmp_path / "s")
+    whole = tp.score(model, batches, graph)
+    assert all(torch.equal(again.values[name], value) for name, value in whole.values.items())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class TimeFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = linears((5, 6), (6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x.transpose(0, 1)).tanh()).mean(0)
+
+
+@pytest.mark.parametrize("time", [4, 7, 8])
+def test_statistics_of_models_with_time_first_are_of_samples(time: int) -> None:
+    model, inputs = randomise(TimeFirst()), example(4, time, 5)
+    graph = tp.trace(model, inputs[:1])
+    read = model.first(inputs).tanh().detach()
+    variance = tp.score(model, [inputs], graph, tp.Variance())
+    torch.testing.assert_close(variance.values["first"], read.flatten(0, 1).var(0, correction=0))
+    norm = read.square().sum((0, 1)).div(4).sqrt()
+    wanda = tp.score(model, [inputs], graph, tp.Wanda())
+    torch.testing.assert_close(wanda.values["first"], model.last.weight.detach().abs().sum(0) * norm)
+    assert variance.halves is not None
+    torch.testing.assert_close(variance.halves[0]["first"], read[::2].flatten(0, 1).var(0, correction=0))
+
+
+def test_the_variance_of_channels_far_from_zero_keeps_its_digits() -> None:
+    model = randomise(nn.Sequential(*linears((5, 6)), nn.Identity(), *linears((6, 4)))).float()
+    with torch.no_grad():
+        model[0].bias.fill_(1e4)
+    inputs = example(64, 5).float()
+    graph = tp.trace(model, inputs[:1])
+    found = tp.score(model, [inputs], graph, tp.Variance()).values["0"]
+    wanted = model[0](inputs).detach().double().var(0, correction=0)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)

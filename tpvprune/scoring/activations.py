@@ -25,8 +25,8 @@ from tpvprune.errors import ModelError, PlanError, UnseenError
 from tpvprune.members import Group
 from tpvprune.patches import channel_axis
 from tpvprune.reads import ThroughLayers, read_by
-from tpvprune.scoring.layout import Layout, without_gradients
-from tpvprune.scoring.raw import check_raw, raw_readers
+from tpvprune.scoring.layout import Layout, mixed, mixes_samples, without_gradients
+from tpvprune.scoring.raw import check_raw, raw_users
 from tpvprune.scoring.taps import Map, Sink, Tap
 from tpvprune.types import Graph
 
@@ -110,6 +110,7 @@ class Tapped:
         self.inputs: dict[str, nn.Module] = {}
         self.outputs: dict[str, nn.Module] = {}
         self.left_out: set[str] = set()
+        self.whole = False  # whether gradients are wanted of what lies before the first tap as well
         self._copies = self._told = False
         modules = dict(model.named_modules(remove_duplicate=False))
         for member in (m for g in graph.groups for m in g.members if m.role != "work"):
@@ -123,7 +124,8 @@ class Tapped:
                     self.outputs[member.layer] = module
                 else:
                     self.left_out.add(member.param)
-        self._raw = raw_readers(model, graph)
+        self._raw = raw_users(model, graph, over)
+        self._mixing = mixes_samples(model)
         self.blocks = {g.id: modules[g.id] for g in graph.groups if g.kind == "block"}
         self._modules, self._parameters = list(modules.values()), list(model.parameters())
         device = device_of(model)
@@ -153,7 +155,9 @@ class Tapped:
                         tap = self._on_input(key, channel_axis(module), copy=True)
                         handles.append(fused.register_forward_pre_hook(tap, with_kwargs=True))
                     else:
-                        handles.append(module.register_forward_hook(self._on_output(key, channel_axis(module))))
+                        tap = self._on_output(key, channel_axis(module))
+                        # First: what the hooks of others make of an output is no part of the layer.
+                        handles.append(module.register_forward_hook(tap, prepend=True))
                 for name, module in self.blocks.items():
                     handles.append(module.register_forward_hook(self._on_block(f"block:{name}")))
                 yield self
@@ -190,7 +194,7 @@ class Tapped:
             self._blind.append(key.partition(":")[2])
             return value
         self._shapes.append((key, value.shape, last))
-        if self.roots and value.requires_grad:
+        if value.requires_grad and (self.roots or self.whole):
             return value
         root = value.detach().requires_grad_(True)
         self.roots.append(root)
@@ -241,6 +245,8 @@ class Tapped:
             ModelError: a layer that reads units was not called.
             NonFiniteError: the outputs hold NaN or infinity; names the first module that made them.
         """
+        if self._mixing is not None and len(inputs) > 1:
+            raise mixed(self._mixing)
         if self._raw:
             check_raw(self, self._raw, inputs[:1], select)
             self._raw = {}
@@ -297,7 +303,7 @@ class Tapped:
         if group.kind == "block":
             return [_Part(f"block:{group.id}", 1, 1, None)]
         found: dict[str, _Part] = {}
-        for member in group.members:
+        for member in (m for m in group.members if m.role in ("consume", "produce", "affine")):
             key = ("in:" if member.role == "consume" else "out:") + member.layer
             tapped = self.inputs if member.role == "consume" else self.outputs
             if key not in found and member.layer in tapped:

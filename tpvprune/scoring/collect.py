@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpvprune.batches import Batch, Progress, on_one_tensor
+from tpvprune.batches import Batch, Progress, buffers_kept, on_one_tensor
 from tpvprune.errors import InputError, UnseenError
 from tpvprune.processes import of_all, process
 from tpvprune.scores import Scores, Sensitivities, Settled
@@ -87,7 +87,7 @@ def collect(
         ModelError: the model is not called on one tensor, or was made inside `torch.inference_mode()`.
         InputError: `until` or `start` under several processes; `until` with a criterion without standard errors.
     """
-    with on_one_tensor(model):
+    with on_one_tensor(model), buffers_kept(model):
         return _collect(criterion, model, batches, graph, progress, start, until, save, exact)
 
 

@@ -28,7 +28,7 @@ from tpvprune.errors import NonFiniteError, UnseenError
 from tpvprune.members import Member
 from tpvprune.patches import channel_axis
 from tpvprune.scoring.moments import FULL, WIDEST, Moments, damped_inverse, together, watch
-from tpvprune.scoring.raw import raw_readers
+from tpvprune.scoring.raw import raw_users
 from tpvprune.types import Graph
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def residuals(model: nn.Module, batches: Iterable[Batch], graph: Graph, ridges: 
 
 def _channels(model: nn.Module, graph: Graph) -> dict[str, int]:
     """How many channels each module that reads units by one weight reads."""
-    raw = [layer for layer, params in raw_readers(model, graph).items() if len(params) > 1]
+    raw = [layer for (_, layer), params in raw_users(model, graph, "consume").items() if len(params) > 1]
     members = [m for group in graph.groups for m in group.of_role("consume") if m.layer not in raw]
     return {m.layer: graph.shapes[m.param][m.axis] * _groups(model.get_submodule(m.layer)) for m in members}
 

@@ -213,12 +213,18 @@ def labels(batch: Batch, criterion: str) -> Tensor:
         DataError: it has none.
     """
     found = labels_of(batch)
-    if found is None or found.is_floating_point() or found.ndim != 1 or bool((found < 0).any()):
-        raise DataError(
-            f"criterion {criterion} needs labels, and the batches hold none; give (inputs, labels) batches, or use a "
-            "label-free criterion such as TPV"
-        )
-    return found
+    if found is None:
+        had = "hold none"
+    elif found.is_floating_point() or found.ndim != 1:
+        had = f"hold {str(found.dtype).removeprefix('torch.')} of shape {tuple(found.shape)}"
+    elif bool((found < 0).any()):
+        had = f"hold {int(found.min())} among them"
+    else:
+        return found
+    raise DataError(
+        f"criterion {criterion} needs labels, and the batches {had}; give (inputs, labels) batches with whole numbers "
+        "from 0, one a sample, or use a label-free criterion such as TPV"
+    )
 
 
 def reduced(tally: Tally) -> Tally:

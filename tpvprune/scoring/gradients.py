@@ -29,7 +29,7 @@ from tpvprune.patches import patches
 from tpvprune.reads import ThroughLayers, read_by
 from tpvprune.scoring.blocks import refuse_blocks
 from tpvprune.scoring.engine import wide
-from tpvprune.scoring.layout import Layout, outermost, without_gradients
+from tpvprune.scoring.layout import Layout, mixed, mixes_samples, outermost, without_gradients
 from tpvprune.scoring.perturb import Perturbation, moments_of
 from tpvprune.types import Graph
 
@@ -187,6 +187,7 @@ class Captured:
         self._layout = Layout(model, {self._keys[id(module)]: (module, False) for _, module in self.users})
         self._through = ThroughLayers(model)
         self._blind: list[str] = []
+        self._ended = False
         for name, module in self.users:
             if not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
                 raise ModelError(
@@ -201,7 +202,12 @@ class Captured:
         self.inputs = {name: [] for name in self.layers}
         self.outputs = {name: [] for name in self.layers}
         self._through, self._blind = ThroughLayers(self.model), []
-        handles = [module.register_forward_hook(self._hook(name), with_kwargs=True) for name, module in self.users]
+        self._ended = False
+        handles = [
+            # First: what the hooks of others make of an output is no part of the layer.
+            module.register_forward_hook(self._hook(name), prepend=True, with_kwargs=True)
+            for name, module in self.users
+        ]
         try:
             with self._through:
                 yield self
@@ -218,6 +224,8 @@ class Captured:
                 self._blind.append(name)
             if not output.requires_grad:
                 output = output.detach().requires_grad_(True)
+            if self._ended:  # a checkpoint runs the layer again in the backward pass
+                return output.clone()
             self.calls[name].append(module)
             self.inputs[name].append(read_by(args, kwargs).detach())
             self.outputs[name].append(output)
@@ -239,6 +247,10 @@ class Captured:
             ModelError: a layer was not called: it is not used, or its weight is used without it; or its weight is made
                 another one before it is used; or it runs without gradients, or has the samples in an order of its own.
         """
+        self._ended = True
+        mixing = mixes_samples(self.model)
+        if mixing is not None and len(inputs) > 1:
+            raise mixed(mixing)
         idle = next((name for name in self.layers if not self.outputs[name]), None)
         if idle is not None:
             raise ModelError(f"the forward pass does not call {idle!r}; leave it out, or use engine='batched'")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tpvprune.batches import evaluation_mode
 from tpvprune.errors import ModelError, UnseenError
@@ -44,9 +46,9 @@ def sample_axes(model: nn.Module, places: Places, inputs: Tensor) -> dict[str, i
     one, same = (_seen(model, places, inputs[[first, other]]) for first in (0, other))
     found = {}
     for name, calls in one.items():
-        fits = [
-            axis for axis in (0, 1) if all(_apart(*pair, axis) for pair in zip(calls, same.get(name, ()), strict=True))
-        ]
+        again = same.get(name, [])
+        alike = len(again) == len(calls)  # one that is called as often as the samples ask for mixes them
+        fits = [a for a in (0, 1) if alike and all(_apart(*pair, a) for pair in zip(calls, again, strict=True))]
         if not fits:
             raise UnseenError(
                 f"{name.partition(':')[2] or name!r} has the samples of a batch in an order of its own, or mixes them, "
@@ -83,7 +85,10 @@ class Layout:
         Raises:
             UnseenError: see `sample_axes`.
         """
-        asked = {key for key, shape, last in seen if unclear(shape, len(inputs), last)} - set(self.axes)
+        seen = list(seen)
+        calls = Counter(key for key, *_ in seen)
+        often = {key for key, count in calls.items() if count > 1 and len(inputs) > 1}  # a call may be one sample's
+        asked = (often | {key for key, shape, last in seen if unclear(shape, len(inputs), last)}) - set(self.axes)
         if asked:
             self.looking = True
             try:
@@ -91,6 +96,20 @@ class Layout:
             finally:
                 self.looking = False
             self.axes |= dict.fromkeys(asked, 0) | found
+
+
+def mixes_samples(model: nn.Module) -> str | None:
+    """The name of a batch norm that has no running statistics, and takes those of the batch; None if there is none."""
+    named = model.named_modules()
+    return next((name for name, m in named if isinstance(m, _BatchNorm) and m.running_mean is None), None)
+
+
+def mixed(name: str) -> UnseenError:
+    """What is to be said of it."""
+    return UnseenError(
+        f"{name!r} has no running statistics and mixes the samples of a batch, and what each of them says cannot be "
+        "told apart; score with TPV(engine='batched'), or batches of one"
+    )
 
 
 def without_gradients(name: str) -> ModelError:

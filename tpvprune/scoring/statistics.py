@@ -21,6 +21,7 @@ from tpvprune.scoring.blocks import refuse_blocks
 from tpvprune.scoring.collect import collect
 from tpvprune.scoring.engine import Parts
 from tpvprune.scoring.gradients import Side, with_sharing
+from tpvprune.scoring.layout import Layout, outermost
 from tpvprune.scoring.streaming import Observation
 from tpvprune.tally import Tally
 from tpvprune.types import Graph
@@ -29,30 +30,45 @@ UNSEEN = "is not seen; take a criterion of gradients, as TPV(engine='batched'), 
 
 
 @contextmanager
-def _inputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """Per layer, moments of its inputs of one pass: `(samples, 3, channels)` sums of 1, x and x^2 over positions."""
+def _inputs(
+    model: nn.Module, users: Iterable[tuple[str, nn.Module]], layout: Layout
+) -> Iterator[tuple[dict[str, list[Tensor]], list[tuple[str, torch.Size, bool]]]]:
+    """Moments of inputs of one pass, and what their shapes tell of where samples lie.
+
+    Args:
+        model: any module.
+        users: layers, and those that share a weight with one under its name.
+        layout: of the places `name`, a layer each.
+
+    Yields:
+        Per name `(samples, 3, channels)`, of each call: sums of 1, x and x^2 over positions. And see `Layout.settle`.
+    """
     found: dict[str, list[Tensor]] = {}
+    shapes: list[tuple[str, torch.Size, bool]] = []
     handles = []
 
-    def hook(name: str) -> Any:
+    def hook(name: str, place: str) -> Any:
         def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            value = read_by(args, kwargs).detach()
-            value = value if value.dtype == torch.float64 else value.float()
-            rows = value.movedim(channel_axis(module), -1).reshape(len(value), -1, value.shape[channel_axis(module)])
-            ones = torch.full((len(rows), rows.shape[2]), float(rows.shape[1]), device=rows.device)
-            moments = torch.stack([ones, rows.sum(1), rows.square().sum(1)], 1)
-            found.setdefault(name, []).append(moments.double())
+            if layout.looking:
+                return
+            value, axis = read_by(args, kwargs).detach(), channel_axis(module)
+            shapes.append((place, value.shape, axis == -1))
+            value = outermost(value, layout.axes.get(place, 0))
+            # The spread of channels far from zero is lost in single precision.
+            rows = value.movedim(axis, -1).reshape(len(value), -1, value.shape[axis]).double()
+            ones = torch.full_like(rows[:, 0], rows.shape[1])
+            found.setdefault(name, []).append(torch.stack([ones, rows.sum(1), rows.square().sum(1)], 1))
 
         return seen
 
-    users = with_sharing(model, dict.fromkeys(layers))
-    for name, module in users:
+    for number, (name, module) in enumerate(users):
         if isinstance(module, (nn.Linear, _ConvNd)):
-            handles.append(module.register_forward_pre_hook(hook(name), with_kwargs=True))
+            place = f"{number}:{name}"
+            handles.append(module.register_forward_pre_hook(hook(name, place), with_kwargs=True))
     through = ThroughLayers(model)
     try:
         with through:
-            yield found
+            yield found, shapes
         beside = next((name for name, module in users if module in through.beside), None)
         if beside is not None:
             raise ModelError(f"the model uses the weight of {beside!r} without calling it, and what it reads {UNSEEN}")
@@ -84,15 +100,20 @@ class _FromActivations:
         """One observation a batch: moments of every consumer's input channels."""
         refuse_blocks(graph, f"criterion {self.label}")
         layers = [member.layer for group in graph.groups for member in group.of_role("consume")]
-        parts = Parts()
+        users, parts = with_sharing(model, dict.fromkeys(layers)), Parts()
+        layout = Layout(model, {f"{number}:{name}": (module, False) for number, (name, module) in enumerate(users)})
         for inputs in model_inputs(model, batches, "score", progress):
 
             def run(part: slice, inputs: Tensor = inputs) -> dict[str, Tensor]:
                 batch = len(inputs[part])
-                with evaluation_mode(model), torch.no_grad(), _inputs(model, layers) as found:
+                before = dict(layout.axes)
+                with evaluation_mode(model), torch.no_grad(), _inputs(model, users, layout) as (found, shapes):
                     model(inputs[part])
                 if not found:
                     raise ModelError("no layer of the graph is used in the forward pass")
+                layout.settle(shapes, inputs[part])
+                if any(layout.axes[place] != before.get(place, 0) for place in layout.axes):
+                    return run(part)  # with what is known of them now
                 sums = {
                     name: sum(m.reshape(batch, -1, *m.shape[1:]).sum(1) for m in calls) for name, calls in found.items()
                 }

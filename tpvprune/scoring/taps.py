@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpvprune.errors import ModelError
+from tpvprune.errors import UnseenError
 from tpvprune.scoring.layout import outermost
 
 Map = Callable[[Tensor, int, range], Tensor]
@@ -45,9 +45,9 @@ class Sink:
 def _reduce(key: str, value: Tensor, grad: Tensor, axis: int | None, batch: int) -> Tensor:
     """`(batch, channels)`: products summed over all positions, half precision in float32; no axis is one channel."""
     if value.shape[0] % batch:
-        raise ModelError(
-            f"layer {key!r} sees {value.shape[0]} rows for {batch} samples; per-sample scores need a layout "
-            "with the samples outermost"
+        raise UnseenError(
+            f"{key.partition(':')[2]!r} sees {value.shape[0]} rows for {batch} samples, and what each of them says "
+            "cannot be told apart; score with TPV(engine='batched'), or batches of one"
         )
     if axis is None:
         return _dot(value.reshape(batch, -1), grad.reshape(batch, -1), (1,)).unsqueeze(1)

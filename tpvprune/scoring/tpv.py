@@ -49,7 +49,8 @@ class TPV:
     Attributes:
         head: the metric `M`: "softmax" (nats: half the score is KL), "logits" or "features", "probabilities",
             "margin", "cosine", or a `Head`.
-        probes: random cotangents per sample, or "exact" for the sum over all outputs.
+        probes: random cotangents per sample, or "exact" for the sum over all outputs; by the engine "batched" with a
+            random sign a sample, which makes them exact on average over batches only.
         over: "consume" perturbs what reads the unit, once; "all" sums the squares of what writes, scales
             and reads it, as the paper's pruning criterion does.
         seed: seed of the cotangents.
