@@ -96,6 +96,10 @@ def test_a_key_is_set_once_on_the_command_line(find):
     words = ["data.images=images", "recover.finetune=null", "recover.finetune.epochs=3", "budget.macs=0.5"]
     [(recipe, _)] = find("test_resnet", words, None)
     assert recipe.distillation().epochs == 3
+    with pytest.raises(tp.RecipeError, match=r"'budget=\{params: 0.9\}' would undo 'budget.macs=0.5', a part of it"):
+        find("test_resnet", ["data.images=images", "budget.macs=0.5", "budget={params: 0.9}"], None)
+    [(recipe, _)] = find("test_resnet", ["data.images=images", "sparsify.pattern=2:4"], None)
+    assert recipe.sparsify.pattern == "2:4"
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,16 @@ def test_top1_counts_labelled_images_only(mlp) -> None:
     assert "top1" not in compare({"before": mlp.model}, mlp.model, batches[1:])[0]["before"]
 
 
+def test_an_image_without_a_label_takes_no_other_from_accuracy(mlp) -> None:
+    right = outputs(mlp.model, mlp.inputs).argmax(1)
+    labels = right.clone()
+    labels[0], labels[1] = -1, (right[1] + 1) % 3
+    for batches in ([(mlp.inputs, labels)], list(zip(mlp.inputs.split(2), labels.split(2), strict=True))):
+        found, images = compare({"before": mlp.model}, mlp.model, batches)
+        assert images == 5
+        assert found["before"]["top1"] == pytest.approx(3 / 4)
+
+
 def test_measuring_leaves_modes_and_weights(mlp, moved: nn.Module) -> None:
     moved.train()
     state = copy.deepcopy(moved.state_dict())

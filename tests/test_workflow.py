@@ -174,6 +174,25 @@ def test_nats_are_asked_for_before_anything_is_scored(place: Path):
     assert not list((place / "out").glob("scores*"))
 
 
+def test_what_a_class_map_holds_and_whose_labels_count_is_in_the_keys(place: Path) -> None:
+    path = place / "map.txt"
+
+    def keys(*asked: str) -> dict[str, str]:
+        return stage_keys(recipe(place, "score.criterion=taylor", *asked), "eval")
+
+    found = []
+    for text in ("a\nb\n", "b\na\n"):
+        path.write_text(text)
+        found.append((keys(f"data.labels={path}"), keys(f"eval.labels={path}")))
+    for one, other in zip(*found, strict=True):
+        assert one["trace"] == other["trace"]
+        assert one["score"] != other["score"]
+    assert keys("eval.labels=folders")["score"] != keys("eval.labels=null")["score"]
+    apart = [keys("eval.images=elsewhere", f"eval.labels={one}") for one in ("folders", "null")]
+    assert apart[0]["score"] == apart[1]["score"]
+    assert apart[0]["eval"] != apart[1]["eval"]
+
+
 def test_a_recipe_bounds_several_costs_and_drift(place: Path):
     run = Run(recipe(place, "budget.bytes=0.8", "budget.params=90%", "budget.drift=50"), place / "out")
     run.until("eval")

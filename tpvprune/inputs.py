@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,8 @@ from tpvprune.zoo.data import input_size, open_pool, overlap
 from tpvprune.zoo.models import create_model
 from tpvprune.zoo.pool import Loader, Pool
 from tpvprune.zoo.streams import Stream, StreamLoader
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,10 @@ class Inputs:
                 raise DataError(
                     f"eval.images={held.images} and data.images={data.images} share images; give other ones, or leave "
                     "eval.images out to measure on the odd positions"
+                )
+            if data.labels is not None and held.labels is None:
+                logger.warning(
+                    "data.labels (--labels) is of data.images; for accuracy on eval.images give eval.labels too"
                 )
             scored = open_pool(data.images, self.dense, size=data.size, labels=data.labels)
             measured = open_pool(held.images, self.dense, size=data.size, labels=held.labels)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -297,8 +298,11 @@ def _read_override(override: str) -> tuple[tuple[str, ...], Any]:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise RecipeError(f"override {override!r} is not key=value, as in budget.macs=0.4")
+    keys = tuple(key.strip().split("."))
+    if re.fullmatch(r"\s*\d+:\d+\s*", text):  # YAML 1.1 reads 2:4 as a number to base 60
+        return keys, text.strip()
     try:
-        return tuple(key.strip().split(".")), yaml.safe_load(text)
+        return keys, yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"override {override!r}: the value is no YAML: {error}") from error
 

@@ -77,8 +77,8 @@ def compare(
             labels = labels_of(batch)
             reference = finite_output(dense, inputs, output)
             images += len(inputs)
-            known = labels is not None and labels.ndim == 1 and bool((labels >= 0).all())
-            labelled += len(inputs) if known else 0
+            known = labels is not None and labels.ndim == 1 and bool((labels >= 0).any())
+            labelled += int((labels >= 0).sum()) if known and labels is not None else 0
             answers = {n: reference if m is dense else finite_output(m, inputs, output) for n, m in models.items()}
             for name, answer in answers.items():
                 for key, value in _distances(reference, answer, labels if known else None).items():
@@ -106,7 +106,7 @@ def _distances(reference: Tensor, output: Tensor, labels: Tensor | None) -> dict
         "agreement": float((top == reference.argmax(1)).sum()),
     }
     if labels is not None:
-        sums["top1"] = float((top == labels.to(top.device)).sum())
+        sums["top1"] = float((top == labels.to(top.device)).sum())  # -1, for none, is no class
     return sums
 
 

@@ -45,6 +45,8 @@ def _matters(recipe: Recipe, stage: str) -> dict[str, Any]:
     """What a stage's result depends on, beside the stages before it."""
     sections = recipe.model_dump(mode="json")
     data, held = sections["data"] or {}, sections["eval"]
+    # Of one source both halves have the labels that are given for measuring.
+    scored = data.get("labels") if held["images"] else held["labels"] or data.get("labels")
     if stage == "trace":
         weights = None
         if recipe.model.checkpoint is not None:
@@ -57,16 +59,16 @@ def _matters(recipe: Recipe, stage: str) -> dict[str, Any]:
             "images": [(source, source_state(source)) for source in sources],
             "batch_size": data.get("batch_size"),
             "criterion": repr(recipe.criterion()),
-            "labels": data.get("labels") if recipe.score.criterion in LABELLED else None,
+            "labels": _labels(scored) if recipe.score.criterion in LABELLED else None,
             **{name: sections[name] for name in ("score", "device", "seed")},
         }
     if stage == "recover":
         tuning = sections["recover"]["finetune"]
-        labels = data.get("labels") if tuning and tuning["label_weight"] else None
+        labels = _labels(scored) if tuning and tuning["label_weight"] else None
         return {"recover": sections["recover"], "labels": labels, **({"kept_back": True} if tuning else {})}
     if stage == "eval":
         return {
-            "labels": [data.get("labels"), held["labels"]],
+            "labels": [_labels(data.get("labels")), _labels(held["labels"])],
             "samples": held["samples"],
             "examples": held["examples"],
             "latency": sections["latency"],
@@ -82,6 +84,14 @@ def _matters(recipe: Recipe, stage: str) -> dict[str, Any]:
     zeros = {"sparsify": sections["sparsify"], **by} if sections["sparsify"] else {}
     latency = sections["latency"] if timed else None
     return {"budget": sections["budget"], "plan": plan, "latency": latency, **refit, **zeros}
+
+
+def _labels(given: str | None) -> str | list[str] | None:
+    """Labels as they are named, and what a class map holds."""
+    path = None if given is None else Path(given).expanduser()
+    if given is None or path is None or not path.is_file():
+        return given
+    return [given, hashlib.sha256(path.read_bytes()).hexdigest()]
 
 
 def one_line(told: dict[str, Any]) -> str:

@@ -40,6 +40,9 @@ def _check_once(overrides: Sequence[str]) -> None:
         if _key(override) in by_key:
             first = by_key[_key(override)]
             raise RecipeError(f"override {override!r}: {_key(override)} is set by {first!r} too; set it once")
+        part = next((before for key, before in by_key.items() if key.startswith(f"{_key(override)}.")), None)
+        if part is not None and not any(one.endswith("=null") for one in (part, override)):
+            raise RecipeError(f"override {override!r} would undo {part!r}, a part of it; give it first, or only one")
         by_key[_key(override)] = override
 
 

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from timm.data import create_transform, resolve_data_config
 from torch import nn
 
 import tpvprune as tp
-from tpvprune.zoo.data import input_size, open_pool
+from tpvprune.zoo.data import input_size, open_pool, source_state
 from tpvprune.zoo.models import create_model
 
 
@@ -114,13 +116,76 @@ def test_arrays_are_taken_as_they_are(tmp_path: Path, model: nn.Module) -> None:
     x, y = np.random.default_rng(0).normal(size=(5, 3, 8, 8)).astype("float32"), np.arange(5) % 2
     np.savez(tmp_path / "both.npz", x=x, y=y)
     np.save(tmp_path / "only.npy", x)
-    both, only = open_pool(tmp_path / "both.npz", model), open_pool(tmp_path / "only.npy", model)
+    both, only = (open_pool(tmp_path / name, model, size=8) for name in ("both.npz", "only.npy"))
     assert both[3][1] == 1
     assert only[3][1] == -1
     assert np.array_equal(both[3][0].numpy(), x[3])
-    assert np.array_equal(open_pool(tmp_path / "only.npy", model, size=8)[3][0].numpy(), x[3])
+    assert np.array_equal(only[3][0].numpy(), x[3])
     with pytest.raises(tp.DataError, match=r"only\.npy holds images of 8 x 8, .* leave size=9 \(data\.size\) out"):
         open_pool(tmp_path / "only.npy", model, size=9)
+    with pytest.raises(tp.DataError, match=r"only\.npy holds images of 8 x 8, and the model is for 32 x 32.*size=8"):
+        open_pool(tmp_path / "only.npy", model)
+    np.save(tmp_path / "wide.npy", x[:, :, :6])
+    assert open_pool(tmp_path / "wide.npy", model)[0][0].shape == (3, 6, 8)
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (np.zeros((5, 1), int), r"y is int64 \(5, 1\); it must be whole numbers"),
+        (np.zeros(5), r"y is float64 \(5,\)"),
+        (np.array(["a"] * 5), r"y is <U1 \(5,\)"),
+        (np.array(3), r"y is int64 \(\)"),
+        (np.arange(5), "y holds label 4, and the model has 2 classes"),
+    ],
+)
+def test_labels_of_arrays_are_whole_numbers_of_classes(
+    tmp_path: Path, model: nn.Module, y: np.ndarray, message: str
+) -> None:
+    np.savez(tmp_path / "x.npz", x=np.zeros((5, 3, 32, 32), "float32"), y=y)
+    with pytest.raises(tp.DataError, match=message):
+        open_pool(tmp_path / "x.npz", model)
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+def test_images_are_cropped_as_the_model_says(folder: Path, mode: str) -> None:
+    model = create_model("test_resnet")
+    model.pretrained_cfg = {**model.pretrained_cfg, "crop_mode": mode, "crop_pct": 0.9, "input_size": (3, 24, 24)}
+    wanted = create_transform(**resolve_data_config(model=model))
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (30, 50, 3), dtype=np.uint8)).save(folder / "cat" / "wide.png")
+    pool = open_pool(folder, model)
+    for place, name in enumerate(sorted(folder.glob("*/*.png"))):
+        with Image.open(name) as image:
+            assert torch.equal(pool[place][0], wanted(image.convert("RGB")))
+
+
+def test_folders_behind_links_are_read_once(folder: Path, model: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "cat").symlink_to(folder / "cat")
+    (tmp_path / "linked" / "dog").symlink_to(folder / "dog")
+    assert len(open_pool(tmp_path / "linked", model, labels="folders")) == 10
+    before = source_state(tmp_path / "linked")
+    picture(folder / "cat" / "more.png", 3)
+    assert source_state(tmp_path / "linked") != before
+    (folder / "again").symlink_to(folder / "cat")
+    (folder / "cat" / "round").symlink_to(folder)
+    pool = open_pool(folder, model, labels="folders")
+    assert len(pool) == 11
+    assert {name.split("/")[0] for name in pool._names} == {"cat", "dog"}
+
+
+def test_classes_with_numbers_in_their_names_are_counted(tmp_path: Path) -> None:
+    for number in range(12):
+        picture(tmp_path / "n" / str(number) / "0.png", 20 * number)
+    pool = open_pool(tmp_path / "n", create_model("cifar_resnet20", args={"num_classes": 12}), labels="folders")
+    assert {name: pool[place][1] for place, name in enumerate(pool._names)} == {f"{n}/0.png": n for n in range(12)}
+
+
+def test_channels_are_those_of_images_where_a_model_folds_space_first() -> None:
+    assert input_size(create_model("tresnet_m"))[0] == 3
+    assert input_size(create_model("test_resnet", args={"in_chans": 1}))[0] == 1
+    assert input_size(timm.create_model("test_resnet", in_chans=5))[0] == 5
 
 
 @pytest.mark.parametrize("bad", ["grey", "integers", "pickled", "text", "unnamed"])

@@ -15,7 +15,7 @@ from torch import nn
 
 import tpvprune as tp
 from tpvprune.zoo import streams
-from tpvprune.zoo.data import open_pool
+from tpvprune.zoo.data import open_pool, source_state
 from tpvprune.zoo.models import create_model
 
 
@@ -52,7 +52,7 @@ def test_a_tar_file_gives_what_its_folder_gives(folder: Path, model: nn.Module, 
     with tarfile.open(tmp_path / "images.tar", "w") as tar:
         tar.add(folder, arcname=".")
     wanted, _ = everything(open_pool(folder, model))
-    for labels in (None, "folders"):
+    for labels in (None, "own"):
         pool = open_pool(tmp_path / "images.tar", model, labels=labels)
         images, found = everything(pool)
         assert torch.equal(images, wanted)
@@ -62,6 +62,53 @@ def test_a_tar_file_gives_what_its_folder_gives(folder: Path, model: nn.Module, 
     assert torch.equal(everything(other)[0], wanted[1::2])
     del pool, one, other
     gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_labels_of_a_tar_file_are_those_of_its_folder(folder: Path, model: nn.Module, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        tar.add(folder, arcname=".")
+    names = sorted(path.name for path in folder.iterdir())
+    classes = [f"other{n}" for n in range(8)]
+    classes[3:3], classes[7:7] = [names[1]], [names[0]]
+    (tmp_path / "map.txt").write_text("\n".join(classes))
+    wanted = everything(open_pool(folder, model, labels=tmp_path / "map.txt"))[1]
+    assert set(wanted.tolist()) == {3, 7}
+    found = everything(open_pool(tmp_path / "images.tar", model, labels=tmp_path / "map.txt"))[1]
+    assert torch.equal(found, wanted)
+    with pytest.raises(tp.DataError, match="class folders: 2 classes, the model has 10"):
+        open_pool(tmp_path / "images.tar", model, labels="folders")
+    with pytest.raises(tp.DataError, match="no class map at"):
+        open_pool(tmp_path / "images.tar", model, labels=tmp_path / "none.txt")
+    gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_cannot_be_read_in_a_tar_file_is_skipped_and_not_replaced(
+    folder: Path, model: nn.Module, tmp_path: Path
+) -> None:
+    broken = sorted(folder.glob("*/*"))[4]
+    broken.write_bytes(b"")
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        tar.add(folder, arcname=".")
+    pool = open_pool(tmp_path / "images.tar", model)
+    seen = everything(pool)[0]
+    assert len(seen) == 11
+    assert list(pool.skipped) == ["4"]
+    assert torch.equal(seen, everything(open_pool(folder, model))[0])
+    gc.collect()
+
+
+def test_a_shard_that_changes_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "s-0.tar").write_bytes(b"one")
+    source = f"wds/{tmp_path / 'shards'}@s-{{0..0}}.tar|5"
+    before = source_state(source)
+    assert source_state(source) == before
+    (tmp_path / "shards" / "s-0.tar").write_bytes(b"other")
+    assert source_state(source) != before
 
 
 class Told:

@@ -14,22 +14,41 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
+from timm.utils.misc import natural_key
 from torch import Tensor, nn
 from torchvision import transforms
 
 from tpvprune.errors import DataError
+from tpvprune.zoo.models import source_of, was_recorded
 from tpvprune.zoo.pool import BAD_SHARE, BROKEN, Pool
-from tpvprune.zoo.streams import Stream, Targets, dataset_of, from_factory, streamed
+from tpvprune.zoo.streams import TARS, Stream, Targets, dataset_of, from_factory, image_of, local_root, streamed
 
 logger = logging.getLogger(__name__)
 
 
 def source_state(source: str | Path) -> str:
     """Changes whenever an image is added, removed or rewritten; looks at names, sizes and times only."""
-    path = Path(source).expanduser()
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
+    path = local_root(source)
+    files = sorted(_files(path, hidden=True)) if path.is_dir() else [path] if path.is_file() else []
     lines = [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _files(folder: Path, hidden: bool = False) -> list[Path]:
+    """All files below a folder, by symbolic links as well; a folder that several lead to once."""
+    found, seen = list[Path](), set[str]()
+    for root, dirs, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            dirs.clear()
+            continue
+        seen.add(real)
+        # What is no link comes first: it stands under its own name then.
+        linked = [name for name in sorted(dirs) if (Path(root) / name).is_symlink()]
+        dirs[:] = [name for name in sorted(dirs) if name not in linked] + linked
+        dirs[:] = [name for name in dirs if hidden or not name.startswith(".")]
+        found += [Path(root) / name for name in names if hidden or not name.startswith(".")]
+    return [file for file in found if file.is_file()]
 
 
 def overlap(one: str | Path, other: str | Path) -> bool:
@@ -43,9 +62,11 @@ def overlap(one: str | Path, other: str | Path) -> bool:
 def input_size(model: nn.Module, size: int | None = None) -> tuple[int, int, int]:
     """`(channels, height, width)` a model expects, with height and width replaced by `size` if given."""
     config = getattr(model, "pretrained_cfg", None) or {}
-    channels = next(
-        (m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), config.get("input_size", (3,))[0]
-    )
+    channels = config.get("input_size", (3,))[0]
+    if was_recorded(model):
+        channels = (source_of(model) or {}).get("args", {}).get("in_chans", channels)
+    else:  # not always the images' own: some models fold space into channels first
+        channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), channels)
     embed = getattr(getattr(model, "patch_embed", None), "img_size", None)
     height, width = config.get("input_size", (3, 224, 224))[1:]
     if embed is not None:
@@ -63,9 +84,9 @@ def open_pool(
             timm's dataset factory (see `zoo.streams`).
         model: says which preprocessing fits (timm's data configuration).
         size: height and width in pixels, in place of the model's own; arrays must have it.
-        labels: None, "folders" (a class per parent folder, alphabetical), or a class-map file with a folder
-            name per line in label order. Arrays and digits carry their own; tar files and named sets give their own
-            if anything is asked for.
+        labels: None, "folders" (a class per parent folder, in the order of timm: numbers in names count as such), or
+            a class-map file with a folder name per line in label order. Arrays and digits carry their own; named sets
+            give their own if anything is asked for.
 
     Raises:
         DataError: nothing there, no image, more than 10 % unreadable, or labels that do not fit.
@@ -77,7 +98,7 @@ def open_pool(
         return _factory(source, model, shape, labels)
     path = Path(source).expanduser()
     if path.is_file() and path.suffix in (".npz", ".npy"):
-        return _arrays(path, shape[0], size)
+        return _arrays(path, model, shape, size)
     if not path.is_dir():
         raise DataError(f"no folder of images at {source}; give a folder, an .npz or .npy file, or 'digits'")
     return _folder(path, model, shape, labels)
@@ -109,11 +130,12 @@ def _shifting(images: Tensor) -> Callable[[int, bool], Tensor]:
     return read
 
 
-def _arrays(path: Path, channels: int, size: int | None) -> Pool:
+def _arrays(path: Path, model: nn.Module, shape: tuple[int, int, int], size: int | None) -> Pool:
+    channels = shape[0]
     try:
         loaded = np.load(path, allow_pickle=False)
         images = loaded if isinstance(loaded, np.ndarray) else loaded["x"]
-        labels = None if isinstance(loaded, np.ndarray) or "y" not in loaded else loaded["y"].tolist()
+        labels = None if isinstance(loaded, np.ndarray) or "y" not in loaded else loaded["y"]
     except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{path} cannot be read as arrays ({error}); save preprocessed images as x (and labels as y)"
@@ -128,18 +150,35 @@ def _arrays(path: Path, channels: int, size: int | None) -> Pool:
             f"{path} holds images of {images.shape[2]} x {images.shape[3]}, which are preprocessed and stay as they "
             f"are; leave size={size} (data.size) out, or give a folder of images"
         )
-    if labels is not None and len(labels) != len(images):
-        raise DataError(f"{path}: y holds {len(labels)} labels for {len(images)} images")
-    return Pool(str(path), _shifting(torch.from_numpy(images).float()), list(map(str, range(len(images)))), labels)
+    height, width = images.shape[2:]
+    if size is None and getattr(model, "pretrained_cfg", None) and (height, width) != shape[1:]:
+        told = f"{path} holds images of {height} x {width}, and the model is for {shape[1]} x {shape[2]}"
+        if height == width:
+            raise DataError(
+                f"{told}, which costs are told of; give size={height} (data.size={height}), or other images"
+            )
+        logger.warning("%s: costs are told of the latter", told)
+    if labels is not None:
+        _check_labels(path, labels, len(images), getattr(model, "num_classes", None))
+        labels = labels.tolist()
+    read = _shifting(torch.from_numpy(images.astype(np.float32)))
+    return Pool(str(path), read, list(map(str, range(len(images)))), labels)
+
+
+def _check_labels(path: Path, labels: Any, images: int, classes: int | None) -> None:
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(
+            f"{path}: y is {labels.dtype} {labels.shape}; it must be whole numbers of classes (images,), -1 for none"
+        )
+    if len(labels) != images:
+        raise DataError(f"{path}: y holds {len(labels)} labels for {images} images")
+    if classes and images and int(labels.max()) >= classes:
+        raise DataError(f"{path}: y holds label {int(labels.max())}, and the model has {classes} classes, from 0")
 
 
 def _folder(folder: Path, model: nn.Module, shape: tuple[int, int, int], labels: str | Path | None) -> Pool:
-    files: list[Path] = []
+    files = sorted(_files(folder))
     bad: list[Path] = []
-    for root, dirs, names in os.walk(folder):
-        dirs[:] = sorted(d for d in dirs if not d.startswith("."))
-        files += [Path(root) / name for name in names if not name.startswith(".")]
-    files.sort()
     good: list[Path] = []
     for file in files:
         (good if _is_image(file) else bad).append(file)
@@ -169,7 +208,7 @@ def _transform(model: nn.Module, shape: tuple[int, int, int]) -> Callable[[Any, 
     keep = {key: config[key] for key in ("input_size", "mean", "std", "interpolation")}
     if shape[0] == 1:
         keep["mean"], keep["std"] = keep["mean"][:1], keep["std"][:1]
-    plain = create_transform(**keep, crop_pct=config["crop_pct"])
+    plain = create_transform(**keep, crop_pct=config["crop_pct"], crop_mode=config["crop_mode"])
     varied = _augmentation(shape, keep)
 
     def apply(image: Any, augment: bool) -> Tensor:
@@ -182,17 +221,28 @@ def _transform(model: nn.Module, shape: tuple[int, int, int]) -> Callable[[Any, 
 def _factory(
     source: str | Path, model: nn.Module, shape: tuple[int, int, int], labels: str | Path | None
 ) -> Pool | Stream:
-    """A source of timm's dataset factory; labels, if any are asked for, are its own."""
-    dataset = dataset_of(source, "L" if shape[0] == 1 else "RGB")
+    """A source of timm's dataset factory; labels are its own if asked for, a tar file's as those of folders."""
+    mode = "L" if shape[0] == 1 else "RGB"
+    dataset = dataset_of(source, mode)
     transform = _transform(model, shape)
+    tar = str(source).endswith(TARS)
+    if labels is not None and not tar and str(labels) not in ("folders", "own"):
+        raise DataError(
+            f"{source} has labels of its own, which no class map is for; give 'folders' or 'own' for labels"
+        )
     if streamed(source):
         return Stream(str(source), dataset, transform, labels is not None)
 
     def read(position: int, augment: bool) -> Tensor:
-        return transform(dataset[position][0], augment)
+        return transform(image_of(dataset, position, mode), augment)
 
     names = list(map(str, range(len(dataset))))
-    return Pool(str(source), read, names, None if labels is None else Targets(dataset))
+    targets = None if labels is None else Targets(dataset)
+    if targets is not None and tar and str(labels) != "own":
+        given: dict[str, int] = dataset.reader.class_name_to_idx
+        number = _numbers(sorted(given, key=natural_key), str(source), model, labels or "folders")
+        targets.renumbered = {place: number[name] for name, place in given.items()}
+    return Pool(str(source), read, names, targets)
 
 
 def _augmentation(shape: tuple[int, int, int], keep: dict[str, Any]) -> Callable[[Any], Tensor]:
@@ -223,7 +273,20 @@ def _is_image(file: Path) -> bool:
 def _labels(files: list[Path], folder: Path, model: nn.Module, labels: str | Path | None) -> list[int] | None:
     if labels is None:
         return None
-    present = sorted({file.parent.name for file in files})
+    present = sorted({file.parent.name for file in files}, key=natural_key)
+    number = _numbers(present, str(folder), model, labels)
+    return [number[file.parent.name] for file in files]
+
+
+def _numbers(present: list[str], source: str, model: nn.Module, labels: str | Path) -> dict[str, int]:
+    """The number of each class, by the name of its folder.
+
+    Args:
+        present: names of the folders there are, in order.
+        source: where.
+        model: says how many classes there are.
+        labels: "folders", or a class map.
+    """
     if str(labels) == "folders":
         classes, origin = present, "class folders"
     else:
@@ -240,5 +303,5 @@ def _labels(files: list[Path], folder: Path, model: nn.Module, labels: str | Pat
     number = {name: i for i, name in enumerate(classes)}
     strange = [name for name in present if name not in number]
     if strange:
-        raise DataError(f"{folder}: folder {strange[0]!r} is not in {origin}")
-    return [number[file.parent.name] for file in files]
+        raise DataError(f"{source}: folder {strange[0]!r} is not in {origin}")
+    return number

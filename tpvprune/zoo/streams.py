@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.data import create_dataset
 from torch import Tensor
 
@@ -31,6 +32,17 @@ def from_factory(source: str | Path) -> bool:
     if Path(text).expanduser().is_dir():
         return False
     return text.endswith(TARS) or text.partition("/")[0].lower() in (*INDEXED, *STREAMED)
+
+
+def local_root(source: str | Path) -> Path:
+    """The folder or file that a source is read from, as far as its name tells."""
+    text = str(source)
+    kind, _, rest = text.partition("@")[0].partition("/")
+    if from_factory(source) and kind.lower() == "wds":
+        return Path(rest).expanduser()
+    if from_factory(source) and kind.lower() == "torch":
+        return Path(rest.partition(":")[2] or ".").expanduser()
+    return Path(text).expanduser()
 
 
 def streamed(source: str | Path) -> bool:
@@ -82,18 +94,33 @@ def _whole(dataset: Any) -> Any:
     return dataset
 
 
+def image_of(dataset: Any, place: int, mode: str) -> Any:
+    """One image; where it cannot be read that is an error, and not another image."""
+    reader = getattr(dataset, "reader", None)
+    if reader is None:
+        return dataset[place][0]
+    with Image.open(reader[place][0]) as image:
+        return image.convert(mode)
+
+
 class Targets(Sequence[int]):
-    """Labels of a dataset that is read by index, looked up when they are asked for."""
+    """Labels of a dataset that is read by index, looked up when they are asked for.
+
+    Attributes:
+        renumbered: what is given in place of the dataset's own numbers.
+    """
 
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
+        self.renumbered: dict[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, place: Any) -> Any:
         reader = getattr(self._dataset, "reader", None)
-        return int((self._dataset if reader is None else reader)[place][1])
+        found = int((self._dataset if reader is None else reader)[place][1])
+        return found if self.renumbered is None else self.renumbered[found]
 
 
 class Stream:
