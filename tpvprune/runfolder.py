@@ -29,7 +29,7 @@ PRODUCTS = {
 }
 RECIPE, STATE = "recipe.yaml", "stages.json"
 PARTIAL = ".partial"  # in the names of what a stopped stage goes on from
-STATE_FORMAT = 3  # raised when a stage's result is no longer what an older version made
+STATE_FORMAT = 4  # raised when a stage's result is no longer what an older version made
 
 
 def stage_keys(recipe: Recipe, last: str) -> dict[str, str]:
