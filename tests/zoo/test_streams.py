@@ -107,6 +107,8 @@ def test_a_shard_that_changes_is_noticed(tmp_path: Path) -> None:
     source = f"wds/{tmp_path / 'shards'}@s-{{0..0}}.tar|5"
     before = source_state(source)
     assert source_state(source) == before
+    (tmp_path / "shards" / "another").write_bytes(b"no shard")
+    assert source_state(source) == before
     (tmp_path / "shards" / "s-0.tar").write_bytes(b"other")
     assert source_state(source) != before
 

@@ -21,15 +21,16 @@ from torchvision import transforms
 from tpvprune.errors import DataError
 from tpvprune.zoo.models import source_of, was_recorded
 from tpvprune.zoo.pool import BAD_SHARE, BROKEN, Pool
-from tpvprune.zoo.streams import TARS, Stream, Targets, dataset_of, from_factory, image_of, local_root, streamed
+from tpvprune.zoo.streams import TARS, Stream, Targets, dataset_of, from_factory, image_of, shards, streamed
 
 logger = logging.getLogger(__name__)
 
 
 def source_state(source: str | Path) -> str:
     """Changes whenever an image is added, removed or rewritten; looks at names, sizes and times only."""
-    path = local_root(source)
-    files = sorted(_files(path, hidden=True)) if path.is_dir() else [path] if path.is_file() else []
+    path, files = Path(source).expanduser(), shards(source)
+    if files is None:
+        files = sorted(_files(path, hidden=True)) if path.is_dir() else [path] if path.is_file() else []
     lines = [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

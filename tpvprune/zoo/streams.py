@@ -9,6 +9,7 @@ hfids/NAME@SPLIT, tfds/NAME@SPLIT   streams
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,14 @@ def from_factory(source: str | Path) -> bool:
     return text.endswith(TARS) or text.partition("/")[0].lower() in (*INDEXED, *STREAMED)
 
 
-def local_root(source: str | Path) -> Path:
-    """The folder or file that a source is read from, as far as its name tells."""
-    text = str(source)
-    kind, _, rest = text.partition("@")[0].partition("/")
-    if from_factory(source) and kind.lower() == "wds":
-        return Path(rest).expanduser()
-    if from_factory(source) and kind.lower() == "torch":
-        return Path(rest.partition(":")[2] or ".").expanduser()
-    return Path(text).expanduser()
+def shards(source: str | Path) -> list[Path] | None:
+    """The files of a webdataset that its name tells of; None for other sources."""
+    name, _, split = str(source).partition("@")
+    kind, _, root = name.partition("/")
+    if not from_factory(source) or kind.lower() != "wds":
+        return None
+    names = re.sub(r"\{[^}]*\}", "*", split.partition("|")[0])
+    return sorted(Path(root).expanduser().glob(names)) if names else []
 
 
 def streamed(source: str | Path) -> bool:
