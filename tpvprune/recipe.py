@@ -298,11 +298,9 @@ def _read_override(override: str) -> tuple[tuple[str, ...], Any]:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise RecipeError(f"override {override!r} is not key=value, as in budget.macs=0.4")
-    keys = tuple(key.strip().split("."))
-    if re.fullmatch(r"\s*\d+:\d+\s*", text):  # YAML 1.1 reads 2:4 as a number to base 60
-        return keys, text.strip()
+    sixty = re.fullmatch(r"\s*\d+:\d+\s*", text)  # YAML 1.1 reads 2:4 as a number to base 60
     try:
-        return keys, yaml.safe_load(text)
+        return tuple(key.strip().split(".")), text.strip() if sixty else yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"override {override!r}: the value is no YAML: {error}") from error
 

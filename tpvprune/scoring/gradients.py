@@ -188,6 +188,7 @@ class Captured:
         self._through = ThroughLayers(model)
         self._blind: list[str] = []
         self._ended = False
+        self._mixing = mixes_samples(model)
         for name, module in self.users:
             if not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
                 raise ModelError(
@@ -248,9 +249,8 @@ class Captured:
                 another one before it is used; or it runs without gradients, or has the samples in an order of its own.
         """
         self._ended = True
-        mixing = mixes_samples(self.model)
-        if mixing is not None and len(inputs) > 1:
-            raise mixed(mixing)
+        if self._mixing is not None and len(inputs) > 1:
+            raise mixed(self._mixing)
         idle = next((name for name in self.layers if not self.outputs[name]), None)
         if idle is not None:
             raise ModelError(f"the forward pass does not call {idle!r}; leave it out, or use engine='batched'")

@@ -162,7 +162,7 @@ def _arrays(path: Path, model: nn.Module, shape: tuple[int, int, int], size: int
     if labels is not None:
         _check_labels(path, labels, len(images), getattr(model, "num_classes", None))
         labels = labels.tolist()
-    read = _shifting(torch.from_numpy(images.astype(np.float32)))
+    read = _shifting(torch.from_numpy(images.astype(np.float32, copy=False)))
     return Pool(str(path), read, list(map(str, range(len(images)))), labels)
 
 
@@ -238,12 +238,12 @@ def _factory(
         return transform(image_of(dataset, position, mode), augment)
 
     names = list(map(str, range(len(dataset))))
-    targets = None if labels is None else Targets(dataset)
-    if targets is not None and tar and str(labels) != "own":
+    renumbered: dict[int, int] | None = None
+    if labels is not None and tar and str(labels) != "own":
         given: dict[str, int] = dataset.reader.class_name_to_idx
-        number = _numbers(sorted(given, key=natural_key), str(source), model, labels or "folders")
-        targets.renumbered = {place: number[name] for name, place in given.items()}
-    return Pool(str(source), read, names, targets)
+        number = _numbers(sorted(given, key=natural_key), str(source), model, labels)
+        renumbered = {place: number[name] for name, place in given.items()}
+    return Pool(str(source), read, names, None if labels is None else Targets(dataset, renumbered))
 
 
 def _augmentation(shape: tuple[int, int, int], keep: dict[str, Any]) -> Callable[[Any], Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +106,13 @@ def image_of(dataset: Any, place: int, mode: str) -> Any:
 class Targets(Sequence[int]):
     """Labels of a dataset that is read by index, looked up when they are asked for.
 
-    Attributes:
-        renumbered: what is given in place of the dataset's own numbers.
+    Args:
+        dataset: timm's.
+        renumbered: what is given in place of its own numbers.
     """
 
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
-        self.renumbered: dict[int, int] | None = None
+    def __init__(self, dataset: Any, renumbered: Mapping[int, int] | None = None) -> None:
+        self._dataset, self._renumbered = dataset, renumbered
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -120,7 +120,7 @@ class Targets(Sequence[int]):
     def __getitem__(self, place: Any) -> Any:
         reader = getattr(self._dataset, "reader", None)
         found = int((self._dataset if reader is None else reader)[place][1])
-        return found if self.renumbered is None else self.renumbered[found]
+        return found if self._renumbered is None else self._renumbered[found]
 
 
 class Stream:
