@@ -78,6 +78,7 @@ def no_reduction(model: nn.Module, batches: list[Tensor], graph: tp.Graph) -> No
     """What one probe costs without the products of activations and gradients."""
     tapped = Tapped(model, graph, "consume")
     tapped.sink.add = lambda *args: None  # type: ignore[method-assign]
+    tapped._told = True  # of layers whose products are not there
     for batch in batches:
         with tapped() as taps:
             output = taps.forward(batch)

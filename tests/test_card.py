@@ -34,6 +34,7 @@ def test_a_saved_folder_carries_a_card_with_its_sizes(tmp_path: Path) -> None:
     assert "# test_resnet, pruned" in card
     assert f"| multiply-adds | {plan.graph.macs():,} | {plan.macs:,} |" in card
     assert f"{plan.macs / plan.graph.macs():.1%} of the multiply-adds" in card
+    assert "Multiply-adds are those of one input of 1 x 32 x 32." in card
     for row in plan.summary():
         assert f"| {row['group']} | {row['kind']} | {row['units']:,} | {row['kept']:,} |" in card
     assert str(tmp_path) not in card

@@ -62,20 +62,7 @@ def test_a_file_of_another_format_is_not_replaced(run):
 
 
 def test_bench_says_what_it_measured(run):
-    words = [
-        "bench",
-        "small",
-        "--runtime",
-        "eager",
-        "--batch",
-        "1,2",
-        "--rounds",
-        "2",
-        "--threads",
-        "1",
-        "--size",
-        "32",
-    ]
+    words = ["bench", "small", "--runtime", "eager", "--batch", "1,2", "--rounds", "2", "--threads", "1"]
     before = torch.get_num_threads()
     code, told, _ = run(*words)
     assert code == 0
@@ -84,8 +71,9 @@ def test_bench_says_what_it_measured(run):
     plan = tp.plan.plan_of(tp.load("small"))
     assert ["macs", f"{plan.graph.macs():,}", f"{plan.macs:,}", f"{plan.macs / plan.graph.macs():.1%}"] in lines
     assert "of 2 passes in turns" in told
-    assert "1 thread(s), input 3x32x32" in told
+    assert "1 thread(s), input 3x32x32" in told  # what the plan was made for, not the 160 pixels of timm
     assert torch.get_num_threads() == before
+    assert "input 3x48x48" in run(*words, "--size", "48")[1]
     code, told, _ = run(*words, "--against", "small", "--json")
     assert code == 0
     found = json.loads(told)

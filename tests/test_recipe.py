@@ -213,6 +213,41 @@ def test_a_suite_takes_no_override():
         load_recipe("quickstart", ["budget.macs=0.4"])
 
 
+def listed(path: Path, *names: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"name: {path.stem}\nruns: [{', '.join(names)}]\n")
+    return path
+
+
+def test_recipes_of_a_list_are_looked_for_beside_it(tmp_path: Path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "mine.yaml").write_text(FULL)
+    outer = listed(tmp_path / "all.yaml", "deep/inner.yaml", "quickstart_vit")
+    listed(tmp_path / "deep" / "inner.yaml", "mine.yaml", "quickstart_cnn")
+    found = resolve(str(outer), (), Path("out"))
+    assert [(recipe.name, str(place)) for recipe, place in found] == [
+        (load_recipe(str(tmp_path / "deep" / "mine.yaml")).name, "out/inner/mine"),
+        ("quickstart_cnn", "out/inner/quickstart_cnn"),
+        ("quickstart_vit", "out/quickstart_vit"),
+    ]
+
+
+def test_a_list_of_recipes_that_leads_back_to_itself_is_refused(tmp_path: Path):
+    one = listed(tmp_path / "one.yaml", "two.yaml")
+    listed(tmp_path / "two.yaml", f"../{tmp_path.name}/one.yaml")
+    with pytest.raises(tp.RecipeError, match=r"two\.yaml lists .*one\.yaml, which lists"):
+        resolve(str(one), (), None)
+
+
+def test_recipes_of_a_list_do_not_share_a_folder(tmp_path: Path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.yaml").write_text(FULL)
+    both = listed(tmp_path / "both.yaml", "a/mine.yaml", "b/mine.yaml")
+    with pytest.raises(tp.RecipeError, match=r"two recipes of .* would write to out/mine"):
+        resolve(str(both), (), Path("out"))
+
+
 def test_a_missing_file_and_a_misspelt_name(tmp_path: Path):
     with pytest.raises(tp.RecipeError, match="cannot be read"):
         load_recipe(str(tmp_path / "none.yaml"))

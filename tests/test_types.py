@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 import tpvprune as tp
 from tests.helpers import NAMES, assert_same_state, built
+from tpvprune.members import _pack_index, _unpack_index
 from tpvprune.scores import SCORES_FORMAT
-from tpvprune.types import _pack_index, _unpack_index, fingerprint
+from tpvprune.types import fingerprint
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -45,7 +46,8 @@ def test_graph_round_trip(name: str, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"format": 0}, {"format": "1"}, {"groups": None}, {"shapes": []}, {"model_id": ...}]
+    "change",
+    [{"format": 0}, {"format": "1"}, {"groups": None}, {"shapes": []}, {"model_id": ...}, {"inputs": [[3, -1]]}],
 )
 def test_other_graph_formats_are_refused(mlp, change: dict[str, object]) -> None:
     data = mlp.graph.to_json() | change

@@ -120,9 +120,9 @@ def model_card(plan: Plan, source: Mapping[str, Any], report: Mapping[str, Any] 
     if report is None:
         sizes = {"params": (plan.graph.params(), plan.params), "macs": (plan.graph.macs(), plan.macs)}
         rows = [[_LABELS[key], figure("", dense), figure("", now)] for key, (dense, now) in sizes.items()]
-        lines += [*_table(["", "before", "pruned"], rows), ""]
+        lines += [*_table(["", "before", "pruned"], rows), "", _counted(plan), ""]
     else:
-        lines += [*_table(*numbers(report)), "", _measured(report), ""]
+        lines += [*_table(*numbers(report)), "", f"{_measured(report)} {_counted(plan)}".rstrip(), ""]
         heads = ["asked for", "as written", "at most", "got", "share of the dense model"]
         lines += ["## Budget", "", *_table(heads, bounds(report)), "", _drift(report), ""]
     skeleton = "" if "class" not in source else ", skeleton=make_model()"
@@ -147,6 +147,11 @@ def _measured(report: Mapping[str, Any]) -> str:
         f"Measured on {data['measured']:,} images, {scored_on(data['scored'])}. Milliseconds: "
         f"{environment['latency']}, {environment['device']}, {environment['threads']} thread(s)."
     )
+
+
+def _counted(plan: Plan) -> str:
+    shapes = " and ".join(" x ".join(map(str, shape)) for shape in plan.graph.inputs)
+    return f"Multiply-adds are those of one input of {shapes}." if shapes else ""
 
 
 def _drift(report: Mapping[str, Any]) -> str:

@@ -102,13 +102,19 @@ def _description(model: nn.Module, plan: Plan) -> dict[str, Any]:
     return {"class": f"{type(model).__module__}.{type(model).__qualname__}"}
 
 
+def image_shape(model: nn.Module) -> tuple[int, ...]:
+    """Shape of one input: of what the model's plan was traced on, or `(channels, height, width)` as timm says."""
+    plan = plan_of(model)
+    return plan.graph.inputs[0] if plan is not None and plan.graph.inputs else input_size(model)
+
+
 @torch.no_grad()
 def _rebuilds(model: nn.Module, plan: Plan, source: Mapping[str, Any]) -> bool:
     """Whether a guessed description gives this very function: arguments such as activations leave no shape behind."""
     twin = apply(build_source(source), plan)
     twin.load_state_dict(model.state_dict())
     weight = next(model.parameters())
-    inputs = torch.randn(2, *input_size(model), generator=torch.Generator().manual_seed(0))
+    inputs = torch.randn(2, *image_shape(model), generator=torch.Generator().manual_seed(0))
     inputs = inputs.to(weight.device, weight.dtype)
     with evaluation_mode(model, twin):
         mine, theirs = model(inputs), twin.to(weight.device, weight.dtype)(inputs)

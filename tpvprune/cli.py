@@ -18,7 +18,7 @@ from rich.logging import RichHandler
 
 from tpvprune.analysiscli import add_analysis_verbs
 from tpvprune.budget import BOUNDS
-from tpvprune.checkpoint import ABOUT, load
+from tpvprune.checkpoint import ABOUT, image_shape, load
 from tpvprune.comparecli import compare as compare_verb
 from tpvprune.console import bars, err, number, out, print_json, print_table
 from tpvprune.deploycli import add_deploy_verbs
@@ -47,7 +47,7 @@ from tpvprune.showing import finish
 from tpvprune.targets import flags, is_saved_model, resolve, resolve_model
 from tpvprune.timing import latencies
 from tpvprune.version import __version__
-from tpvprune.zoo.data import open_pool
+from tpvprune.zoo.data import input_size, open_pool
 
 SHARED = {"run", "prune", "trace", "score", "plan", "apply", "recover", "eval", "report"}
 """Verbs that several processes do together."""
@@ -228,7 +228,9 @@ def _evaluate(folder: Path, data: str | None, labels: str | None, as_json: bool)
     if data is None:
         raise InputError("--data is missing; give images to measure on")
     model = load(folder)
-    batches = open_pool(data, model, labels=labels).loader(64)
+    shape = image_shape(model)
+    size = shape[1] if shape != input_size(model) and shape[1:] == shape[1:2] * 2 else None
+    batches = open_pool(data, model, size=size, labels=labels).loader(64)
     with bars() as progress:
         metrics, images = compare({"model": model}, model, batches, progress=progress)
     first = next(iter(batches))[0][:8]

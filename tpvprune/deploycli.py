@@ -9,7 +9,7 @@ import torch
 import typer
 from torch import nn
 
-from tpvprune.checkpoint import load
+from tpvprune.checkpoint import image_shape, load
 from tpvprune.console import number, out, print_json, print_table
 from tpvprune.deploy.bench import DENSE, PRUNED, RUNTIMES, Bench, bench
 from tpvprune.deploy.export import SUFFIXES, TOLERANCE, Exported, Format, export
@@ -32,7 +32,7 @@ from tpvprune.options import (
 )
 from tpvprune.processes import launched
 from tpvprune.report import stored_report
-from tpvprune.runfolder import PRODUCTS, stored_recipe
+from tpvprune.runfolder import PRODUCTS
 from tpvprune.showing import finish, print_report
 from tpvprune.targets import flags, resolve
 from tpvprune.zoo.data import input_size
@@ -40,7 +40,7 @@ from tpvprune.zoo.models import build_source, create_model, source_of
 
 Folder = Annotated[Path, typer.Argument(help="A run's folder, or one that tpvprune.save wrote.", metavar="DIR")]
 Size = Annotated[
-    int | None, typer.Option(min=1, help="Height and width of the input in pixels; the run's, or the model's own.")
+    int | None, typer.Option(min=1, help="Height and width of the input in pixels; the plan's, or the model's own.")
 ]
 
 
@@ -103,7 +103,7 @@ def export_(
     if source_of(model) is not None:
         dense = build_source(source_of(model) or {})
     target = file or folder / "export" / f"model{SUFFIXES[kind]}"
-    example = torch.randn(2, *_shape(folder, model, size), generator=torch.Generator().manual_seed(0))
+    example = torch.randn(2, *_shape(model, size), generator=torch.Generator().manual_seed(0))
     told = export(model, target, example, format=kind, tolerance=tolerance, dense=dense)
     print_json(told.to_json()) if as_json else _print_export(told)
 
@@ -128,7 +128,7 @@ def bench_(
         raise InputError(f"--batch {batches} is no list of sizes; write it as 1,8") from error
     model = load(folder)
     dense = _dense_of(model, against)
-    shape = _shape(folder, model, size)
+    shape = _shape(model, size)
     where = _device(device)
     before = torch.get_num_threads()
     try:
@@ -146,11 +146,9 @@ def bench_(
     print_json(told.to_json()) if as_json else _print_bench(told)
 
 
-def _shape(folder: Path, model: nn.Module, size: int | None) -> tuple[int, int, int]:
-    """What one image is: as asked, as in the run, or as the model says."""
-    recipe = stored_recipe(folder)
-    in_run = recipe.data.size if recipe is not None and recipe.data is not None else None
-    return input_size(model, size or in_run)
+def _shape(model: nn.Module, size: int | None) -> tuple[int, ...]:
+    """What one image is: as asked, as the plan was made for, or as the model says."""
+    return input_size(model, size) if size else image_shape(model)
 
 
 def _dense_of(model: nn.Module, against: str | None) -> nn.Module:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -65,6 +67,15 @@ class Member:
     def width(self) -> int:
         """Entries each unit holds along `dim`."""
         return 1 if self.index is None else self.index.shape[1]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready form; `from_json` is its inverse."""
+        return {"param": self.param, "dim": self.dim, "role": self.role, "index": _pack_index(self.index)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Member:
+        """Rebuild a member from `to_json`."""
+        return cls(data["param"], _dim(data["dim"]), _unpack_index(data["index"]), data["role"])
 
 
 @dataclass(frozen=True)
@@ -130,3 +141,38 @@ class Group:
     def layers(self) -> tuple[str, ...]:
         """Names of the modules that any member belongs to, in order, without repeats."""
         return tuple(dict.fromkeys(m.layer for m in self.members))
+
+
+def _pack_index(index: Tensor | None) -> Any:
+    """None, `{"start", "shape"}` for a plain run, or `{"list", "shape"}`."""
+    if index is None:
+        return None
+    flat = index.flatten()
+    if torch.equal(flat, torch.arange(int(flat[0]), int(flat[0]) + flat.numel())):
+        return {"start": int(flat[0]), "shape": list(index.shape)}
+    return {"list": flat.tolist(), "shape": list(index.shape)}
+
+
+def _dim(written: Any) -> int | None:
+    return None if written is None else whole(written)
+
+
+def _unpack_index(packed: Any) -> Tensor | None:
+    if packed is None:
+        return None
+    shape = tuple(map(whole, packed["shape"]))
+    if "start" in packed:
+        start = whole(packed["start"])
+        return torch.arange(start, start + math.prod(shape)).reshape(shape)
+    return torch.tensor([whole(entry) for entry in packed["list"]], dtype=torch.int64).reshape(shape)
+
+
+def whole(number: Any) -> int:
+    """A whole number from a file, as it is.
+
+    Raises:
+        TypeError: it is none, or below zero.
+    """
+    if type(number) is not int or number < 0:
+        raise TypeError(f"{number!r} is no whole number")
+    return number

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from tpvprune.errors import PlanError
 from tpvprune.files import write_text
-from tpvprune.types import DAMAGED, Graph, check_format, read_json, whole
+from tpvprune.members import whole
+from tpvprune.types import DAMAGED, Graph, check_format, read_json
 
 PLAN_FORMAT = 2  # 1 had no weights, and masks over a weight graph among `keep`; it is read for ever
 _ATTRIBUTE = "_tpvprune_plan"

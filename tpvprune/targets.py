@@ -46,8 +46,16 @@ def _check_once(overrides: Sequence[str]) -> None:
         by_key[_key(override)] = override
 
 
-def resolve(target: str, overrides: Sequence[str], folder: Path | None) -> list[tuple[Recipe, Path]]:
+def resolve(
+    target: str, overrides: Sequence[str], folder: Path | None, inside: tuple[Path, ...] = ()
+) -> list[tuple[Recipe, Path]]:
     """The recipe (or several) a target stands for, and the folder each result goes to.
+
+    Args:
+        target: what is named.
+        overrides: `key=value`.
+        folder: where results go; a place under `runs` by default.
+        inside: the lists of recipes that name it.
 
     Raises:
         RecipeError: there is no such recipe, folder or model, or an override is wrong, or sets what another one does.
@@ -74,7 +82,18 @@ def resolve(target: str, overrides: Sequence[str], folder: Path | None) -> list[
     base = folder or Path("runs") / recipe.name
     if isinstance(recipe, Recipe):
         return [(recipe, base)]
-    return [pair for name in recipe.runs for pair in resolve(name, (), base / Path(name).stem)]
+    found = []
+    for name in recipe.runs:
+        beside = path.parent / name  # as a reader of the list takes it
+        one = beside if beside.is_file() else Path(name)
+        if one.resolve() in [above.resolve() for above in (*inside, path)]:
+            raise RecipeError(f"{target} lists {name}, which lists {target} in turn; take one of them out")
+        found += resolve(str(one), (), base / one.stem, (*inside, path))
+    folders = [place for _, place in found]
+    shared = next((place for place in folders if folders.count(place) > 1), None)
+    if shared is not None:
+        raise RecipeError(f"two recipes of {target} would write to {shared}; give their files different names")
+    return found
 
 
 def resolve_model(name: str, overrides: Sequence[str], folder: Path | None) -> list[tuple[Recipe, Path]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tpvprune.errors import PlanError
 from tpvprune.files import read_text, write_text
-from tpvprune.members import WORK, Group, Member, Opening
+from tpvprune.members import WORK, Group, Member, Opening, whole
 
 GRAPH_FORMAT = 1
 FEATURES = "feature_info"  # timm's list of what a model's stages give
@@ -47,6 +47,8 @@ class Graph:
         openings: of modules whose code writes out a width that a cut changes.
         told: where the model says how wide something is, timm's `feature_info` and the like: entries per unit of each
             group. A cut sets them anew.
+        inputs: shape of each tensor of the example that multiply-adds are counted for, without its first dimension;
+            empty where there was none, and in graphs of earlier versions.
     """
 
     groups: tuple[Group, ...]
@@ -58,6 +60,7 @@ class Graph:
     counts: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     openings: Mapping[str, tuple[Opening, ...]] = field(default_factory=dict)
     told: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    inputs: tuple[tuple[int, ...], ...] = ()
     _by_id: Mapping[str, Group] = field(init=False, repr=False)
     _within: Mapping[str, tuple[str, ...]] = field(init=False, repr=False)
 
@@ -192,10 +195,7 @@ class Graph:
                     "units": g.units,
                     "exact_mask": g.exact_mask,
                     "signature": g.signature,
-                    "members": [
-                        {"param": m.param, "dim": m.dim, "role": m.role, "index": _pack_index(m.index)}
-                        for m in g.members
-                    ],
+                    "members": [m.to_json() for m in g.members],
                 }
                 for g in self.groups
             ],
@@ -203,15 +203,16 @@ class Graph:
             "reuse": dict(self.reuse),
             "skipped": dict(self.skipped),
             "itemsize": dict(self.itemsize),
-            **self._adapted(),
+            **self._optional(),
         }
 
-    def _adapted(self) -> dict[str, Any]:
-        """What a cut sets anew besides tensors, where there is any."""
+    def _optional(self) -> dict[str, Any]:
+        """The example's shapes, and what a cut sets anew besides tensors; where there is any."""
         found = {
             "counts": {name: list(what) for name, what in self.counts.items()},
             "openings": {name: [asdict(opening) for opening in all_of] for name, all_of in self.openings.items()},
             "told": {name: dict(groups) for name, groups in self.told.items()},
+            "inputs": [list(shape) for shape in self.inputs],
         }
         return {key: value for key, value in found.items() if value}
 
@@ -231,9 +232,7 @@ class Graph:
                     units=whole(g["units"]),
                     exact_mask=bool(g["exact_mask"]),
                     signature=g["signature"],
-                    members=tuple(
-                        Member(m["param"], _dim(m["dim"]), _unpack_index(m["index"]), m["role"]) for m in g["members"]
-                    ),
+                    members=tuple(map(Member.from_json, g["members"])),
                 )
                 for g in data["groups"]
             )
@@ -246,6 +245,7 @@ class Graph:
                 itemsize={name: whole(size) for name, size in data.get("itemsize", {}).items()},
                 counts={name: (str(group), whole(each)) for name, (group, each) in data.get("counts", {}).items()},
                 told={n: {g: whole(k) for g, k in groups.items()} for n, groups in data.get("told", {}).items()},
+                inputs=tuple(tuple(map(whole, shape)) for shape in data.get("inputs", [])),
                 openings={n: tuple(map(_opening, all_of)) for n, all_of in data.get("openings", {}).items()},
             )
         except PlanError:
@@ -278,41 +278,6 @@ def _groups_within(groups: Iterable[Group]) -> dict[str, tuple[str, ...]]:
 def _opening(data: Mapping[str, Any]) -> Opening:
     given = data.get("given")
     return Opening(data["method"], data["call"], whole(data["size"]), given and (whole(given[0]), whole(given[1])))
-
-
-def _pack_index(index: Tensor | None) -> Any:
-    """None, `{"start", "shape"}` for a plain run, or `{"list", "shape"}`."""
-    if index is None:
-        return None
-    flat = index.flatten()
-    if torch.equal(flat, torch.arange(int(flat[0]), int(flat[0]) + flat.numel())):
-        return {"start": int(flat[0]), "shape": list(index.shape)}
-    return {"list": flat.tolist(), "shape": list(index.shape)}
-
-
-def _dim(written: Any) -> int | None:
-    return None if written is None else whole(written)
-
-
-def _unpack_index(packed: Any) -> Tensor | None:
-    if packed is None:
-        return None
-    shape = tuple(map(whole, packed["shape"]))
-    if "start" in packed:
-        start = whole(packed["start"])
-        return torch.arange(start, start + math.prod(shape)).reshape(shape)
-    return torch.tensor([whole(entry) for entry in packed["list"]], dtype=torch.int64).reshape(shape)
-
-
-def whole(number: Any) -> int:
-    """A whole number from a file, as it is.
-
-    Raises:
-        TypeError: it is none, or below zero.
-    """
-    if type(number) is not int or number < 0:
-        raise TypeError(f"{number!r} is no whole number")
-    return number
 
 
 def fingerprint(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> str:

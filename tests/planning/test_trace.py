@@ -157,6 +157,7 @@ def test_examples_may_be_several_arguments(as_dict: bool) -> None:
     graph = tp.trace(TwoInputs(), {"x": x, "y": y} if as_dict else (x, y))
     assert [g.id for g in graph.groups] == ["a"]
     assert {m.param for m in graph["a"].of_role("produce")} == {"a.weight", "a.bias", "b.weight", "b.bias"}
+    assert tp.Graph.from_json(graph.to_json()).inputs == graph.inputs == ((4,), (5,))
 
 
 class Unused(nn.Module):

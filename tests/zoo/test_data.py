@@ -188,6 +188,11 @@ def test_channels_are_those_of_images_where_a_model_folds_space_first() -> None:
     assert input_size(timm.create_model("test_resnet", in_chans=5))[0] == 5
 
 
+def test_images_have_the_channels_of_a_model_or_are_given_as_arrays(folder: Path) -> None:
+    with pytest.raises(tp.DataError, match=r"reads 4 channels.*\.npz"):
+        open_pool(folder, timm.create_model("test_resnet", in_chans=4))
+
+
 @pytest.mark.parametrize("bad", ["grey", "integers", "pickled", "text", "unnamed"])
 def test_bad_arrays_are_refused(tmp_path: Path, model: nn.Module, bad: str) -> None:
     path = tmp_path / "x.npz"

@@ -54,6 +54,7 @@ class Usage:
 
     Attributes:
         order: the number of each module's first call.
+        inputs: shape of each tensor that the model is called on, without its first dimension.
         total: all multiply-adds per example.
         spent: multiply-adds per example from the start to the end of each module's calls.
 
@@ -64,10 +65,11 @@ class Usage:
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.order: dict[str, int] = {}
         self.spent: dict[str, int] = {}
-        first = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
-        if first is None or first.ndim == 0 or first.shape[0] == 0:
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        if not tensors or tensors[0].ndim == 0 or tensors[0].shape[0] == 0:
             raise ModelError("the example input holds no tensor with a batch dimension")
-        self.batch = first.shape[0]
+        self.batch = tensors[0].shape[0]
+        self.inputs = tuple(tuple(tensor.shape[1:]) for tensor in tensors)
         counter = FlopCounterMode(display=False)
         named = [(n, m) for n, m in model.named_modules() if n]
         handles = [m.register_forward_hook(self._hook(n)) for n, m in named]

@@ -81,7 +81,7 @@ class Traced:
         if other:
             shapes[REST], itemsize[REST] = (), other
         openings = {key: all_of for key, all_of in self.policy.openings.items() if key not in self.policy.sealed}
-        adapted = dict(self.counts), openings, dict(self.told)
+        adapted = dict(self.counts), openings, dict(self.told), self.usage.inputs
         return Graph(tuple(self.groups), shapes, reuse, name, dict(self.skipped), itemsize, *adapted)
 
     def restrict(self, carried: Plan) -> None:

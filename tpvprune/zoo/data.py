@@ -205,6 +205,11 @@ def _folder(folder: Path, model: nn.Module, shape: tuple[int, int, int], labels:
 
 def _transform(model: nn.Module, shape: tuple[int, int, int]) -> Callable[[Any, bool], Tensor]:
     """From an image to what the model reads, varied or plain."""
+    if shape[0] not in (1, 3):
+        raise DataError(
+            f"the model reads {shape[0]} channels, and images are read as gray or in colours; save preprocessed "
+            "images as x in an .npz file, (images, channels, height, width)"
+        )
     config = resolve_data_config({"input_size": shape}, model=model)
     keep = {key: config[key] for key in ("input_size", "mean", "std", "interpolation")}
     if shape[0] == 1:
