@@ -21,7 +21,7 @@ import torch
 import tpvprune as tp
 from tpvprune.planning.optimism import drift_on
 from tpvprune.refits import Refits
-from tpvprune.report import compare
+from tpvprune.report import Answers, compare
 from tpvprune.zoo.data import open_pool
 from tpvprune.zoo.models import create_model
 
@@ -65,7 +65,7 @@ def main() -> None:
                 budget = tp.Budget(macs=macs, round_to=args.round_to)
                 plan = tp.allocate(scores, graph, budget, cross_validated=not args.refit)
                 if held is None:
-                    refits = Refits(model, batches, None, None, None)
+                    refits = Refits(Answers(model), batches, None, None)
                     small = {"now": refits(plan)}
                     on = [compare(small, model, images)[0]["now"]["kl"] for images in (batches, others_of)]
                     rows.append((on[0], refits.drift(plan), on[1]))

@@ -8,6 +8,7 @@ from torch import nn
 
 import tpvprune as tp
 from tests.helpers import built, outputs
+from tpvprune import report as reporting
 from tpvprune.report import compare, environment
 from tpvprune.timing import latencies
 
@@ -83,3 +84,27 @@ def test_a_report_is_json_ready() -> None:
     data = result.report.to_json()
     assert data["before"]["params"] == built("mlp").graph.params()
     assert set(data) == set(tp.Report.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("room", [1 << 20, 5 * 8 * 8])
+def test_kept_answers_change_nothing_and_spare_the_dense_model_a_pass(monkeypatch, room: int) -> None:
+    monkeypatch.setattr(reporting, "KEPT", room)
+    torch.manual_seed(0)
+    dense, models = nn.Linear(6, 8).double().eval(), [nn.Linear(6, 8).double().eval() for _ in range(3)]
+    batches = [torch.randn(5, 6).double() for _ in range(4)]
+    passes = list[int]()
+    dense.register_forward_hook(lambda *_: passes.append(1))
+    kept = reporting.Answers(dense)
+    for turn, model in enumerate(models):
+        order = batches[turn:] + batches[:turn]  # a loader may shuffle
+        found = compare({"now": model}, dense, order, kept=kept)
+        told = len(passes)
+        assert found == compare({"now": model}, dense, order)
+        del passes[told:]
+    assert len(passes) == (4 if room > 5 * 8 * 8 else 4 + 2 * 3)  # all are kept, or one of four
+
+
+def test_equal_numbers_of_another_kind_or_shape_are_other_inputs() -> None:
+    kept, ones = reporting.Answers(nn.Identity()), torch.ones(4, 2)
+    for other in (ones, ones.double(), ones.reshape(8, 1)):
+        assert (kept(other).dtype, kept(other).shape) == (other.dtype, other.shape)

@@ -17,7 +17,7 @@ from tests.helpers import assert_same_state, built, gap, outputs
 from tpvprune import schedule, stepping
 from tpvprune.plan import drift_of, plan_of
 from tpvprune.refits import Refits
-from tpvprune.report import compare
+from tpvprune.report import Answers, compare
 from tpvprune.stepping import drift_told
 
 NETS = ("mlp", "conv_bn", "residual", "vit", "grouped")
@@ -364,11 +364,11 @@ def test_samples_are_read_once_for_both_halves() -> None:
 
     b, data, order = built("mlp"), batches("mlp", 4), Shuffled()
     plan = tp.allocate(tp.score(b.model, data, b.graph), b.graph, tp.Budget(macs=0.7, round_to=1))
-    found = Refits(b.model, order, None, None, None).drift(plan)
+    found = Refits(Answers(b.model), order, None, None).drift(plan)
     assert order.passes == 1
     every = torch.cat(data)[torch.randperm(len(torch.cat(data)), generator=torch.Generator().manual_seed(1))]
-    assert found == pytest.approx(Refits(b.model, [every], None, None, None).drift(plan), rel=1e-9)
-    assert Refits(b.model, [every[:1]], None, None, None).drift(plan) is None
+    assert found == pytest.approx(Refits(Answers(b.model), [every], None, None).drift(plan), rel=1e-9)
+    assert Refits(Answers(b.model), [every[:1]], None, None).drift(plan) is None
 
 
 @pytest.mark.parametrize("steps", [2, 3])

@@ -38,6 +38,13 @@ def entries_digest(before: str, shape: tuple[int, ...], entries: Tensor) -> str:
     return hashlib.sha256(before.encode() + str(shape).encode() + data).hexdigest()
 
 
+def tensor_digest(value: Tensor) -> str:
+    """A fingerprint of all entries of a tensor, of its kind and shape."""
+    found = hashlib.sha256(f"{value.dtype} {tuple(value.shape)};".encode())
+    found.update(_flat(value).data)
+    return found.hexdigest()
+
+
 def raw_bytes(value: Tensor) -> bytes:
     """All entries of a tensor as they lie in memory, whatever their kind."""
     return _flat(value).tobytes()

@@ -8,10 +8,10 @@ from functools import partial
 
 from torch import nn
 
-from tpvprune.batches import Batch, Progress, Selector, inputs_of
+from tpvprune.batches import Batch, Progress, inputs_of
 from tpvprune.plan import Plan
 from tpvprune.recovery.reconstruct import Reconstruct, reconstruct
-from tpvprune.report import compare
+from tpvprune.report import Answers, compare
 from tpvprune.surgery.removal import apply, refitted
 
 
@@ -22,22 +22,20 @@ class Refits:
     A refit of a refit moves away from them, and ends up no better.
 
     Attributes:
-        model: the dense model.
+        dense: what the dense model answers.
         batches: unlabeled.
         settings: of the closed form.
-        output: which part of what the model returns counts.
         progress: called as `progress(stage, done, total)`.
     """
 
-    model: nn.Module
+    dense: Answers
     batches: Iterable[Batch]
     settings: Reconstruct | None
-    output: Selector
     progress: Progress | None
 
     def __call__(self, plan: Plan) -> nn.Module:
         """What a plan leaves, refitted on all batches."""
-        return self._refitted(apply(self.model, plan), plan, self.batches)
+        return self._refitted(apply(self.dense.model, plan), plan, self.batches)
 
     def drift(self, plan: Plan) -> float | None:
         """KL in nats to the dense model, of refits on each half of the samples, on the other half.
@@ -53,10 +51,17 @@ class Refits:
         halves = [[part for inputs in held if len(part := inputs[number::2])] for number in (0, 1)]
         if not all(halves):
             return None
-        cut, total, samples = apply(self.model, plan), 0.0, 0
+        cut, total, samples = apply(self.dense.model, plan), 0.0, 0
         for mine, other in (halves, halves[::-1]):
             small = self._refitted(cut, plan, mine)
-            metrics, count = compare({"now": small}, self.model, other, output=self.output, progress=self.progress)
+            metrics, count = compare(
+                {"now": small},
+                self.dense.model,
+                other,
+                output=self.dense.output,
+                kept=self.dense,
+                progress=self.progress,
+            )
             if "kl" not in metrics["now"]:
                 return None
             total, samples = total + metrics["now"]["kl"] * count, samples + count
@@ -64,6 +69,6 @@ class Refits:
 
     def _refitted(self, cut: nn.Module, plan: Plan, batches: Iterable[Batch]) -> nn.Module:
         refit = partial(
-            reconstruct, batches=batches, teacher=self.model, settings=self.settings, progress=self.progress
+            reconstruct, batches=batches, teacher=self.dense.model, settings=self.settings, progress=self.progress
         )
-        return refitted(cut, self.model, plan, refit)
+        return refitted(cut, self.dense.model, plan, refit)

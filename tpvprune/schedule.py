@@ -38,7 +38,7 @@ from tpvprune.planning.widths import check_reachable, costs_of, widths_of
 from tpvprune.processes import from_first, of_all, process
 from tpvprune.recovery.reconstruct import Reconstruct
 from tpvprune.refits import Refits
-from tpvprune.report import compare
+from tpvprune.report import Answers, compare
 from tpvprune.scores import Scores
 from tpvprune.scoring.criteria import Criterion, name_of, score
 from tpvprune.scoring.losses import JBR
@@ -174,8 +174,9 @@ def plan_for(
     if planning.refit and refit_batches is None and process()[1] > 1:
         raise BudgetError("refit=True under several processes: give refit_batches, the same in all of them")
     source = batches if refit_batches is None else refit_batches
-    refit = Refits(model, source, refit_with, getattr(criterion, "output", None), progress) if planning.refit else None
-    on_scored = partial(_measured, model=model, batches=batches, criterion=criterion, progress=progress)
+    answers = Answers(model, getattr(criterion, "output", None))
+    refit = Refits(answers, source, refit_with, progress) if planning.refit else None
+    on_scored = partial(_measured, answers=answers, batches=batches, progress=progress)
 
     def measure(plan: Plan, cut: nn.Module) -> float:
         """KL in nats to the dense model, refitted if asked for."""
@@ -252,14 +253,13 @@ def _measurable(model: nn.Module, batches: Iterable[Batch], criterion: Criterion
     return bool(told) and all(told)
 
 
-def _measured(
-    small: nn.Module, model: nn.Module, batches: Iterable[Batch], criterion: Criterion, progress: Progress | None
-) -> float:
+def _measured(small: nn.Module, answers: Answers, batches: Iterable[Batch], progress: Progress | None) -> float:
     """KL to the dense model on the batches of all processes."""
     metrics, samples = {"now": {"kl": 0.0}}, 0
     if process()[1] == 1 or next(iter(batches), None) is not None:
-        output = getattr(criterion, "output", None)
-        metrics, samples = compare({"now": small}, model, batches, output=output, progress=progress)
+        metrics, samples = compare(
+            {"now": small}, answers.model, batches, output=answers.output, kept=answers, progress=progress
+        )
     found = of_all((metrics["now"].get("kl"), samples))
     told = [(kl, count) for kl, count in found if kl is not None]
     if len(told) < len(found):
