@@ -259,6 +259,16 @@ def test_unreadable_images_are_skipped_and_counted(place, run):
     assert json.loads(told)["data"]["skipped"] == 2
 
 
+def test_unreadable_images_of_two_folders_are_counted_for_each(place, run):
+    make_images(place / "others", 12)
+    for folder in ("images", "others"):
+        (place / folder / "class0" / "000.png").write_bytes(b"no image")
+    words = prune_words("--macs", "0.6", "recover.finetune=null", "eval.images=others", "--json")
+    code, told, _ = run(*words)
+    assert code == 0
+    assert json.loads(told)["data"]["skipped"] == 2
+
+
 def bad_checkpoints(place: Path, weights: dict[str, torch.Tensor]) -> None:
     rng = np.random.default_rng(1)
     (place / "corrupt.safetensors").write_bytes(rng.bytes(500))

@@ -320,6 +320,7 @@ class Run:
         recovered = bool(state["recover"]["told"]["steps"])
         changed = self.inputs.changed("recovered" if recovered else "pruned")
         scored = max(state[stage]["told"].get("images", 0) for stage in ("score", "plan"))
+        sources = {id(pool.skipped): pool.skipped for pool in (self.inputs.images.scored, measured)}
         report = reporting.build(
             dense=self.inputs.dense,
             pruned=load(self.folder / "pruned").to(self.inputs.device),
@@ -333,7 +334,7 @@ class Run:
             seconds={stage: state[stage]["seconds"] for stage in STAGES if stage in state},
             data={
                 "scored": scored,
-                "skipped": len(self.inputs.images.scored.skipped | self.inputs.images.measured.skipped),
+                "skipped": sum(map(len, sources.values())),
                 "measured_on": f"{self.inputs.images.measured.name}, images the scorer did not see",
                 **{k: v for k, v in state["recover"]["told"].items() if k.endswith("_images") or k == "left_out"},
             },

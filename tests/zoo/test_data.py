@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, features
 from timm.data import create_transform, resolve_data_config
 from torch import nn
 
@@ -99,6 +99,31 @@ def test_images_that_break_later_are_left_out_of_their_batch(folder: Path, model
     batches = list(pool.loader(4))
     assert [len(x) for x, _ in batches] == [3, 4, 2]
     assert len(pool.skipped) == 1
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
+@pytest.mark.parametrize("when", ["opened", "decoded"])
+def test_damaged_avif_files_are_skipped(folder: Path, model: nn.Module, when: str) -> None:
+    file = folder / "cat" / "11.avif"
+    picture(file, 90)
+    whole = file.read_bytes()
+    for place in range(8, len(whole)):  # a byte that the decoder stumbles over, when it is asked for that
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+        stage = "opened"
+        try:
+            with Image.open(file) as image:
+                stage = "decoded"
+                image.load()
+        except RuntimeError:
+            if stage == when:
+                break
+        except (OSError, SyntaxError, ValueError):
+            continue
+    else:
+        pytest.fail("no byte does it")
+    pool = open_pool(folder, model)
+    assert sum(len(x) for x, _ in pool.loader(4)) == 10
+    assert list(pool.skipped) == ["cat/11.avif"]
 
 
 def test_loaders_can_be_read_again_and_shuffle_by_seed(folder: Path, model: nn.Module) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from timm.utils.misc import natural_key
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from torchvision import transforms
 
 from tpvprune.errors import DataError
 from tpvprune.zoo.models import source_of, was_recorded
-from tpvprune.zoo.pool import BAD_SHARE, BROKEN, Pool
+from tpvprune.zoo.pool import BAD_SHARE, BROKEN, Pool, decoded, opened
 from tpvprune.zoo.streams import TARS, Stream, Targets, dataset_of, from_factory, image_of, shards, streamed
 
 logger = logging.getLogger(__name__)
@@ -195,8 +194,7 @@ def _folder(folder: Path, model: nn.Module, shape: tuple[int, int, int], labels:
     transform = _transform(model, shape)
 
     def read(position: int, augment: bool) -> Tensor:
-        with Image.open(good[position]) as image:
-            return transform(image.convert("L" if shape[0] == 1 else "RGB"), augment)
+        return transform(decoded(good[position], "L" if shape[0] == 1 else "RGB"), augment)
 
     names = [str(file.relative_to(folder)) for file in good]
     skipped = {str(file.relative_to(folder)): "no image" for file in bad}
@@ -270,7 +268,7 @@ def _augmentation(shape: tuple[int, int, int], keep: dict[str, Any]) -> Callable
 
 def _is_image(file: Path) -> bool:
     try:
-        with Image.open(file):
+        with opened(file):
             return True
     except BROKEN:
         return False

@@ -10,6 +10,7 @@ import copy
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +25,26 @@ from tpvprune.errors import DataError
 logger = logging.getLogger(__name__)
 BAD_SHARE = 0.1
 BROKEN = (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+
+@contextmanager
+def opened(file: Any) -> Iterator[Image.Image]:
+    """An image file.
+
+    Raises:
+        OSError: or another of `BROKEN`: it cannot be read, or, inside, decoded.
+    """
+    try:
+        with Image.open(file) as image:
+            yield image
+    except RuntimeError as error:  # of the decoder of AVIF
+        raise OSError(str(error)) from error
+
+
+def decoded(file: Any, mode: str) -> Image.Image:
+    """The picture in a file, its channels as asked; raises what `opened` does."""
+    with opened(file) as image:
+        return image.convert(mode)
 
 
 @dataclass(frozen=True)

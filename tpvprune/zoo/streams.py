@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from timm.data import create_dataset
 from torch import Tensor
 
 from tpvprune.errors import DataError
+from tpvprune.zoo.pool import decoded
 
 INDEXED, STREAMED = ("hfds", "torch"), ("wds", "hfids", "tfds")
 TARS = (".tar", ".tgz", ".tar.gz")
@@ -99,8 +99,7 @@ def image_of(dataset: Any, place: int, mode: str) -> Any:
     reader = getattr(dataset, "reader", None)
     if reader is None:
         return dataset[place][0]
-    with Image.open(reader[place][0]) as image:
-        return image.convert(mode)
+    return decoded(reader[place][0], mode)
 
 
 class Targets(Sequence[int]):
