@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import tpvprune as tp
 from tests.helpers import built, outputs
@@ -80,6 +82,39 @@ def test_a_stopped_comparison_goes_on_and_other_settings_begin_anew(tmp_path: Pa
     assert "score" not in seen
     compared(save=file, budget=tp.Budget(macs=0.5, round_to=1), progress=watch)
     assert "eval" in seen
+
+
+class Both(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 4), nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        z = self.body(x).relu()
+        return {"a": self.a(z), "b": 3 * self.b(z)}
+
+
+def test_points_of_another_output_or_criterion_are_not_taken_for_these(tmp_path: Path) -> None:
+    model, file = Both().double().eval(), tmp_path / "c.json"
+    inputs = torch.randn(20, 6, generator=torch.Generator().manual_seed(1)).double()
+    graph = tp.trace(model, inputs[:1])
+    other = Both().double().eval()
+    with torch.no_grad():
+        other.body.weight.mul_(2)
+
+    def points(output: str, reference: nn.Module, **save: Any) -> tp.Comparison:
+        criteria = {"tpv": tp.TPV(output=output, reference=reference)}
+        return tp.compare_criteria(model, [inputs], graph, criteria, [inputs], shares=[0.5], output=output, **save)
+
+    def curves(output: str, **save: Any) -> tp.SensitivityCurves:
+        return tp.sensitivity(model, [inputs], graph, held_out=[inputs], output=output, **save)
+
+    for way in (("a", model), ("b", model), ("b", other)):
+        assert points(*way, save=file) == points(*way)
+    assert points("a", model).points != points("b", model).points != points("b", other).points
+    for output in "ab":
+        assert curves(output, save=tmp_path / "s.json") == curves(output)
 
 
 def test_mistakes_are_said() -> None:

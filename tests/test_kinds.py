@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import tpvprune as tp
-from tpvprune.kinds import check_kinds
+from tests.helpers import assert_same_state
+from tpvprune.kinds import as_verb
 
 
 def network() -> nn.Module:
@@ -122,7 +124,7 @@ def test_verbs_keep_their_names_and_signatures() -> None:
 
 
 def test_only_classes_are_asked_for() -> None:
-    @check_kinds
+    @as_verb
     def verb(a: tp.Plan | None, b: str | tp.Plan, c: int, d: tp.scoring.criteria.Criterion) -> None:
         pass
 
@@ -161,3 +163,31 @@ def test_scores_and_what_is_pruned_are_printed_in_a_line() -> None:
     assert repr(scores.sensitivities) == f"Sensitivities(6 units, 4 samples, {len(scores.sensitivities.rows)} rows)"
     pruned = tp.prune(MODEL, [BATCH], BUDGET)
     assert repr(pruned) == f"Pruned(Sequential, {pruned.plan!r})"
+
+
+MODES = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_the_caller_has_switched_off_changes_nothing(mode: str) -> None:
+    def work() -> tuple[tp.Pruned, nn.Module, nn.Module]:
+        pruned = tp.prune(MODEL, [BATCH], BUDGET, finetune_with=tp.Finetune(epochs=1, lr=0.01))
+        return pruned, tp.refine(pruned.model, [BATCH], MODEL), tp.fold_means(pruned.model, [BATCH], MODEL)
+
+    wanted = work()
+    with MODES[mode]():
+        found = work()
+        assert not torch.is_grad_enabled()
+    assert found[0].plan.to_json() == wanted[0].plan.to_json()
+    for one, other in zip((found[0].model, *found[1:]), (wanted[0].model, *wanted[1:]), strict=True):
+        assert_same_state(one.state_dict(), other.state_dict())
+    found[0].model(BATCH).sum().backward()  # what comes out can be trained
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_folder_that_is_loaded_where_gradients_are_off_can_be_trained(mode: str, tmp_path: Path) -> None:
+    tp.save(tp.apply(MODEL, PLAN), tmp_path)
+    with MODES[mode]():
+        small = tp.load(tmp_path, skeleton=network())
+    small(BATCH).sum().backward()
+    assert all(parameter.grad is not None for parameter in small.parameters())

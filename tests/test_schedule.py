@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -411,12 +412,45 @@ def test_a_drift_that_is_measured_above_the_bound_is_refused_and_what_was_scored
     assert again.diff(whole) == {}
 
 
-def test_a_finished_plan_that_breaks_another_bound_is_refused(tmp_path: Path) -> None:
-    b, data, save = built("residual"), batches("residual"), tmp_path / "plan.json"
-    planning = tp.Planning(steps=2)
-    tp.plan_for(b.model, data, b.graph, tp.Budget(macs=0.8, round_to=1), planning=planning, save=save)
-    with pytest.raises(tp.BudgetError, match=r"macs=0\.5 in 2 steps: .* macs [\d,]+ \(7\d\.\d%\)"):
-        tp.plan_for(b.model, data, b.graph, tp.Budget(macs=0.5, round_to=1), planning=planning, save=save)
+def shuffled(data: list[torch.Tensor]) -> list[torch.Tensor]:
+    every = torch.cat(data)
+    return list(every[torch.randperm(len(every), generator=torch.Generator().manual_seed(5))].split(5))
+
+
+def other_weights(model: torch.nn.Module) -> torch.nn.Module:
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.5)
+    return model
+
+
+BLOCK = built("residual")
+BEGUN: dict[str, dict[str, Any]] = {  # what is changed of a plan's arguments, and how that is told
+    "another budget": {"budget": tp.Budget(macs=0.5, round_to=1)},
+    "another criterion": {"criterion": tp.TPV(seed=7)},
+    "another way of planning": {"planning": tp.Planning(steps=3)},
+    "other weights": {"model": other_weights(BLOCK.model)},
+    "other images": {"batches": batches("residual")[:1]},
+    "another graph": {"graph": dataclasses.replace(BLOCK.graph, groups=BLOCK.graph.groups[:-1])},
+    "other scores": {"scores": tp.score(BLOCK.model, batches("residual"), BLOCK.graph, tp.L1())},
+}
+
+
+@pytest.mark.parametrize("differs", BEGUN)
+def test_a_state_is_gone_on_with_for_the_same_plan_alone(differs: str, tmp_path: Path) -> None:
+    data, save = batches("residual"), tmp_path / "plan.json"
+    given: dict[str, Any] = {"model": BLOCK.model, "batches": data, "graph": BLOCK.graph}
+    given |= {"budget": tp.Budget(macs=0.8, round_to=1), "planning": tp.Planning(steps=2)}
+    given["scores"] = tp.score(BLOCK.model, data, BLOCK.graph)
+    whole = tp.plan_for(**given, save=save)
+    same: list[dict[str, Any]] = [{}, {"batches": shuffled(data)}, {"scores": None}]
+    for change in same:
+        assert tp.plan_for(**(given | change), save=save).to_json() == whole.to_json()
+    before = save.read_bytes()
+    told = rf"plan\.json holds a plan that was begun with .*{differs}.*; give another file, delete it"
+    with pytest.raises(tp.PlanError, match=told):
+        tp.plan_for(**(given | BEGUN[differs]), save=save)
+    assert save.read_bytes() == before
 
 
 @pytest.mark.parametrize("stop", [1, 2])

@@ -27,7 +27,7 @@ from tpvprune.batches import evaluation_mode
 from tpvprune.card import write_card, write_config
 from tpvprune.errors import CheckpointError, ModelError, PlanError
 from tpvprune.files import write_bytes, write_text
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.plan import Plan, attach, plan_of
 from tpvprune.statedicts import fill
 from tpvprune.surgery.removal import apply
@@ -41,7 +41,7 @@ FORMAT = 1
 ABOUT, WEIGHTS, PLAN = "tpvprune.json", "model.safetensors", "plan.json"
 
 
-@check_kinds
+@as_verb
 def save(model: nn.Module, folder: str | PathLike[str]) -> None:
     """Write a pruned model as plan, weights and description; each file appears whole or not at all.
 
@@ -125,6 +125,7 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+@as_verb
 def load(folder: str | PathLike[str], *, skeleton: nn.Module | None = None) -> nn.Module:
     """Rebuild a saved model, in eval mode on the CPU, without unpickling or importing anything named in it.
 

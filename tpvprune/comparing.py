@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,22 +15,24 @@ from torch import nn
 from tpvprune.batches import Batch, Progress, Selector, repeatable
 from tpvprune.budget import BOUNDS, Budget
 from tpvprune.comparison import ComparedPoint, Comparison
+from tpvprune.described import described
 from tpvprune.digests import weights_digest
 from tpvprune.errors import InputError
 from tpvprune.groupwise import checked_shares, digest_of
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.planning.widths import check_reachable
 from tpvprune.recovery.reconstruct import Reconstruct, reconstruct
 from tpvprune.report import compare
 from tpvprune.schedule import Planning, plan_for
 from tpvprune.scoring.criteria import Criterion, score
+from tpvprune.scoring.resume import units_digest
 from tpvprune.surgery.removal import apply, refitted
 from tpvprune.types import Graph
 
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)
 
 
-@check_kinds
+@as_verb
 def compare_criteria(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -60,7 +63,7 @@ def compare_criteria(
         output: which part of what the model returns counts, see `TPV`.
         progress: called as `progress(stage, done, total)`; "compare" counts criteria.
         save: a file that the comparison is saved to after every criterion. Criteria in a file that exists are not
-            done again if weights, images and settings are the same.
+            done again if weights, graph, images and settings are the same.
 
     Raises:
         InputError: there is no criterion, or a share does not lie between 0 and 1.
@@ -76,7 +79,9 @@ def compare_criteria(
     check_reachable(graph, _at(rules, wanted[-1]))
     settings = {"budget": repr(_at(rules, 0.5)), "planning": repr(planning), "refit": repr(refit_with)}
     images = {"scored": digest_of(batches), "held_out": digest_of(held_out)}
-    made_of = {"weights": weights_digest(model), **images, **settings, "shares": list(wanted)}
+    made_of: dict[str, Any] = {"weights": weights_digest(model), "graph": units_digest(graph), **images, **settings}
+    made_of |= {"output": described(output), "shares": list(wanted)}
+    criteria_of = {name: json.dumps(described(criterion)) for name, criterion in criteria.items()}
     found = Comparison.load(save) if save is not None and Path(save).is_file() else None
     done: dict[str, str] = {}
     if found is not None and {k: v for k, v in found.made_of.items() if k != "criteria"} == made_of:
@@ -86,7 +91,7 @@ def compare_criteria(
     for number, (name, criterion) in enumerate(criteria.items()):
         if progress:
             progress("compare", number, len(criteria))
-        if found is not None and done.get(name) == repr(criterion):
+        if found is not None and done.get(name) == criteria_of[name]:
             continue
         scores = score(model, batches, graph, criterion, progress=progress)
         models, costs = dict[str, nn.Module](), dict[str, tuple[float, float]]()
@@ -102,7 +107,7 @@ def compare_criteria(
         metrics, count = compare({"dense": model, **models}, model, held_out, output=output, progress=progress)
         points = tuple(ComparedPoint(name, s, *costs[f"{s}"], metrics[f"{s}"]) for s in wanted)
         before = () if found is None else tuple(point for point in found.points if point.criterion != name)
-        done[name] = repr(criterion)
+        done[name] = criteria_of[name]
         found = Comparison(
             model_id=graph.model_id,
             shares=wanted,

@@ -45,6 +45,11 @@ def tensor_digest(value: Tensor) -> str:
     return found.hexdigest()
 
 
+def samples_digest(inputs: Tensor) -> int:
+    """A fingerprint of samples, `(batch, ...)`, whatever their order; fingerprints of several batches add up."""
+    return sum(int(tensor_digest(sample), 16) for sample in inputs)
+
+
 def raw_bytes(value: Tensor) -> bytes:
     """All entries of a tensor as they lie in memory, whatever their kind."""
     return _flat(value).tobytes()

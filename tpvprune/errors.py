@@ -16,6 +16,8 @@
 Each message names the thing at fault and says what to do next.
 """
 
+from __future__ import annotations
+
 
 class TpvpruneError(Exception):
     """Base of everything raised on purpose."""
@@ -55,6 +57,11 @@ class PlanError(InputError):
 
 class NonFiniteError(InputError):
     """A model's outputs hold NaN or infinity."""
+
+    @classmethod
+    def of_layer(cls, name: str) -> NonFiniteError:
+        """That a layer is given some."""
+        return cls(f"layer {name!r} is given NaN or infinity; check the input and the weights")
 
 
 class InternalError(TpvpruneError):

@@ -13,9 +13,10 @@ from torch import nn
 from tpvprune.batches import Batch, Progress, Selector, length_of, repeatable
 from tpvprune.budget import Budget
 from tpvprune.curves import SensitivityCurve, SensitivityCurves, SensitivityPoint
+from tpvprune.described import described
 from tpvprune.digests import weights_digest
 from tpvprune.errors import DataError, InputError, ModelError, PlanError
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.members import Group
 from tpvprune.plan import Plan
 from tpvprune.planning.widths import costs_of, floors_of
@@ -30,7 +31,7 @@ from tpvprune.types import Graph
 SHARES = (0.9, 0.75, 0.5, 0.25)
 
 
-@check_kinds
+@as_verb
 def sensitivity(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -56,7 +57,7 @@ def sensitivity(
         progress: called as `progress("measure", batches_done, batches_to_do)`, and by scoring.
         output: which part of what the model returns counts, see `TPV`.
         save: a file that the curves are saved to, on the way too. Points in a file that exists are not measured
-            again if weights, held-out images and the units that leave are the same.
+            again if weights, held-out images, the output and the units that leave are the same.
 
     Raises:
         InputError: a share does not lie between 0 and 1.
@@ -81,7 +82,12 @@ def sensitivity(
         curves=_predicted(scores, graph, wanted),
         unprunable=dict(graph.skipped),
         samples=scores.samples if scores.sensitivities is None else scores.sensitivities.samples,
-        made_of={"criterion": scores.criterion, "weights": weights_digest(model), "held_out": images},
+        made_of={
+            "criterion": scores.criterion,
+            "weights": weights_digest(model),
+            "held_out": images,
+            "output": described(output),
+        },
     )
     found = _with_measured(found, earlier)
     states = iter([found]) if held_out is None else _measured(found, model, graph, held_out, output, progress)
@@ -168,7 +174,8 @@ def digest_of(batches: Iterable[Batch]) -> str:
 
 def _with_measured(found: SensitivityCurves, earlier: SensitivityCurves | None) -> SensitivityCurves:
     """The curves with what was measured before, where it is of the same weights, images and units."""
-    if earlier is None or earlier.made_of.get("weights") != found.made_of["weights"]:
+    same_way = ("weights", "output")
+    if earlier is None or any(earlier.made_of.get(name) != found.made_of[name] for name in same_way):
         return found
     images = earlier.made_of.get("held_out")
     if images is None or found.made_of["held_out"] not in (None, images):

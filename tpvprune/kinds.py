@@ -1,4 +1,4 @@
-"""Arguments of another kind than a verb takes, refused before anything runs."""
+"""What all verbs share: arguments of another kind are refused before anything runs, and autograd is on inside."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import cache, wraps
 from types import NoneType, UnionType
 from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import torch
 from torch import Tensor, nn
 
 from tpvprune.errors import DataError, InputError
@@ -28,8 +29,10 @@ _GOT = {  # how one comes by what a verb takes, by the name of its class
 _NO_BATCHES = (Tensor, nn.Module, Graph, str, bytes, os.PathLike)  # though most of these can be gone through
 
 
-def check_kinds(verb: Callable[P, R]) -> Callable[P, R]:
+def as_verb(verb: Callable[P, R]) -> Callable[P, R]:
     """Refuse arguments that are none of the classes in a verb's annotations, and what is one where several are taken.
+
+    Verbs run with gradients, and outside of inference mode, whatever the caller has switched off for its own passes.
 
     Looked at are parameters annotated with a module or with classes of this package, iterables of batches, and
     sequences of names or numbers (a string would be gone through letter by letter). What else they are, the verb
@@ -55,7 +58,8 @@ def check_kinds(verb: Callable[P, R]) -> Callable[P, R]:
         for name, kind in kinds().items():
             if name in given:
                 _check(verb.__name__, name, given[name], kind)
-        return verb(*args, **kwargs)
+        with torch.inference_mode(False), torch.enable_grad():
+            return verb(*args, **kwargs)
 
     return checked
 

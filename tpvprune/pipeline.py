@@ -13,7 +13,7 @@ from tpvprune import report as reporting
 from tpvprune.batches import Batch, Progress, Selector, inputs_of, length_of, repeatable
 from tpvprune.budget import Budget
 from tpvprune.errors import DataError
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.measures import Report
 from tpvprune.plan import Plan
 from tpvprune.planning.graph import trace
@@ -51,7 +51,7 @@ class Pruned:
         return f"Pruned({type(self.model).__name__}, {self.plan!r})"
 
 
-@check_kinds
+@as_verb
 def prune(
     model: nn.Module,
     batches: Iterable[Batch],

@@ -26,7 +26,7 @@ from tpvprune.batches import (
 )
 from tpvprune.budget import QUANTITIES, Budget, Quantity
 from tpvprune.errors import BudgetError, DataError, ModelError, PlanError
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.plan import Plan
 from tpvprune.planning.allocate import ALLOCATORS, Allocator, allocate, warn_of_few
 from tpvprune.planning.graph import trace
@@ -35,6 +35,7 @@ from tpvprune.planning.optimism import LEAST, tells_of_others
 from tpvprune.planning.sparsity import sparsify
 from tpvprune.planning.weights import weight_graph
 from tpvprune.planning.widths import check_reachable, costs_of, widths_of
+from tpvprune.planstate import begun_with, gone_on, keep
 from tpvprune.processes import from_first, of_all, process
 from tpvprune.recovery.reconstruct import Reconstruct
 from tpvprune.refits import Refits
@@ -96,7 +97,7 @@ class Planning:
         return [dense - (dense - bound) * n / self.steps for n in range(1, self.steps + 1)]
 
 
-@check_kinds
+@as_verb
 def plan_for(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -136,12 +137,13 @@ def plan_for(
         latency: see `allocate`.
         progress: called as `progress("plan", steps_done, steps)`, by `score`, `allocate` and `compare`.
         save: where the plan so far is kept, and beside it the scores that its next step is made of; what is found
-            there is gone on with. Of several processes the first one's counts.
+            there of the same arguments is gone on with. Of several processes the first one's counts.
         refit_with: settings of the refits between steps, where `planning` asks for them.
         refit_batches: unlabeled batches for those, the same in all of several processes; `batches` by default.
 
     Raises:
         BudgetError: the bounds cannot be met, in one step or in those asked for (says in which, and how far it got).
+        PlanError: `save` holds what was begun with something else; names what.
         InputError: see `score` and `allocate`; what is kept in `save` stays valid.
     """
     planning, criterion = planning or Planning(), criterion or TPV()
@@ -169,8 +171,22 @@ def plan_for(
     ways = {
         name: planning.bounds(costs_of(name, graph, latency=latency).total, bound) for name, bound in finals.items()
     }
-    begun = state is not None and planning.steps > 1 and state.is_file()
-    plan = from_first(Plan.load(state) if state is not None and begun else Plan({}, graph, {"steps": []}))
+    keeps = from_first(state is not None) and planning.steps > 1
+    begun = dict[str, Any]()
+    if keeps:
+        begun = begun_with(
+            model,
+            batches,
+            graph,
+            criterion,
+            scores=scores,
+            latency=latency,
+            refit_batches=refit_batches,
+            budget=budget,
+            planning=planning,
+            refits=refit_with,
+        )
+    plan = gone_on(state, begun) or Plan({}, graph, {"steps": []})
     if planning.refit and refit_batches is None and process()[1] > 1:
         raise BudgetError("refit=True under several processes: give refit_batches, the same in all of them")
     source = batches if refit_batches is None else refit_batches
@@ -210,8 +226,8 @@ def plan_for(
         limit = _limit_of(budget, {name: way[step] for name, way in ways.items()})
         taken = Step(step, asked, plan, small, now, found, limit, choice, refit, measure)
         plan, small = taken.taken()
-        if state is not None and planning.steps > 1 and process()[0] == 0:
-            plan.save(state)
+        if state is not None and keeps and process()[0] == 0:
+            keep(state, plan, begun)
         _forget(kept)
     asked.check(plan)
     if progress:

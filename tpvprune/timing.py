@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tpvprune.batches import device_of, evaluation_mode
 from tpvprune.calls import arguments_of, check_rows
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 
 Clock = Callable[[], float]
 """Seconds that have passed since some moment."""
@@ -136,7 +136,7 @@ def latencies(models: Mapping[str, nn.Module], inputs: Tensor, *, rounds: int = 
         return {name: round(ms, 3) for name, ms in milliseconds(runs, inputs.device, rounds=rounds).items()}
 
 
-@check_kinds
+@as_verb
 @torch.no_grad()
 def measured_latency(
     model: nn.Module, example: Any, *, compiled: bool = False, rounds: int = 15, clock: Clock = time.perf_counter

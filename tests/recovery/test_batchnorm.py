@@ -34,6 +34,13 @@ def test_statistics_are_the_plain_average_over_batches(conv_bn) -> None:
     torch.testing.assert_close(found.bn2.running_mean, torch.stack(second).mean(0), rtol=tolerances.EXACT, atol=1e-12)
 
 
+def test_statistics_that_are_not_finite_are_told_with_the_norm(conv_bn) -> None:
+    bad = conv_bn.inputs.clone()
+    bad[1, 0, 2, 2] = torch.nan
+    with pytest.raises(tp.NonFiniteError, match="layer 'bn1' is given NaN"):
+        tp.reestimate_batchnorm(conv_bn.model, [conv_bn.inputs, bad])
+
+
 def test_everything_but_the_statistics_stays(conv_bn) -> None:
     small = tp.apply(conv_bn.model, plan_without(conv_bn.graph, random_gone(conv_bn.graph, 0))).train()
     state = copy.deepcopy(small.state_dict())

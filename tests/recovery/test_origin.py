@@ -56,6 +56,25 @@ def test_a_folder_gives_no_weights_of_another_run(name: str, tmp_path: Path) -> 
         tp.finetune(small, batches, dense, settings, save=tmp_path)
 
 
+class Both(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"a": self.a(self.body(x).relu()), "b": self.b(self.body(x).relu())}
+
+
+def test_a_folder_gives_no_weights_that_another_output_was_distilled_to(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, batches = Both().eval(), [torch.randn(16, 6) for _ in range(3)]
+    small = tp.apply(model, plan_without(tp.trace(model, batches[0]), {"body": [1, 5]}))
+    settings = tp.Finetune(epochs=1, lr=1e-2)
+    tp.finetune(small, batches, model, settings, output="a", save=tmp_path)
+    with pytest.raises(CheckpointError, match="another part of what the models return"):
+        tp.finetune(small, batches, model, settings, output="b", save=tmp_path)
+
+
 def test_a_folder_gives_no_weights_that_another_plan_holds_at_zero(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 
 import numpy as np
@@ -426,3 +427,19 @@ def test_models_that_do_not_belong_together_are_refused(mlp, conv_bn) -> None:
         tp.reconstruct(small, [mlp.inputs], conv_bn.model)
     with pytest.raises(tp.DataError, match="there is no batch"):
         tp.reconstruct(small, [], mlp.model)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("rows", [4, 100])  # fewer than a layer has inputs, and more
+@pytest.mark.parametrize("settings", [tp.Reconstruct(), tp.Reconstruct(ridge="auto"), tp.Reconstruct(inputs="dense")])
+def test_what_is_not_finite_is_told_with_the_layer(settings: tp.Reconstruct, rows: int, bad: float) -> None:
+    model = randomise(nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)))
+    batches = data(rows, 5)
+    small = cut(model, batches[0], {"0": [1, 4], "2": [3]})
+    batches[-1][1, 2] = bad
+    if math.isinf(bad):  # which tanh would take
+        batches[-1][1, 2], model[2].weight.data[0, 0] = 1.0, bad
+    with pytest.raises(tp.NonFiniteError, match="layer '2' is given NaN or infinity"):
+        tp.reconstruct(small, batches, model, settings)
+    with pytest.raises(tp.NonFiniteError, match="layer '2' is given"):
+        tp.fold_means(small, batches, model)

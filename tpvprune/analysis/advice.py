@@ -22,7 +22,7 @@ from tpvprune.batches import Batch, Progress, Selector, repeatable
 from tpvprune.budget import Budget
 from tpvprune.errors import BudgetError, InputError
 from tpvprune.groupwise import sensitivity
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.plan import Plan
 from tpvprune.planning.allocate import allocate, warn_of, warn_of_few
 from tpvprune.planning.optimism import tells_of_others
@@ -125,7 +125,7 @@ class Advice:
         }
 
 
-@check_kinds
+@as_verb
 def advise(
     model: nn.Module,
     batches: Iterable[Batch],

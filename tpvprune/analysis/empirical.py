@@ -21,12 +21,12 @@ from tpvprune.batches import (
     select_output,
 )
 from tpvprune.errors import InputError, NonFiniteError
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.scoring.engine import stream
 from tpvprune.scoring.heads import Head, head_named
 
 
-@check_kinds
+@as_verb
 @torch.no_grad()
 def movements(
     model: nn.Module,

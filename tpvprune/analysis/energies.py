@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.batches import Batch, Progress, Selector, finite_outputs, model_inputs
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.scoring.activations import backward
 from tpvprune.scoring.engine import stream
 from tpvprune.scoring.gradients import only
@@ -34,8 +34,8 @@ class Energies:
     samples: int
 
 
-@check_kinds
-@check_kinds
+@as_verb
+@as_verb
 def weight_energies(
     model: nn.Module,
     batches: Iterable[Batch],

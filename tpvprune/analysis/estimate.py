@@ -13,7 +13,7 @@ from tpvprune.analysis.trace import trace_form
 from tpvprune.analysis.values import Estimate, crossed
 from tpvprune.batches import Batch, Progress, Selector, inputs_of, length_of
 from tpvprune.errors import InputError
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.plan import Plan
 from tpvprune.scoring.heads import Head
 from tpvprune.scoring.tpv import TPV
@@ -22,7 +22,7 @@ from tpvprune.surgery.removal import apply
 Form = Literal["trace", "empirical"]
 
 
-@check_kinds
+@as_verb
 def tpv(
     model: nn.Module,
     batches: Iterable[Batch],

@@ -31,7 +31,7 @@ from tpvprune.batches import (
     single_tensor,
 )
 from tpvprune.errors import InputError, ModelError, NonFiniteError
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.scoring.engine import stream
 from tpvprune.scoring.heads import Head, head_named
 
@@ -73,7 +73,7 @@ class LabelNoise:
                 raise InputError(f"{name}={getattr(self, name)!r} must be a whole number from 1")
 
 
-@check_kinds
+@as_verb
 def label_noise_closed(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -199,7 +199,7 @@ def _jacobian(model: nn.Module, weights: Mapping[str, Tensor], inputs: Tensor, o
     return torch.cat([torch.cat([piece[name].flatten(2) for name in weights], 2) for piece in pieces]).detach()
 
 
-@check_kinds
+@as_verb
 def label_noise_movements(
     model: nn.Module,
     batches: Iterable[Batch],

@@ -11,13 +11,13 @@ from torch import nn
 from tpvprune.analysis.perturbations import parameters_of, step_of
 from tpvprune.copies import copied
 from tpvprune.errors import InputError
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.scoring.perturb import Rounding
 
 Per = Literal["tensor", "channel"]
 
 
-@check_kinds
+@as_verb
 @torch.no_grad()
 def quantise(model: nn.Module, bits: int | Mapping[str, int], *, per: Per = "channel") -> nn.Module:
     """A copy whose weights lie on `2^bits` evenly spaced levels between their least and their largest.

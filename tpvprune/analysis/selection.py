@@ -28,7 +28,7 @@ from tpvprune.analysis.trace import trace_heff
 from tpvprune.analysis.values import Estimate, crossed
 from tpvprune.batches import Batch, Progress, Selector, evaluation_mode, inputs_of, repeatable
 from tpvprune.errors import DataError, InputError, ModelError
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.scoring.heads import Head
 
 Method = Literal["auto", "closed", "fine-tuning"]
@@ -63,7 +63,7 @@ class Selection:
         return {"tpv": {n: asdict(one) for n, one in self.tpv.items()}, "ridge": self.ridge, "method": self.method}
 
 
-@check_kinds
+@as_verb
 def select(
     models: Mapping[str, nn.Module],
     batches: Mapping[str, Iterable[Batch]] | Iterable[Batch],

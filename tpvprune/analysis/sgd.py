@@ -19,7 +19,7 @@ from tpvprune.analysis.descent import gathered, in_float32, mean_gradient, movem
 from tpvprune.analysis.perturbations import parameters_of
 from tpvprune.batches import Batch, Outputs, Progress, Selector, evaluation_mode
 from tpvprune.errors import InputError
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.scoring.engine import stream
 from tpvprune.scoring.heads import Head, head_named
 from tpvprune.scoring.probing import drift_slope
@@ -57,7 +57,7 @@ class SGD:
             raise InputError(f"burn_in={self.burn_in!r} must be a whole number from 0")
 
 
-@check_kinds
+@as_verb
 def sgd_movements(
     model: nn.Module,
     batches: Iterable[Batch],

@@ -22,7 +22,7 @@ from tpvprune.analysis.perturbations import Bound, Change, Moments, Uniform, bin
 from tpvprune.analysis.values import Estimate
 from tpvprune.batches import Batch, Progress, Selector, finite_outputs, model_inputs
 from tpvprune.errors import InputError, ModelError
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.scoring.activations import backward
 from tpvprune.scoring.engine import Parts, stream
 from tpvprune.scoring.gradients import only
@@ -37,7 +37,7 @@ ROWS = 4  # samples whose gradients are added up before they are squared: more s
 LEAST = 16  # draws before a precision is believed
 
 
-@check_kinds
+@as_verb
 def trace_heff(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -84,7 +84,7 @@ def trace_heff(
     )
 
 
-@check_kinds
+@as_verb
 def trace_form(
     model: nn.Module,
     batches: Iterable[Batch],

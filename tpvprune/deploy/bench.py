@@ -23,7 +23,7 @@ from tpvprune.deploy import runtime
 from tpvprune.deploy.export import rows_of
 from tpvprune.deploy.reasons import Case, causes_of, findings_of
 from tpvprune.errors import InputError
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.planning.cost import Usage
 from tpvprune.timing import Clock, all_milliseconds, device_name
 
@@ -92,7 +92,7 @@ class Bench:
         return asdict(self)
 
 
-@check_kinds
+@as_verb
 def bench(
     model: nn.Module,
     example: Any,

@@ -24,7 +24,7 @@ from tpvprune.copies import copied
 from tpvprune.deploy import runtime
 from tpvprune.errors import ExportError, InputError, ModelError, TpvpruneError
 from tpvprune.files import write_bytes
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.zoo.models import load_weights
 
 Format = Literal["onnx", "torch-export", "timm-state-dict"]
@@ -70,7 +70,7 @@ class Exported:
         return asdict(self)
 
 
-@check_kinds
+@as_verb
 def export(
     model: nn.Module,
     path: str | PathLike[str],

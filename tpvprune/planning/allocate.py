@@ -12,7 +12,7 @@ from torch import Tensor
 from tpvprune.batches import Progress
 from tpvprune.budget import QUANTITIES, Budget, Quantity
 from tpvprune.errors import BudgetError, PlanError
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.plan import Plan
 from tpvprune.planning.greedy import Ladders, Spending, Steps, shrink
 from tpvprune.planning.joint import Joint
@@ -27,7 +27,7 @@ Allocator = Literal["auto", "joint", "global", "uniform", "isomorphic"]
 ALLOCATORS: tuple[Allocator, ...] = get_args(Allocator)
 
 
-@check_kinds
+@as_verb
 def allocate(
     scores: Scores,
     graph: Graph,

@@ -18,7 +18,7 @@ from tpvprune.batches import Progress, device_of, evaluation_mode
 from tpvprune.calls import arguments_of
 from tpvprune.copies import copied
 from tpvprune.errors import InputError, ModelError
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.layers import forget
 from tpvprune.multihead import free
 from tpvprune.plan import plan_of
@@ -31,7 +31,7 @@ from tpvprune.planning.traced import Traced, tensors_and_buffers
 from tpvprune.types import Graph, fingerprint
 
 
-@check_kinds
+@as_verb
 def trace(
     model: nn.Module,
     example: Any,

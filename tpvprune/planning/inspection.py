@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tpvprune.budget import Budget
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.members import WORK, Group, Member
 from tpvprune.planning.blocks import RESIDUAL
 from tpvprune.planning.widths import Costs, costs_of, widths_of
@@ -121,7 +121,7 @@ class Inspection:
         return {"format": INSPECTION_FORMAT, **asdict(self)}
 
 
-@check_kinds
+@as_verb
 def inspect(graph: Graph, budget: Budget | None = None, *, costs: Mapping[str, Costs] | None = None) -> Inspection:
     """Say what a graph's groups weigh, how far a model can shrink, and what cannot shrink.
 

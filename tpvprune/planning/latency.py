@@ -30,7 +30,7 @@ from tpvprune.batches import Progress, device_of, evaluation_mode
 from tpvprune.calls import arguments_of, check_rows, running
 from tpvprune.errors import PlanError
 from tpvprune.files import write_text
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.members import WORK, Group
 from tpvprune.planning.graph import model_id
 from tpvprune.planning.layertimes import ROUNDS, Alone, LayerTimes, times_alone
@@ -193,7 +193,7 @@ class LatencyCost:
         return not set(self.layers[group.id]).isdisjoint(self.layers[other.id])
 
 
-@check_kinds
+@as_verb
 def latency_table(
     model: nn.Module,
     graph: Graph,

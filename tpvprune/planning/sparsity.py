@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tpvprune.budget import n_of_m
 from tpvprune.errors import BudgetError, PlanError
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.members import Group, Member
 from tpvprune.plan import Plan
 from tpvprune.planning.patterns import matching_groups
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 Scope = Literal["global", "layer"]
 
 
-@check_kinds
+@as_verb
 def sparsify(
     scores: Scores,
     graph: Graph,

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from tpvprune.errors import InputError, ModelError
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.members import Group, Member
 from tpvprune.planning.patterns import matcher
 from tpvprune.types import Graph, fingerprint
@@ -19,7 +19,7 @@ from tpvprune.types import Graph, fingerprint
 TRANSPOSED = "transposed"  # in the signature of a group: its weight holds the inputs first
 
 
-@check_kinds
+@as_verb
 def weight_graph(model: nn.Module, block: tuple[int, int] = (1, 1), layers: Sequence[str] = ("*",)) -> Graph:
     """A graph whose units are weights, or blocks of them, of convolutions and linear layers.
 

@@ -15,12 +15,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tpvprune.batches import Batch, Progress, evaluation_mode, model_inputs
 from tpvprune.copies import copied
-from tpvprune.errors import DataError
-from tpvprune.kinds import check_kinds
+from tpvprune.errors import DataError, NonFiniteError
+from tpvprune.kinds import as_verb
 from tpvprune.reads import read_by
 
 
-@check_kinds
+@as_verb
 @torch.no_grad()
 def reestimate_batchnorm(model: nn.Module, batches: Iterable[Batch], *, progress: Progress | None = None) -> nn.Module:
     """A copy whose running means and variances are the averages over the batches, each with the weight of its samples.
@@ -36,6 +36,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Batch], *, progress
 
     Raises:
         DataError: there is no batch, or a norm was given one number a channel and nothing else.
+        NonFiniteError: a norm is given NaN or infinity.
     """
     small = copied(model)
     named = {name: m for name, m in small.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
@@ -52,10 +53,17 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Batch], *, progress
             small(inputs)
     for norm, (momentum, training) in before.items():
         norm.momentum, norm.training = momentum, training
+    lost = next((n for n, norm in named.items() if averages[n].seen and not _finite(norm)), None)
+    if lost is not None:
+        raise NonFiniteError.of_layer(lost)
     poor = next((name for name, average in averages.items() if average.passed_over and not average.seen), None)
     if poor is not None:
         raise DataError(f"batchnorm: {poor!r} is given one number a channel, of single samples; give larger batches")
     return small
+
+
+def _finite(norm: _BatchNorm) -> bool:
+    return all(t is None or bool(t.isfinite().all()) for t in (norm.running_mean, norm.running_var))
 
 
 class _Average:

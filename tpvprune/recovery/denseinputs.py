@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tpvprune.batches import Batch, Progress, evaluation_mode, model_inputs
 from tpvprune.copies import copied
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.patches import channel_axis
 from tpvprune.plan import Plan
 from tpvprune.reads import ThroughLayers, read_by
@@ -32,7 +32,7 @@ MOST_PASSES = 8
 GRAMS = 1 << 30  # bytes of Gram matrices that are summed in one pass
 
 
-@check_kinds
+@as_verb
 def fold_means(
     model: nn.Module, batches: Iterable[Batch], teacher: nn.Module, *, progress: Progress | None = None
 ) -> nn.Module:
@@ -52,6 +52,7 @@ def fold_means(
     Raises:
         PlanError: the model carries no plan, or the teacher is another model.
         DataError: there is no batch.
+        NonFiniteError: a layer is given NaN or infinity.
     """
     plan = fitting_plan(model, teacher, "fold_means")
     small = copied(model)

@@ -36,7 +36,7 @@ from tpvprune.batches import (
 from tpvprune.copies import copied
 from tpvprune.errors import DataError, InputError, NonFiniteError
 from tpvprune.held import plans_in
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.processes import from_first, of_all, process
 from tpvprune.recovery.classes import class_labels
 from tpvprune.recovery.distance import Features, distillation_loss
@@ -59,7 +59,7 @@ HALF = (
 LAST, BEST = "last.safetensors", "best.safetensors"
 
 
-@check_kinds
+@as_verb
 def finetune(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -94,7 +94,7 @@ def finetune(
             `label_weight` asks for labels, cross-entropy has its share there too.
         save: a folder for the state after every `save_every` steps and every epoch (`last.safetensors`), and the
             model of the best epoch, if it is closer than the one given (`best.safetensors`). A run found there is gone
-            on with, to the same result.
+            on with, to the same result. What the images are is not compared: they may be other draws each time.
         save_every: steps of the optimiser between two states.
         progress: called as `progress("finetune", steps_done, steps_to_do)`.
         log: receives `{"epoch", "loss", "lr", "samples_per_second", "seconds_left"}` after every epoch, and with
@@ -104,7 +104,7 @@ def finetune(
         DataError: the batches are empty or can be read once only, or labels are asked for and missing or of no class.
         InputError: a name in the settings is unknown, there is nothing to count `patience` on, or float16 weights are
             to be trained with `precision="fp16"`.
-        CheckpointError: the folder holds a run of another model, teacher or plan, or of other settings.
+        CheckpointError: the folder holds a run of another model, teacher, plan or output, or of other settings.
         NonFiniteError: the loss became NaN or infinite.
     """
     settings = settings or Finetune()
@@ -291,7 +291,8 @@ class _Training:
 
     def _origin(self) -> dict[str, Any]:
         frozen = [name for name, p in self.student.named_parameters() if not p.requires_grad]
-        return origin(self.model, self.dense, self.settings, self.per_epoch, self.judge is not None, frozen)
+        judged = self.judge is not None
+        return origin(self.model, self.dense, self.settings, self.output, self.per_epoch, judged, frozen)
 
     def _save(self, folder: Path) -> None:
         scaler, totals = self.accelerator.scaler, of_all(self.total) if self.saved_by_all else [self.total]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from tpvprune.batches import device_of
-from tpvprune.errors import PlanError
+from tpvprune.errors import NonFiniteError, PlanError
 from tpvprune.patches import channel_axis, patches, some_of
 from tpvprune.plan import Plan, plan_of
 from tpvprune.recovery.linear import TRANSPOSED, given, grouped, holders, width
@@ -199,12 +199,19 @@ class Fit:
 
     @torch.no_grad()
     def finish(self, ridge: float | Literal["auto"]) -> float:
-        """Write the refitted weights and bias into the layer; the ridge that was taken."""
+        """Write the refitted weights and bias into the layer; the ridge that was taken.
+
+        Raises:
+            NonFiniteError: the layer, or the dense one, is given NaN or infinity.
+        """
         total = self._halves[0] if len(self._halves) == 1 else self._halves[0] + self._halves[1]
         biased = self._bias is not None or self.norm is not None
         free = None if self._mask is None else grouped(self.layer, self._mask)
-        taken = chosen_ridge(self._halves, RIDGES, biased, free) if ridge == "auto" else float(ridge)
-        change, shift = total.solve(taken, biased, free)
+        try:
+            taken = chosen_ridge(self._halves, RIDGES, biased, free) if ridge == "auto" else float(ridge)
+            change, shift = total.solve(taken, biased, free)
+        except ArithmeticError:
+            raise NonFiniteError.of_layer(self.name) from None
         weight: Tensor = self.layer.weight
         weight += self._ungrouped(change).to(weight.dtype)
         self.move(shift.flatten())
@@ -212,7 +219,13 @@ class Fit:
 
     @torch.no_grad()
     def move(self, shift: Tensor) -> bool:
-        """Add `shift`, `(outputs,)`, to what the layer gives; False without a bias or norm of its own to add it to."""
+        """Add `shift`, `(outputs,)`, to what the layer gives; False without a bias or norm of its own to add it to.
+
+        Raises:
+            NonFiniteError: the shift holds NaN or infinity, as what it is the mean of.
+        """
+        if not bool(shift.isfinite().all()):
+            raise NonFiniteError.of_layer(self.name)
         if self._bias is not None:
             self._bias += shift.to(self._bias.dtype)
         elif self.norm is not None:

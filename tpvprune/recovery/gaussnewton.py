@@ -22,7 +22,7 @@ from torch import nn
 from tpvprune.batches import Batch, Progress, evaluation_mode, model_inputs, plain_attention, repeatable
 from tpvprune.copies import copied
 from tpvprune.errors import NonFiniteError
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.recovery.fits import fitting_plan
 from tpvprune.recovery.kronecker import Factors, Vector
 from tpvprune.recovery.matching import LENGTHS, Task
@@ -32,7 +32,7 @@ from tpvprune.recovery.settings import GaussNewton
 logger = logging.getLogger(__name__)
 
 
-@check_kinds
+@as_verb
 def refine(
     model: nn.Module,
     batches: Iterable[Batch],

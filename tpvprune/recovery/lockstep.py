@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.reads import ThroughLayers, read_by
-from tpvprune.recovery.spill import Spilled, Watch
+from tpvprune.recovery.spill import Result, Spilled, Watch
 
 
 class _Stopped(BaseException):
@@ -33,7 +33,7 @@ class Strand:
         inputs: one batch.
         layers: names of the layers to stop at, each at its first call only.
         at: stop before the layer, holding its input, or after it, holding its output.
-        keep: numbers of torch function calls whose results are kept in `kept` until they are taken from there.
+        keep: results of torch functions that are kept in `kept` until they are taken from there.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Strand:
         inputs: Tensor,
         layers: Sequence[str],
         at: Literal["input", "output"],
-        keep: Collection[int] = (),
+        keep: Collection[Result] = (),
     ) -> None:
         self.layer: str | None = None
         self.value: Tensor | None = None
@@ -149,7 +149,7 @@ def strands(
     batches: Sequence[Tensor],
     layers: Sequence[str],
     at: Literal["input", "output"],
-    keep: Collection[int] = (),
+    keep: Collection[Result] = (),
 ) -> Iterator[list[Strand]]:
     """One strand a batch; all are stopped and all hooks removed at the end."""
     made = [Strand(model, inputs, layers, at, keep) for inputs in batches]

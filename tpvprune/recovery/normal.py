@@ -72,7 +72,13 @@ class Normal:
             ridge: share of the mean input variance.
             biased: whether there is a bias to move.
             free: which weights may change, shaped as they are; None for all.
+
+        Raises:
+            ArithmeticError: a row holds NaN or infinity.
         """
+        held = [t for pair in self._few for t in pair] or [self._xx, self._xd, self._d]
+        if not all(bool(t.isfinite().all()) for t in held):
+            raise ArithmeticError("rows that are not finite")  # no damping would make them positive
         if self._few and free is None:
             return self._solved_by_rows(ridge, biased)
         whole = self

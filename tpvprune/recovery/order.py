@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tpvprune.patches import channel_axis
 from tpvprune.reads import ThroughLayers
-from tpvprune.recovery.spill import Watch, tensors_in
+from tpvprune.recovery.spill import Result, Watch, tensors_in
 
 SAMPLES = 2  # enough to see the way that a pass takes
 SUMS = ("add", "add_", "__add__", "__radd__", "__iadd__")
@@ -24,12 +25,12 @@ class Sum:
     """Where a layer's output is added to something that is known before the layer runs.
 
     Attributes:
-        other: number of the torch function call that made what it is added to.
+        other: which result of a torch function it is added to.
         norm: the batch norm between the layer and the sum, if there is one.
         share: how often what it is added to goes into the sum for once that the layer's output does.
     """
 
-    other: int
+    other: Result
     norm: str | None
     share: float
 
@@ -41,7 +42,7 @@ class Course:
     Attributes:
         calls: how often each layer runs, in the order in which they run first.
         norms: of each layer whose output a batch norm reads, and nothing else's, the norm.
-        sums: of each layer whose output goes into a sum, see `Sum`.
+        sums: of each layer whose output goes into a sum, and into nothing else, see `Sum`.
         shapes: of what each layer gives, call by call.
         cuts: of each layer whose outputs hold units that have left along other axes than its channels, the entries that
             are left along each of them, see `axes.align`.
@@ -90,16 +91,26 @@ def course(
     calls = found.calls
     normed: dict[str, list[str | None]] = {}
     started: dict[str, int] = {}
-    made: dict[int, tuple[int, Tensor]] = {}
+    made: dict[int, tuple[Result, Tensor]] = {}
     sources: dict[int, _Source] = {}
+    readers: Counter[tuple[str, str | None]] = Counter()
     passed = False
     handles = []
 
     def seen(number: int, function: Any, args: Any, kwargs: Any, result: Any) -> None:
         if getattr(function, "__name__", "") in SUMS and isinstance(result, Tensor):
             _note(found, sources, made, started, args, kwargs.get("alpha", 1), result)
-        for tensor in tensors_in(result):
-            made[id(tensor)] = number, tensor
+        given = list(tensors_in(result))
+        if given:  # and not a size or a flag
+            count(tensors_in([args, kwargs]), written=given)
+        made.update({id(tensor): ((number, place), tensor) for place, tensor in enumerate(given)})
+
+    def count(tensors: Iterable[Tensor], written: Sequence[Tensor] = ()) -> None:
+        for tensor in tensors:
+            source = sources.get(id(tensor))
+            into = any(tensor is one for one in written)  # its version has just moved on
+            if source is not None and source.version == tensor._version - int(into):
+                readers[source.layer, source.norm] += 1
 
     watch = Watch(seen=seen)
 
@@ -139,14 +150,26 @@ def course(
     few = inputs[:SAMPLES]
     try:
         with watch, ThroughLayers(model):
-            model(few)
+            output = model(few)
+        count(tensors_in(output))
     finally:
         for handle in handles:
             handle.remove()
+    alone = {layer for layer, one in found.sums.items() if all(readers[layer, key] == 1 for key in {None, one.norm})}
+    # Where samples go through one by one, calls have other numbers in larger batches.
+    steady = not found.sums or len(few) < 2 or _calls(model, few[:1]) == watch.calls
+    found.sums = {layer: one for layer, one in found.sums.items() if steady and layer in alone}
     for name, read in normed.items():
         if read[0] in calls and read == [read[0]] * calls[read[0]]:
             found.norms[read[0]] = name
     return found
+
+
+def _calls(model: nn.Module, inputs: Tensor) -> int:
+    """How many torch functions a pass calls."""
+    with Watch() as watch, ThroughLayers(model):
+        model(inputs)
+    return watch.calls
 
 
 def _source(sources: dict[int, _Source], tensor: Any) -> _Source | None:
@@ -157,7 +180,7 @@ def _source(sources: dict[int, _Source], tensor: Any) -> _Source | None:
 def _note(
     found: Course,
     sources: dict[int, _Source],
-    made: dict[int, tuple[int, Tensor]],
+    made: dict[int, tuple[Result, Tensor]],
     started: dict[str, int],
     terms: Sequence[Any],
     alpha: Any,
@@ -168,7 +191,7 @@ def _note(
     Args:
         found: what is noted goes there.
         sources: outputs of layers, by their ids.
-        made: the call that made each tensor, by its id.
+        made: which result of a call each tensor is, by its id.
         started: the number of calls when each layer began.
         terms: what is added.
         alpha: how often the second term is added.
@@ -183,6 +206,6 @@ def _note(
         source = sources.get(id(term))
         if source is None or source.version != term._version - int(written) or id(other) not in made:
             continue
-        number = made[id(other)][0]
-        if number < started[source.layer]:
-            found.sums[source.layer] = Sum(number, source.norm, share)
+        there = made[id(other)][0]
+        if there[0] < started[source.layer]:
+            found.sums[source.layer] = Sum(there, source.norm, share)

@@ -9,13 +9,15 @@ from typing import Any
 
 from torch import nn
 
+from tpvprune.batches import Selector
+from tpvprune.described import described
 from tpvprune.digests import state_digest
 from tpvprune.errors import CheckpointError
 from tpvprune.held import plans_in
 from tpvprune.plan import Plan, plan_of
 from tpvprune.recovery.settings import Finetune
 
-STATE_FORMAT = 4
+STATE_FORMAT = 5
 OTHERS = {
     "format": "an older version of tpvprune",
     "settings": "other settings",
@@ -25,11 +27,18 @@ OTHERS = {
     "start": "other weights to begin with",
     "frozen": "other frozen parameters",
     "teacher": "another teacher",
+    "output": "another part of what the models return",
 }
 
 
 def origin(
-    model: nn.Module, teacher: nn.Module, settings: Finetune, batches: int, held_out: bool, frozen: list[str]
+    model: nn.Module,
+    teacher: nn.Module,
+    settings: Finetune,
+    output: Selector,
+    batches: int,
+    held_out: bool,
+    frozen: list[str],
 ) -> dict[str, Any]:
     """What the result follows from besides the images themselves, as a state holds it.
 
@@ -37,6 +46,7 @@ def origin(
         model: the one that is given to the distillation.
         teacher: the dense model.
         settings: of the distillation.
+        output: which part of what the models return is distilled.
         batches: number of them in an epoch.
         held_out: whether it is judged on held-out batches.
         frozen: names of the parameters that stay as they are.
@@ -44,6 +54,7 @@ def origin(
     return {
         "format": STATE_FORMAT,
         "settings": repr(settings),
+        "output": described(output),
         "batches": batches,
         "held_out": held_out,
         "frozen": frozen,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tpvprune.batches import Batch, Progress, evaluation_mode, model_inputs
 from tpvprune.copies import copied
 from tpvprune.errors import InputError, PlanError
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.plan import Plan
 from tpvprune.reads import ThroughLayers, read_by
 from tpvprune.recovery.axes import align
@@ -76,7 +76,7 @@ class Reconstruct:
             raise InputError(f"memory={self.memory} must be a number of MiB, zero or more")
 
 
-@check_kinds
+@as_verb
 def reconstruct(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -107,7 +107,8 @@ def reconstruct(
             activations that were held at any time.
 
     Raises:
-        PlanError: the model carries no plan, or the teacher is another model.
+        PlanError: the model carries no plan, or the teacher is another model; or batches take different paths.
+        NonFiniteError: a layer is given NaN or infinity.
     """
     settings, start = settings or Reconstruct(), time.perf_counter()
     plan = fitting_plan(model, teacher, "reconstruct")
@@ -156,6 +157,7 @@ def _in_turn(
         known, wanted = ({c.sums[name].other for name in summed} for c in (way, goal))
         students = stack.enter_context(strands(small, inputs, way.layers, "input", known))
         masters = stack.enter_context(strands(teacher, inputs, way.layers, "output", wanted))
+        layers = list(way.calls)
         for done, (layer, calls) in enumerate(way.calls.items(), 1):
             fit = Fit(small, teacher, layer, way, plan, settings.ridge == "auto", settings.positions)
             if calls > 1:
@@ -169,7 +171,8 @@ def _in_turn(
                         raise PlanError(f"batches take different paths through the model, at {told}")
                     assert student.value is not None
                     assert master.value is not None
-                    lacks = _lacks(fit, student, master, way, goal) if layer in summed else None
+                    later = summed & set(layers[done:])
+                    lacks = _lacks(fit, student, master, way, goal, later) if layer in summed else None
                     fit.add(student.value, master.value, len(batch), first, lacks)
                     own = student.held() + master.held()
                     memory = max(memory, held + own)
@@ -206,9 +209,27 @@ def _all_calls(fit: Fit, small: nn.Module, teacher: nn.Module, inputs: Sequence[
             given.clear()
 
 
-def _lacks(fit: Fit, student: Strand, master: Strand, way: Course, goal: Course) -> Tensor | None:
-    """What a layer's output is to make up for: what it is added to, in the dense model and in the pruned one."""
-    wanted, there = (s.kept.pop(c.sums[fit.name].other) for s, c in ((master, goal), (student, way)))
+def _lacks(fit: Fit, student: Strand, master: Strand, way: Course, goal: Course, later: Collection[str]) -> Tensor:
+    """What a layer's output is to make up for: what it is added to, in the dense model and in the pruned one.
+
+    Args:
+        fit: of the layer.
+        student: a pass of the pruned model, which has come to the layer.
+        master: one of the dense model.
+        way: of the pruned model.
+        goal: of the dense model.
+        later: layers whose turn is yet to come, and which may be added to the same.
+    """
+    found = []
+    for strand, course_of in ((master, goal), (student, way)):
+        other = course_of.sums[fit.name].other
+        value = strand.kept.get(other)
+        if value is None:
+            raise PlanError(f"batches take different paths through the model, before {fit.name}; give sums=False")
+        if all(course_of.sums[name].other != other for name in later):
+            del strand.kept[other]
+        found.append(value)
+    wanted, there = found
     return fit.before_norm(fit.cut(wanted) - there) * way.sums[fit.name].share
 
 

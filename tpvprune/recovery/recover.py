@@ -11,7 +11,7 @@ from torch import nn
 
 from tpvprune.batches import Batch, Progress, Selector, repeatable
 from tpvprune.copies import copied
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.processes import process
 from tpvprune.recovery.batchnorm import reestimate_batchnorm
 from tpvprune.recovery.denseinputs import fold_means
@@ -28,7 +28,7 @@ DISTILLATION = Finetune()
 REFITTED = "refitted.safetensors"
 
 
-@check_kinds
+@as_verb
 def recover(
     model: nn.Module,
     batches: Iterable[Batch],

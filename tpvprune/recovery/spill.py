@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
+Result = tuple[int, int]  # the number of a call of a torch function, and which of the tensors that it gave
+
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """All tensors in nested tuples, lists and dicts."""
@@ -36,16 +38,16 @@ class Watch(TorchFunctionMode):
     Attributes of tensors do not count as calls.
 
     Args:
-        keep: numbers of the calls whose result is to be kept in `kept`.
+        keep: what is to be kept in `kept`: the number of a call, and which of the tensors in its result.
         seen: called as `seen(number, function, args, kwargs, result)` after each call.
     """
 
     def __init__(
-        self, keep: Collection[int] = (), seen: Callable[[int, Any, Any, Any, Any], None] | None = None
+        self, keep: Collection[Result] = (), seen: Callable[[int, Any, Any, Any, Any], None] | None = None
     ) -> None:
         super().__init__()
         self.calls = 0
-        self.kept: dict[int, Tensor] = {}
+        self.kept: dict[Result, Tensor] = {}
         self._keep, self._seen = set(keep), seen
         self._made: dict[int, StorageWeakRef] = {}
 
@@ -65,8 +67,9 @@ class Watch(TorchFunctionMode):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in given:
                     self._made[storage._cdata] = StorageWeakRef(storage)
-        if number in self._keep and isinstance(result, Tensor):
-            self.kept[number] = result
+        if self._keep:
+            found = {(number, place): tensor for place, tensor in enumerate(tensors_in(result))}
+            self.kept |= {key: tensor for key, tensor in found.items() if key in self._keep}
         if self._seen is not None:
             self._seen(number, func, args, kwargs, result)
         return result

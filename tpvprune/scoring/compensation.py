@@ -163,7 +163,7 @@ def _precision(model: nn.Module, layer: str, covariance: Tensor, ridge: float) -
     try:
         return damped_inverse(covariance, ridge)
     except ArithmeticError:
-        raise NonFiniteError(f"layer {layer!r} is given NaN or infinity; check the input and the weights") from None
+        raise NonFiniteError.of_layer(layer) from None
 
 
 def _groups(layer: Any) -> int:

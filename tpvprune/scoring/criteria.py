@@ -12,7 +12,7 @@ from torch import nn
 
 from tpvprune.batches import Batch, Progress
 from tpvprune.errors import InputError, PlanError, UnseenError
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.plan import Plan
 from tpvprune.processes import process
 from tpvprune.scores import Scores, Settled
@@ -67,7 +67,7 @@ def predicted_kl(
         return None
 
 
-@check_kinds
+@as_verb
 def score(
     model: nn.Module,
     batches: Iterable[Batch],

@@ -125,8 +125,7 @@ def rows_in_turn(
             try:
                 score = _of_layer(model.get_submodule(name), group, parts[name], others, score)
             except ArithmeticError:
-                told = f"layer {name!r} is given NaN or infinity; check the input and the weights"
-                raise NonFiniteError(told) from None
+                raise NonFiniteError.of_layer(name) from None
         found[group.id] = score.to(alone[group.id])
     return found
 

@@ -1,36 +1,21 @@
-"""What a criterion was set to, written down so that another process, or a later run, knows it again.
-
-What is written depends on values alone, never on where they lie in memory. A function is known by its name, its code,
-and the values that it closes over or has as defaults; other functions and global variables that it uses are not looked
-at. An object is known by its class and its attributes, a tensor by all of its entries, a module by its weights (see
-`weights_digest`), one without any by how it prints.
-"""
+"""What a criterion was set to, written down so that another process, or a later run, knows it again."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import types
-from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tpvprune.digests import raw_bytes, weights_digest
+from tpvprune.described import attributes, described, place
 from tpvprune.scoring.heads import HEADS
 from tpvprune.scoring.perturb import PERTURBATIONS
-
-DEEPEST, MOST = 50, 10_000  # of what lies deeper in a value, or after so many, the class alone is told
-READABLE = 120  # characters of a setting that is written out; of a longer one there is a digest
-_PLAIN = (bool, int, float, str)
 
 
 def settings_of(criterion: Any) -> dict[str, Any]:
     """The settings of a criterion, and of what it is made of, as JSON writes them, by dotted names."""
     found = dict[str, Any]()
-    for name, value in _attributes(criterion).items():
+    for name, value in attributes(criterion).items():
         if name not in ("engine", "sensitivities"):  # its words name an engine that matters, rows are looked at apart
             found |= _written(name, value)
     return found
@@ -38,111 +23,13 @@ def settings_of(criterion: Any) -> dict[str, Any]:
 
 def _written(name: str, value: Any) -> dict[str, Any]:
     if not is_dataclass(value) or isinstance(value, (type, nn.Module)) or _word(value):
-        return {name: _short(_Described()(value))}
-    found: dict[str, Any] = {name: _place(type(value))}
-    for part, inner in _attributes(value).items():
+        return {name: described(value, _word)}
+    found: dict[str, Any] = {name: place(type(value))}
+    for part, inner in attributes(value).items():
         found |= _written(f"{name}.{part}", inner)
     return found
-
-
-def _attributes(value: Any) -> dict[str, Any]:
-    if is_dataclass(value):
-        return {field.name: getattr(value, field.name) for field in fields(value)}
-    return dict(vars(value)) if hasattr(value, "__dict__") else {}
 
 
 def _word(value: Any) -> str:
     """The name that makes a head or perturbation what it is, if there is one."""
     return next((word for word, kind in (HEADS | PERTURBATIONS).items() if type(value) is kind and value == kind()), "")
-
-
-def _short(told: Any) -> Any:
-    text = json.dumps(told)
-    if isinstance(told, _PLAIN) or len(text) <= READABLE:
-        return told
-    first = f"{told[0]} " if isinstance(told, list) and isinstance(told[0], str) else ""
-    return first + _hashed(text.encode())
-
-
-class _Described:
-    """Values in terms that JSON gives back as they were; what was met before is known by its number."""
-
-    def __init__(self) -> None:
-        self._met: dict[int, tuple[int, Any]] = {}  # held, so that no other takes the place in memory
-        self._depth = 0
-
-    def __call__(self, value: Any) -> Any:
-        """A value, and what it is made of."""
-        if value is None or isinstance(value, _PLAIN):
-            return value
-        if isinstance(value, (type, types.ModuleType, torch.dtype, torch.device)):
-            return _place(value)
-        if id(value) in self._met:
-            return ["met", self._met[id(value)][0]]
-        self._met[id(value)] = len(self._met), value
-        if self._depth > DEEPEST or len(self._met) > MOST:
-            return _place(type(value))
-        self._depth += 1
-        try:
-            return self._made_of(value)
-        finally:
-            self._depth -= 1
-
-    def _each(self, *parts: Any) -> list[Any]:
-        return [self(part) for part in parts]
-
-    def _alone(self, part: Any) -> Any:
-        one = _Described()
-        one._met, one._depth = dict(self._met), self._depth
-        return one(part)
-
-    def _made_of(self, value: Any) -> Any:
-        if isinstance(value, nn.Module):
-            return weights_digest(value) if [*value.parameters(), *value.buffers()] else repr(value)
-        if isinstance(value, Tensor):
-            return ["tensor", str(value.dtype), list(value.shape), _hashed(raw_bytes(value))]
-        if isinstance(value, (bytes, bytearray)):
-            return ["bytes", _hashed(bytes(value))]
-        if isinstance(value, Mapping):  # in its order, which may matter
-            return [self._each(*pair) for pair in value.items()]
-        if isinstance(value, (list, tuple)):
-            return self._each(*value)
-        if isinstance(value, (set, frozenset)):  # each by itself: their order is not known before they are described
-            return sorted((self._alone(part) for part in value), key=json.dumps)
-        if isinstance(value, types.CodeType):
-            return [value.co_name, _hashed(value.co_code), self._each(*value.co_names), self._each(*value.co_consts)]
-        if isinstance(value, types.FunctionType):
-            cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
-            made = self._each(value.__code__, cells, value.__defaults__, value.__kwdefaults__)
-            return f"{_place(value)} {_hashed(json.dumps(made).encode())}"
-        if isinstance(value, types.MethodType):
-            return [_place(value), *self._each(value.__func__, value.__self__)]
-        if isinstance(value, types.BuiltinFunctionType):
-            return [_place(value), *self._each(value.__self__)]
-        if is_dataclass(value):
-            return _word(value) or [_place(type(value)), *self._each(_attributes(value))]
-        try:
-            parts = value.__reduce_ex__(2)  # what pickle would write of it: its attributes, or what it says otherwise
-        except Exception:  # of what cannot be pickled, and says so in its own way
-            parts = _attributes(value)
-        return [_place(type(value)), *self._each(parts)]
-
-
-def _place(value: Any) -> str:
-    """Where a class or function is defined, `module.name`; of other things how they print."""
-    name = getattr(value, "__qualname__", None)
-    if isinstance(value, types.ModuleType):
-        return value.__name__
-    return f"{getattr(value, '__module__', None) or 'builtins'}.{name}" if name else str(value)
-
-
-def _is_filled(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018 (asking is what raises)
-    except ValueError:
-        return False
-    return True
-
-
-def _hashed(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:12]

@@ -119,9 +119,7 @@ class _FromActivations:
                 }
                 for name, value in sums.items():
                     if not bool(torch.isfinite(value).all()):  # type: ignore[arg-type]
-                        raise NonFiniteError(
-                            f"layer {name!r} is given NaN or infinity; check the input and the weights"
-                        )
+                        raise NonFiniteError.of_layer(name)
                 return {name: value.flatten(1) for name, value in sums.items()}  # type: ignore[union-attr]
 
             done = parts(len(inputs), run)

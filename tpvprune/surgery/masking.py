@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.plan import Plan
 from tpvprune.surgery.removal import apply
 
 
-@check_kinds
+@as_verb
 def mask(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy of the same shape in which the plan's units are silenced: what reads them is zero.
 

@@ -10,12 +10,12 @@ from torch import nn
 
 from tpvprune.errors import InternalError, PlanError
 from tpvprune.held import held_by, plans_in
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.layers import counted, cut, touched
 from tpvprune.plan import Plan, attach, plan_of
 
 
-@check_kinds
+@as_verb
 @torch.no_grad()
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
     """A new, smaller model without the plan's units and with its masked weights at zero; the old one is untouched.

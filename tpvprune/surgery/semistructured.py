@@ -11,14 +11,14 @@ from torch.sparse import to_sparse_semi_structured
 
 from tpvprune.copies import copied
 from tpvprune.errors import ModelError, PlanError
-from tpvprune.kinds import check_kinds
+from tpvprune.kinds import as_verb
 from tpvprune.plan import attach
 
 logger = logging.getLogger(__name__)
 CAPABILITY = (8, 0)  # Ampere, the first with sparse tensor cores
 
 
-@check_kinds
+@as_verb
 def to_semi_structured(model: nn.Module) -> nn.Module:
     """A copy for inference whose 2:4 linear layers hold torch's semi-structured tensors: half the weights, and signs.
 
