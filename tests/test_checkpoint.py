@@ -5,6 +5,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -306,3 +307,58 @@ def test_buffers_that_no_file_holds_keep_their_precision(kind: torch.dtype, olde
     else:
         assert back.table.dtype == kind
         assert torch.equal(outputs(back, x), outputs(small, x))
+
+
+def by_name(**args: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=10, **args).eval()
+    graph = tp.trace(model, torch.zeros(1, 3, 64, 64))
+    return tp.apply(model, plan_without(graph, {graph.groups[0].id: [0, 3]}))
+
+
+def with_gelu(model: nn.Module) -> nn.Module:
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.ReLU):
+                setattr(module, name, nn.GELU())
+    return model
+
+
+def test_a_model_that_was_changed_into_another_function_is_not_built_by_its_name(tmp_path: Path, caplog) -> None:
+    tp.save(by_name(), tmp_path)
+    changed, inputs = with_gelu(tp.load(tmp_path)), torch.randn(2, 3, 64, 64)
+    assert gap(changed(inputs), tp.load(tmp_path)(inputs)) > 1e-3
+    tp.save(changed, tmp_path)
+    assert "test_resnet was changed since it was built" in caplog.text
+    with pytest.raises(tp.CheckpointError, match="pass load"):
+        tp.load(tmp_path)
+    bones = with_gelu(timm.create_model("test_resnet", num_classes=10))
+    assert torch.equal(tp.load(tmp_path, skeleton=bones)(inputs), changed(inputs))
+
+
+@pytest.mark.parametrize("change", ["another size", "one more", "one less"])
+def test_a_model_of_other_shapes_than_its_plan_leaves_is_not_saved(change: str, tmp_path: Path) -> None:
+    tp.save(by_name(), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    small = tp.load(tmp_path)
+    if change == "another size":
+        small.reset_classifier(7)
+    elif change == "one more":
+        small.adapter = nn.Linear(2, 2)
+    else:
+        small.fc.bias = None
+    name = "adapter.weight" if change == "one more" else "fc.bias" if change == "one less" else "fc.weight"
+    with pytest.raises(tp.CheckpointError, match=rf"'{name}' is .* was changed after the cut"):
+        tp.save(small, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("rates", [{}, {"drop_rate": 0.1}, {"drop_path_rate": 0.2}])
+def test_dropout_that_a_name_does_not_tell_is_warned_of(rates: dict[str, float], tmp_path: Path, caplog) -> None:
+    tp.save(by_name(**rates), tmp_path)
+    assert ("trains with other dropout" in caplog.text) == bool(rates)
+    tp.load(tmp_path)
+    caplog.clear()
+    model = create_model("test_resnet", args={"num_classes": 10, **rates})
+    tp.save(tp.apply(model, tp.Plan({}, tp.trace(model, torch.zeros(1, 3, 64, 64)))), tmp_path)
+    assert not caplog.text  # what it was made with is in the folder

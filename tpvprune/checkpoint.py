@@ -24,7 +24,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from tpvprune.batches import evaluation_mode
-from tpvprune.card import write_card, write_config
+from tpvprune.card import name_of, write_card, write_config
 from tpvprune.errors import CheckpointError, ModelError, PlanError
 from tpvprune.files import write_bytes, write_text
 from tpvprune.kinds import as_verb
@@ -51,8 +51,8 @@ def save(model: nn.Module, folder: str | PathLike[str]) -> None:
             mark out.
 
     Raises:
-        CheckpointError: the model carries no plan, weights that its plan holds at zero are not, or the folder cannot
-            be written.
+        CheckpointError: the model carries no plan, or parameters of other shapes than it leaves; weights that it holds
+            at zero are not; or the folder cannot be written.
     """
     plan = plan_of(model)
     if plan is None:
@@ -65,6 +65,7 @@ def save(model: nn.Module, folder: str | PathLike[str]) -> None:
                 f"{moved} weights of {name!r} are not zero, and the plan holds them at zero; call "
                 "tpvprune.Masks(model).weights() after each step of your training, or now"
             )
+    _check_shapes(model, plan)
     weights = save_tensors(tensors)
     plan_text = json.dumps(plan.to_json())
     source = _description(model, plan)
@@ -91,15 +92,56 @@ def save(model: nn.Module, folder: str | PathLike[str]) -> None:
         ) from error
 
 
+def _check_shapes(model: nn.Module, plan: Plan) -> None:
+    """Refuse a model whose parameters are not those that its plan leaves: nothing could load it.
+
+    Raises:
+        CheckpointError: names one that is not.
+    """
+    left = {name: size for name, size in plan.graph.sizes(plan.keep).items() if name in plan.graph.parameters}
+    wanted = {name: size for name, size in left.items() if size != (0,)}
+    found = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    wrong = next((name for name in {**wanted, **found} if wanted.get(name) != found.get(name)), None)
+    if wrong is not None:
+        raise CheckpointError(
+            f"{wrong!r} is {found.get(wrong, 'missing')} in the model and {wanted.get(wrong, 'unknown')} by its plan: "
+            "it was changed after the cut; change the dense model, and plan anew"
+        )
+
+
 def _description(model: nn.Module, plan: Plan) -> dict[str, Any]:
     """How to build the dense original, if that can be done by name; what it looked like, if not."""
-    source = source_of(model)
+    source, unknown = source_of(model), {"class": f"{type(model).__module__}.{type(model).__qualname__}"}
+    if source is None:
+        return unknown
     try:
-        if source is not None and (was_recorded(model) or _rebuilds(model, plan, source)):
-            return source
+        twin = apply(build_source(source), plan)
+        twin.load_state_dict(model.state_dict())
     except (PlanError, ModelError, RuntimeError) as error:
         logger.info("cannot be rebuilt by name: %s", error)
-    return {"class": f"{type(model).__module__}.{type(model).__qualname__}"}
+        return unknown
+    alike = _answers_alike(model, twin)
+    if alike is False:
+        logger.warning(
+            "%s was changed since it was built, and is no model of that name any more: it takes a skeleton to load",
+            name_of(source),
+        )
+    if not alike and (alike is False or not was_recorded(model)):
+        return unknown
+    if _drops(twin) != _drops(model):
+        logger.warning(
+            "%s is built by name when it is loaded, and trains with other dropout then; to train on, give "
+            "load(skeleton=) a model with that of this one",
+            name_of(source),
+        )
+    return source
+
+
+def _drops(model: nn.Module) -> dict[str, float]:
+    """Rates of dropout and stochastic depth, which answers in eval mode say nothing of."""
+    keys, named = ("p", "drop_prob", "drop_rate"), model.named_modules()
+    rates = {f"{name}.{key}": getattr(module, key, None) for name, module in named for key in keys}
+    return {name: float(rate) for name, rate in rates.items() if isinstance(rate, (int, float)) and rate}
 
 
 def image_shape(model: nn.Module) -> tuple[int, ...]:
@@ -109,16 +151,20 @@ def image_shape(model: nn.Module) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def _rebuilds(model: nn.Module, plan: Plan, source: Mapping[str, Any]) -> bool:
-    """Whether a guessed description gives this very function: arguments such as activations leave no shape behind."""
-    twin = apply(build_source(source), plan)
-    twin.load_state_dict(model.state_dict())
+def _answers_alike(model: nn.Module, twin: nn.Module) -> bool | None:
+    """Whether two models are the same function, whose arguments need leave no shape behind; None if nothing tells."""
     weight = next(model.parameters())
     inputs = torch.randn(2, *image_shape(model), generator=torch.Generator().manual_seed(0))
     inputs = inputs.to(weight.device, weight.dtype)
     with evaluation_mode(model, twin):
-        mine, theirs = model(inputs), twin.to(weight.device, weight.dtype)(inputs)
-    return isinstance(mine, Tensor) and isinstance(theirs, Tensor) and torch.allclose(mine, theirs, 1e-4, 1e-5)
+        try:
+            mine, theirs = model(inputs), twin.to(weight.device, weight.dtype)(inputs)
+        except RuntimeError as error:  # it does not run here
+            logger.info("cannot be compared with what its name builds: %s", error)
+            return None
+    if not (isinstance(mine, Tensor) and isinstance(theirs, Tensor)):
+        return None
+    return torch.allclose(mine, theirs, 1e-4, 1e-5, equal_nan=True)
 
 
 def _digest(data: bytes) -> str:
