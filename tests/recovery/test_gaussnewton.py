@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import tpvprune as tp
 from tests import tolerances
@@ -386,3 +387,32 @@ def test_errors_name_what_is_wrong() -> None:
         ((key, value),) = settings.items()
         with pytest.raises(tp.InputError, match=f"{key}={value}"):
             tp.GaussNewton(**settings)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, switch: str) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.switch = nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(6, 4), switch
+        self.grad_checkpointing = switch == "its own"
+
+    def part(self, x: Tensor) -> Tensor:
+        return torch.relu(self.b(torch.tanh(self.a(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        again = self.grad_checkpointing or self.switch == "none"
+        return self.c(checkpoint(self.part, x, use_reentrant=False) if again else self.part(x))
+
+
+def test_checkpointing_is_off_during_the_refit_alone() -> None:
+    found = []
+    for switch in ("never", "its own"):
+        model = randomise(Checkpointed(switch))
+        small = cut(model, data(20, 5)[0], {"a": [1, 4]})
+        refined = tp.refine(small, data(20, 5), model, tp.GaussNewton(steps=1, iterations=3))
+        assert refined.grad_checkpointing == model.grad_checkpointing == (switch == "its own")
+        found.append(refined)
+    for one, other in zip(found[0].parameters(), found[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+    model = randomise(Checkpointed("none"))
+    with pytest.raises(tp.ModelError, match="switch that off for the refit"):
+        tp.refine(cut(model, data(20, 5)[0], {"a": [1, 4]}), data(20, 5), model)

@@ -14,14 +14,16 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointError
 
 from tpvprune.batches import Batch, Progress, evaluation_mode, model_inputs, plain_attention, repeatable
 from tpvprune.copies import copied
-from tpvprune.errors import NonFiniteError
+from tpvprune.errors import ModelError, NonFiniteError
 from tpvprune.kinds import as_verb
 from tpvprune.recovery.fits import fitting_plan
 from tpvprune.recovery.kronecker import Factors, Vector
@@ -30,6 +32,7 @@ from tpvprune.recovery.reconstruct import Told
 from tpvprune.recovery.settings import GaussNewton
 
 logger = logging.getLogger(__name__)
+CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")  # timm's, Transformers'
 
 
 @as_verb
@@ -66,7 +69,8 @@ def refine(
 
     Raises:
         PlanError: the model carries no plan, or the teacher is another model.
-        ModelError: nothing can be compared, or an operation of the model has no forward derivative.
+        ModelError: nothing can be compared, or an operation of the model has no forward derivative, or parts of it
+            are run again in the backward pass by a switch of its own.
         NonFiniteError: the model's activations are not finite.
         DataError: there is no batch, or they can be read once only.
     """
@@ -75,7 +79,7 @@ def refine(
     repeatable(batches, "every step reads them")
     small = copied(model)
     samples, losses = 0, []
-    with evaluation_mode(small, teacher), plain_attention(), torch.no_grad():
+    with evaluation_mode(small, teacher), plain_attention(), _all_kept(small), torch.no_grad():
         for step in range(settings.steps):
             inputs = list(model_inputs(model, batches, "refine", None))
             task = Task(small, teacher, plan, inputs, settings, progress, step)
@@ -99,6 +103,28 @@ def refine(
     if log:
         log(told)
     return small
+
+
+@contextmanager
+def _all_kept(model: nn.Module) -> Iterator[None]:
+    """Without activation checkpointing, which runs parts of a model again where their parameters are its own.
+
+    Raises:
+        ModelError: there is some that no switch as timm's or Transformers' has turned off.
+    """
+    switches = [(m, key) for m in model.modules() for key in CHECKPOINTING if getattr(m, key, None) is True]
+    try:
+        for module, key in switches:
+            setattr(module, key, False)
+        yield
+    except CheckpointError as error:
+        raise ModelError(
+            "refine: the model runs parts of itself again in the backward pass (torch.utils.checkpoint); switch that "
+            "off for the refit"
+        ) from error
+    finally:
+        for module, key in switches:
+            setattr(module, key, True)
 
 
 def _stepped(task: Task, settings: GaussNewton) -> tuple[float, float, Vector]:
