@@ -12,7 +12,7 @@ from torch import nn
 from tpvprune.checkpoint import image_shape, load
 from tpvprune.console import number, out, print_json, print_table
 from tpvprune.deploy.bench import DENSE, PRUNED, RUNTIMES, Bench, bench
-from tpvprune.deploy.export import SUFFIXES, TOLERANCE, Exported, Format, export
+from tpvprune.deploy.export import SUFFIXES, Exported, Format, export
 from tpvprune.deploy.page import markdown, write_page
 from tpvprune.deploy.story import Story
 from tpvprune.errors import InputError
@@ -91,8 +91,8 @@ def export_(
     file: Annotated[Path | None, typer.Option("--out", "-o", help="The file; DIR/export/model.* by default.")] = None,
     size: Size = None,
     tolerance: Annotated[
-        float, typer.Option(min=0.0, help="Largest difference allowed, as a share of the largest output.")
-    ] = TOLERANCE,
+        float | None, typer.Option(min=0.0, help="Largest difference allowed, as a share of the largest output.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a pruned model for another runtime, with a free batch, and check what it gives."""

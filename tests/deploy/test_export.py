@@ -208,3 +208,13 @@ def test_rows_are_made_unlike_each_other() -> None:
     assert rows.tolist() == [[0, 1, 2], [3, 4, 5], [2, 0, 1], [5, 3, 4], [1, 2, 0]]
     with pytest.raises(tp.ModelError, match="holds no row"):
         exporting.rows_of(((torch.zeros(0, 3),), {}), 2)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch-export"])
+def test_half_precision_is_compared_by_its_own_roundings(kind: str, tmp_path: Path) -> None:
+    if kind == "onnx":
+        pytest.importorskip("onnxruntime")
+    small, inputs = pruned("conv_bn").half(), built("conv_bn").inputs.half()
+    told = tp.export(small, tmp_path / FILES[kind], inputs)
+    assert told.tolerance == 4 * torch.finfo(torch.float16).eps
+    assert told.difference <= told.tolerance * told.largest

@@ -77,3 +77,12 @@ def test_a_classifier_of_other_classes_can_be_had_from_a_saved_model(tmp_path) -
     again.reset_classifier(3)
     with torch.no_grad():
         assert again(inputs).shape == (2, 3)
+
+
+def test_a_height_that_equals_the_channels_is_not_taken_for_them() -> None:
+    model, inputs = made("test_mambaout", num_classes=3)  # channels last, and 16 of them at 16 x 16 positions
+    small = halved(model, inputs)
+    assert model.stages[0](model.stem(inputs)).shape[1:] == (16, 16, 16)
+    with torch.no_grad():
+        left = small.stages[0](small.stem(inputs)).shape[-1]
+    assert small.feature_info[0]["num_chs"] == left < 16

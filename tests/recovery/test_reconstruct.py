@@ -443,3 +443,11 @@ def test_what_is_not_finite_is_told_with_the_layer(settings: tp.Reconstruct, row
         tp.reconstruct(small, batches, model, settings)
     with pytest.raises(tp.NonFiniteError, match="layer '2' is given"):
         tp.fold_means(small, batches, model)
+
+
+def test_batches_of_another_type_are_told() -> None:
+    model = randomise(nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4)))
+    small = cut(model, data(9, 5)[0], {"0": [1, 4]})
+    for recover in (tp.reconstruct, tp.fold_means):
+        with pytest.raises(tp.ModelError, match=r"Sequential does not run on an example of shape .*; check .* dtype"):
+            recover(small, [batch.float() for batch in data(9, 5)], model)

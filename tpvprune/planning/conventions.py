@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tpvprune.planning.units import STATIC
 from tpvprune.types import FEATURES
 
 NAMES = ("num_features", "head_hidden_size", "embed_dim", "in_features", "hidden_size")
@@ -40,7 +41,9 @@ def told(
     for number, info in enumerate(infos(model)):
         tensor, axes = outputs.get(info["module"], (None, {}))
         fits = [a for a in (1, -1) if tensor is not None and tensor.ndim > 1 and tensor.shape[a] == info["num_chs"]]
-        slots = axes.get(fits[0] % tensor.ndim) if tensor is not None and fits else None
+        there = [] if tensor is None else [axes[a % tensor.ndim] for a in fits if a % tensor.ndim in axes]
+        # A height may happen to be as long as there are channels; units lie along the latter alone.
+        slots = next((s for s in there if bool((s > STATIC).any())), there[0] if there else None)
         last = None
         if slots is not None:
             last = info["num_chs"], slots

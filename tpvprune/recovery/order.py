@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tpvprune.calls import running
 from tpvprune.patches import channel_axis
 from tpvprune.reads import ThroughLayers
 from tpvprune.recovery.spill import Result, Watch, tensors_in
@@ -86,6 +87,9 @@ def course(
         layers: to look for.
         others: names of layers to look for where something in `behind` has run before.
         behind: names of modules.
+
+    Raises:
+        ModelError: the model does not run on the inputs.
     """
     found = Course()
     calls = found.calls
@@ -149,7 +153,7 @@ def course(
             handles.append(module.register_forward_hook(norm(name)))
     few = inputs[:SAMPLES]
     try:
-        with watch, ThroughLayers(model):
+        with watch, ThroughLayers(model), running(model, ((few,), {})):
             output = model(few)
         count(tensors_in(output))
     finally:
