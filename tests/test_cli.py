@@ -177,6 +177,33 @@ def test_new_images_make_old_scores_stale_and_shared_images_are_refused(place, r
     assert "share images" in said
 
 
+def test_a_finished_run_is_measured_on_other_images_without_being_made_again(place, run):
+    for name, count in (("others", 12), ("more", 9)):
+        make_images(place / name, count)
+    assert run(*prune_words("--macs", "0.6", "recover.finetune=null", "eval.images=others"))[0] == 0
+    made = {name: (place / "out" / name).read_bytes() for name in ("scores.safetensors", "model.safetensors")}
+    code, _, said = run("eval", "out", "eval.images=more", "--json")
+    assert code == 0, said
+    assert json.loads((place / "out/report.json").read_text())["data"]["measured"] == 9
+    assert "recover:" not in said
+    make_images(place / "more", 11)  # two of them are new
+    assert run("eval", "out")[0] == 0
+    assert json.loads((place / "out/report.json").read_text())["data"]["measured"] == 11
+    assert made == {name: (place / "out" / name).read_bytes() for name in made}
+    code, _, said = run("eval", "out", "eval.images=null")
+    assert code == 2, "half of the scored images would be measured on"
+    assert "score would change" in said
+
+
+def test_lists_of_recipes_are_validated_with_what_they_list(place, run):
+    (place / "good.yaml").write_text("name: good\nruns: [quickstart_cnn]\n")
+    (place / "bad.yaml").write_text("name: bad\nruns: [nothere]\n")
+    assert run("recipes", "validate", "good.yaml")[0] == 0
+    code, _, said = run("recipes", "validate", "good.yaml", "bad.yaml")
+    assert code == 2
+    assert "nothere" in said
+
+
 def test_an_interrupted_run_goes_on_at_the_stage_it_stopped_in(place, run, monkeypatch):
     words = prune_words("--macs", "0.6")
 

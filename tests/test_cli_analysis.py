@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 
+import numpy
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
 
 from tests.test_cli import CLASSES
 from tests.test_cli_inspect import SMALL, place, run  # noqa: F401
@@ -89,6 +91,46 @@ def test_advise_spends_a_budget_on_both_and_measures(place, run):  # noqa: F811
     code, _, told = run("advise", "test_resnet", *words, "--cost", "speed")
     assert code == 2
     assert "cost='speed' must be one of bytes, bitops" in told
+
+
+def test_what_a_budget_protects_is_no_more_pruned_by_advice_and_noise(place, run):  # noqa: F811
+    whole = ["budget.protect=['*']"]
+    words = [*SMALL, *GIVEN, "--samples", "12", "--json"]
+    kept = []
+    for more in ([], whole, ["budget.protect=[layer1*]"]):
+        code, told, _ = run("advise", "test_resnet", *words, "--drift", "3.0", *more)
+        assert code == 0
+        kept.append({one["id"]: one["kept"] < one["units"] for one in json.loads(told)["groups"]})
+    assert any(kept[0].values())
+    assert not any(kept[1].values())
+    assert any(kept[2].values())
+    assert not any(cut for name, cut in kept[2].items() if name.startswith("layer1"))
+    code, _, said = run("tpv", "test_resnet", *words, "--noise", "prune", "--macs", "0.9", *whole)
+    assert code == 2
+    assert "cannot be reached" in said
+
+
+def test_select_counts_the_images_that_have_a_label(place, run):  # noqa: F811
+    inputs, labels = torch.randn(8, 3, 32, 32), torch.tensor([0, -1, 1, 2, 0, -1, 2, 1])
+    numpy.savez("some.npz", x=inputs.numpy(), y=labels.numpy())
+    numpy.savez("none.npz", x=inputs.numpy(), y=numpy.full(8, -1))
+    torch.manual_seed(1)
+    save_file(timm.create_model("test_resnet", num_classes=CLASSES).state_dict(), place / "1.safetensors")
+    sets = [word for one in SMALL for word in ("--set", one)]
+    words = ["select", "weights.safetensors", "1.safetensors", "--model", "test_resnet", *sets, "--samples", "4"]
+    code, told, said = run(*words, "--data", "some.npz", "--labels", "own", "--json")
+    assert code == 0, said
+    found = json.loads(told)
+    assert (found["correlation"]["low"], found["correlation"]["high"]) == (None, None)
+    model = timm.create_model("test_resnet", num_classes=CLASSES).eval()
+    model.load_state_dict(load_file("weights.safetensors"))
+    with torch.no_grad():
+        loss = functional.cross_entropy(model(inputs[[3, 7]]).double(), labels[[3, 7]])  # odd places, with labels
+    assert found["loss"]["weights.safetensors"] == pytest.approx(float(loss), rel=1e-5)
+    assert "loss " in run(*words, "--data", "some.npz", "--labels", "own")[1]
+    code, _, said = run(*words, "--data", "none.npz", "--labels", "own")
+    assert code == 2
+    assert "no held-out image has a label" in said
 
 
 def test_select_ranks_checkpoints(place, run):  # noqa: F811

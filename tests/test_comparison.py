@@ -172,6 +172,12 @@ def test_compare_on_the_command_line_and_in_the_report(place: Path, run) -> None
     assert rows_of(told)["criterion"] == ["mean", "0.9", "0.7"]
     assert {"tpv", "l1", "taylor"} <= set(rows_of(told))
     assert (place / "out" / "comparison.svg").is_file()
+    before = tp.Comparison.load(place / "out" / "comparison.json")
+    other = ["--labels", "folders", "score.head=probabilities", "score.seed=3"]
+    assert run(*words, "--criteria", "tpv,l1", *other)[0] == 0
+    after = tp.Comparison.load(place / "out" / "comparison.json")
+    assert after.made_of["criteria"]["l1"] == before.made_of["criteria"]["l1"]
+    assert after.made_of["criteria"]["tpv"] != before.made_of["criteria"]["tpv"]
     assert not (place / "out" / "report.html").exists()
     code, _, _ = run("run", "out")
     assert code == 0

@@ -213,6 +213,13 @@ def test_a_suite_takes_no_override():
         load_recipe("quickstart", ["budget.macs=0.4"])
 
 
+def test_a_drift_is_not_bounded_beside_zeros_that_it_would_not_count() -> None:
+    words = ["budget.macs=null", "budget.drift=0.05", "sparsify.sparsity=0.5"]
+    load_recipe("quickstart_cnn", words[:2])
+    with pytest.raises(tp.RecipeError, match=r"drift=0\.05 bounds what leaves.*leave sparsify out"):
+        load_recipe("quickstart_cnn", words)
+
+
 def listed(path: Path, *names: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"name: {path.stem}\nruns: [{', '.join(names)}]\n")

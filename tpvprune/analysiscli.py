@@ -164,8 +164,7 @@ def _graph(run: Run, recipe: Recipe) -> Graph:
 def _plan(run: Run, recipe: Recipe, train: Any, macs: str) -> Any:
     graph = _graph(run, recipe)
     scores = score(run.inputs.dense, train, graph, TPV(), progress=run.progress)
-    limits = recipe.limits().__class__(macs=macs, round_to=recipe.budget.round_to)
-    return allocate(scores, graph, limits, progress=run.progress)
+    return allocate(scores, graph, recipe.limits().only(macs=macs), progress=run.progress)
 
 
 def _print_findings(name: str, findings: list[Finding], head: str) -> None:
@@ -219,7 +218,7 @@ def advise(
             run = Run(recipe, folder, progress=progress, log=log_line)
             train, test = _images(run, recipe, samples, seed)
             graph = _graph(run, recipe)
-            given: Any = {"per": per, "cost": cost}
+            given: Any = {"per": per, "cost": cost, "budget": recipe.limits()}
             found = advised(
                 run.inputs.dense, train, graph, drift, bits=tuple(bits or BITS), seed=seed, progress=progress, **given
             )

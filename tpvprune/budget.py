@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from tpvprune.errors import BudgetError, InputError
@@ -130,6 +130,10 @@ class Budget:
     def quantities(self) -> tuple[Quantity, ...]:
         """The costs that are bounded."""
         return tuple(name for name in QUANTITIES if getattr(self, name) is not None)
+
+    def only(self, **bounds: float | str) -> Budget:
+        """The same roundings, floors and protected groups, with these bounds and no others."""
+        return replace(self, **{**dict.fromkeys(BOUNDS), **bounds})  # type: ignore[arg-type]  # names of bounds
 
     @property
     def most_drift(self) -> float | None:

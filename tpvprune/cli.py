@@ -41,7 +41,7 @@ from tpvprune.options import (
 )
 from tpvprune.plancli import plans_app
 from tpvprune.processes import launched
-from tpvprune.recipe import builtin_recipes, find_recipe, load_recipe
+from tpvprune.recipe import Suite, builtin_recipes, find_recipe, load_recipe
 from tpvprune.report import compare
 from tpvprune.showing import finish
 from tpvprune.targets import flags, is_saved_model, resolve, resolve_model
@@ -214,7 +214,8 @@ def recipes_validate(
     wrong = []
     for file in files:
         try:
-            load_recipe(file)
+            if isinstance(load_recipe(file), Suite):
+                resolve(file, (), None)  # and what it lists
         except RecipeError as error:
             wrong.append(str(error))
         else:

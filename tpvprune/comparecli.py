@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -119,7 +120,9 @@ def _compared(
 def _by(recipe: Recipe, name: str, refit: bool, samples: int | None) -> Recipe:
     """The recipe with another criterion, in its usual settings for what follows the cut."""
     changed = recipe.model_dump(mode="json")
-    changed["score"] = {"criterion": name, "samples": samples or recipe.score.samples}
+    own = {field.name for field in fields(CRITERIA[name])}
+    kept = {key: value for key, value in changed["score"].items() if key in own}
+    changed["score"] = {**kept, "criterion": name, "samples": samples or recipe.score.samples}
     if refit and changed["recover"]["reconstruct"] is None:
         changed["recover"]["reconstruct"] = {}
     if not refit:

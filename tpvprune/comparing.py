@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from tpvprune.batches import Batch, Progress, Selector, repeatable
-from tpvprune.budget import BOUNDS, Budget
+from tpvprune.budget import Budget
 from tpvprune.comparison import ComparedPoint, Comparison
 from tpvprune.described import described
 from tpvprune.digests import weights_digest
@@ -76,8 +76,8 @@ def compare_criteria(
     planning = planning or Planning()
     repeatable(batches, "every criterion reads them")
     repeatable(held_out, "every criterion is measured on them")
-    check_reachable(graph, _at(rules, wanted[-1]))
-    settings = {"budget": repr(_at(rules, 0.5)), "planning": repr(planning), "refit": repr(refit_with)}
+    check_reachable(graph, rules.only(macs=wanted[-1]))
+    settings = {"budget": repr(rules.only(macs=0.5)), "planning": repr(planning), "refit": repr(refit_with)}
     images = {"scored": digest_of(batches), "held_out": digest_of(held_out)}
     made_of: dict[str, Any] = {"weights": weights_digest(model), "graph": units_digest(graph), **images, **settings}
     made_of |= {"output": described(output), "shares": list(wanted)}
@@ -96,7 +96,7 @@ def compare_criteria(
         scores = score(model, batches, graph, criterion, progress=progress)
         models, costs = dict[str, nn.Module](), dict[str, tuple[float, float]]()
         for share in wanted:
-            limit = _at(rules, share)
+            limit = rules.only(macs=share)
             plan = plan_for(model, batches, graph, limit, criterion=criterion, planning=planning, scores=scores)
             small = apply(model, plan)
             if refit_with is not None:
@@ -125,8 +125,3 @@ def compare_criteria(
     assert found is not None
     named = tuple(point for name in criteria for point in found.of(name))
     return replace(found, points=named)
-
-
-def _at(budget: Budget, share: float) -> Budget:
-    only: dict[str, Any] = {**dict.fromkeys(BOUNDS), "macs": share}
-    return replace(budget, **only)

@@ -102,7 +102,16 @@ class Recipe(Strict):
         return criterion_named(name, {**settings, "compensated": refitted and (section.pattern or True)})
 
     def limits(self) -> Budget:
-        """What the result may cost."""
+        """What the result may cost.
+
+        Raises:
+            RecipeError: a bound on drift, beside zeros that nothing would count in it.
+        """
+        if self.sparsify is not None and self.budget.drift is not None:
+            raise RecipeError(
+                f"budget: drift={self.budget.drift} bounds what leaves, and what `sparsify` holds at zero would add to "
+                "it uncounted; bound a cost instead, or leave sparsify out"
+            )
         return _settings(Budget, self.budget, "budget")
 
     def planning(self) -> Planning:

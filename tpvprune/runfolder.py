@@ -54,9 +54,9 @@ def _matters(recipe: Recipe, stage: str) -> dict[str, Any]:
         depth = {"depth": True} if recipe.plan.depth else {}
         return {"model": sections["model"], "size": data.get("size"), "weights": weights, **depth}
     if stage == "score":
-        sources = [source for source in (data.get("images"), held["images"]) if source]
         return {
-            "images": [(source, source_state(source)) for source in sources],
+            "images": _source(data.get("images")),
+            "half": held["images"] is None,  # of them are scored, or all
             "batch_size": data.get("batch_size"),
             "criterion": repr(recipe.criterion()),
             "labels": _labels(scored) if recipe.score.criterion in LABELLED else None,
@@ -68,6 +68,7 @@ def _matters(recipe: Recipe, stage: str) -> dict[str, Any]:
         return {"recover": sections["recover"], "labels": labels, **({"kept_back": True} if tuning else {})}
     if stage == "eval":
         return {
+            "images": _source(held["images"]),
             "labels": [_labels(data.get("labels")), _labels(held["labels"])],
             "samples": held["samples"],
             "examples": held["examples"],
@@ -84,6 +85,11 @@ def _matters(recipe: Recipe, stage: str) -> dict[str, Any]:
     zeros = {"sparsify": sections["sparsify"], **by} if sections["sparsify"] else {}
     latency = sections["latency"] if timed else None
     return {"budget": sections["budget"], "plan": plan, "latency": latency, **refit, **zeros}
+
+
+def _source(given: str | None) -> list[str] | None:
+    """Images as they are named, and the state that they are in."""
+    return None if given is None else [given, source_state(given)]
 
 
 def _labels(given: str | None) -> str | list[str] | None:

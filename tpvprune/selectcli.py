@@ -15,12 +15,14 @@ from tpvprune.analysis.selection import select as selected
 from tpvprune.analysis.values import correlation
 from tpvprune.batches import finite_output
 from tpvprune.console import bars, log_line, number, print_json, print_table
-from tpvprune.errors import InputError
+from tpvprune.errors import DataError, InputError
 from tpvprune.lookcli import say
 from tpvprune.options import AsJson, Data, Labels
 from tpvprune.targets import flags, resolve_model
 from tpvprune.workflow import Run
 from tpvprune.zoo.models import is_model
+
+PAIRS = 4  # of which an interval can be told
 
 FITTED = 128  # images whose noise is followed
 
@@ -61,7 +63,9 @@ def select(
     told: dict[str, Any] = found.to_json()
     if losses:
         link = correlation([found.tpv[word].value for word in losses], list(losses.values()))
-        told |= {"loss": losses, "correlation": {"value": link.value, "low": link.low, "high": link.high}}
+        sure = len(losses) >= PAIRS
+        low, high = (link.low, link.high) if sure else (None, None)
+        told |= {"loss": losses, "correlation": {"value": link.value, "low": low, "high": high}}
     if as_json:
         print_json(told)
     else:
@@ -84,13 +88,19 @@ def _batches(pool: Any, run: Run) -> Any:
 
 @torch.no_grad()
 def _loss(run: Run) -> float:
-    """Cross-entropy on held-out images."""
+    """Cross-entropy on held-out images, of those that have a label.
+
+    Raises:
+        DataError: none has.
+    """
     model: nn.Module = run.inputs.dense
     total, count = 0.0, 0
     for images, labels in _batches(run.inputs.images.measured, run):
         answer = finite_output(model, images.to(run.inputs.device))
-        total += float(F.cross_entropy(answer.double(), labels.to(run.inputs.device), reduction="sum"))
-        count += len(images)
+        total += float(F.cross_entropy(answer.double(), labels.to(run.inputs.device), reduction="sum", ignore_index=-1))
+        count += int((labels != -1).sum())
+    if not count:
+        raise DataError(f"{run.inputs.images.measured.name}: no held-out image has a label; leave --labels out")
     return total / count
 
 
@@ -104,7 +114,6 @@ def _print(found: Selection, losses: dict[str, float], told: dict[str, Any]) -> 
     say(f"{found.method} form, ridge {found.ridge:.3g}, on {of} unlabeled training images; the least is named first.")
     if losses:
         link = told["correlation"]
-        say(
-            f"rank correlation with the loss {link['value']:.2f}, 95 % between {link['low']:.2f} and {link['high']:.2f}"
-        )
+        known = f"95 % between {link['low']:.2f} and {link['high']:.2f}" if link["low"] is not None else "of few"
+        say(f"rank correlation with the loss {link['value']:.2f}, {known}")
     say("Checkpoints that do not fit their training set yet rank low too: compare those that do.")

@@ -135,6 +135,7 @@ def advise(
     bits: Sequence[int] = BITS,
     per: Per = "channel",
     cost: Cost = "bytes",
+    budget: Budget | None = None,
     scores: Scores | None = None,
     seed: int = 0,
     output: Selector = None,
@@ -153,6 +154,7 @@ def advise(
         bits: widths a weight may be rounded to, besides being left alone.
         per: one range a "tensor", or one a "channel": a slice along the first dimension, as `Rounding` has it.
         cost: what is made small.
+        budget: how widths are rounded and what is protected; what it bounds does not count.
         scores: of the model, in nats and with sensitivities; made with `TPV()` if left out.
         seed: of cotangents.
         output: which part of what the model returns counts.
@@ -169,6 +171,7 @@ def advise(
         raise InputError(f"cost={cost!r} must be one of {', '.join(get_args(Cost))}")
     if not bits:
         raise InputError("bits= is empty; give at least one width, as 8")
+    rules = budget or Budget(macs=1.0)
     widths = (FLOAT, *sorted({Rounding(count, per).bits for count in bits}, reverse=True))
     repeatable(batches, "scores and energies both need them")
     if scores is None:
@@ -182,7 +185,7 @@ def advise(
     found = []
     for split in range(SPLITS + 1):
         # What is chosen by few samples drifts by more than they say, the more so the less of it there is.
-        plan = _pruned(scores, graph, drift * (split / SPLITS) ** 2, progress)
+        plan = _pruned(scores, graph, rules, drift * (split / SPLITS) ** 2, progress)
         spent = math.inf if plan is None else float(plan.made_by.get("predicted_kl", 0.0))
         if plan is not None and spent <= drift:
             found.append((plan, *rounder.mix(plan, spent, drift - spent)))
@@ -213,7 +216,7 @@ def advise(
         drift=drift,
         cost=cost,
         layers=layers,
-        pruning_totals=_totals(scores, graph),
+        pruning_totals=_totals(scores, graph, rules),
         rounding_totals={count: sum(table[count] for table in tables.values()) for count in widths[1:]},
         mixed=mixed,
         alone=alone,
@@ -224,12 +227,12 @@ def advise(
     )
 
 
-def _pruned(scores: Scores, graph: Graph, drift: float, progress: Progress | None) -> Plan | None:
+def _pruned(scores: Scores, graph: Graph, rules: Budget, drift: float, progress: Progress | None) -> Plan | None:
     """The plan of one share of the budget; None where nothing fits into it, or nothing can leave."""
     if not drift:
         return Plan({}, graph)
     try:
-        return allocate(scores, graph, Budget(drift=drift), measured=True, progress=progress)
+        return allocate(scores, graph, rules.only(drift=drift), measured=True, progress=progress)
     except BudgetError:
         return None
 
@@ -250,11 +253,11 @@ def _groups(model: nn.Module, graph: Graph, scores: Scores, plan: Plan) -> tuple
     )
 
 
-def _totals(scores: Scores, graph: Graph) -> dict[float, float]:
+def _totals(scores: Scores, graph: Graph, rules: Budget) -> dict[float, float]:
     found = {}
     for share in MACS:
         try:
-            plan = allocate(scores, graph, Budget(macs=share), measured=True, cross_validated=True)
+            plan = allocate(scores, graph, rules.only(macs=share), measured=True, cross_validated=True)
             found[share] = float(plan.made_by["predicted_kl"])
         except BudgetError:
             break

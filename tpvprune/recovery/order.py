@@ -161,7 +161,7 @@ def course(
             handle.remove()
     alone = {layer for layer, one in found.sums.items() if all(readers[layer, key] == 1 for key in {None, one.norm})}
     # Where samples go through one by one, calls have other numbers in larger batches.
-    steady = not found.sums or len(few) < 2 or _calls(model, few[:1]) == watch.calls
+    steady = not found.sums or _calls(model, torch.cat([few, few[:1]])) == watch.calls
     found.sums = {layer: one for layer, one in found.sums.items() if steady and layer in alone}
     for name, read in normed.items():
         if read[0] in calls and read == [read[0]] * calls[read[0]]:
