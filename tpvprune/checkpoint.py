@@ -98,8 +98,8 @@ def _check_shapes(model: nn.Module, plan: Plan) -> None:
     Raises:
         CheckpointError: names one that is not.
     """
-    left = {name: size for name, size in plan.graph.sizes(plan.keep).items() if name in plan.graph.parameters}
-    wanted = {name: size for name, size in left.items() if size != (0,)}
+    left = plan.graph.sizes(plan.keep)
+    wanted = {name: left[name] for name in plan.graph.parameters if left[name] != (0,)}
     found = {name: tuple(p.shape) for name, p in model.named_parameters()}
     wrong = next((name for name in {**wanted, **found} if wanted.get(name) != found.get(name)), None)
     if wrong is not None:
