@@ -108,10 +108,8 @@ class Recipe(Strict):
             RecipeError: a bound on drift, beside zeros that nothing would count in it.
         """
         if self.sparsify is not None and self.budget.drift is not None:
-            raise RecipeError(
-                f"budget: drift={self.budget.drift} bounds what leaves, and what `sparsify` holds at zero would add to "
-                "it uncounted; bound a cost instead, or leave sparsify out"
-            )
+            told = f"budget: drift={self.budget.drift} bounds what leaves, and what `sparsify` holds at zero would add"
+            raise RecipeError(f"{told} to it uncounted; bound a cost instead, or leave sparsify out")
         return _settings(Budget, self.budget, "budget")
 
     def planning(self) -> Planning:
@@ -234,15 +232,8 @@ def validate_recipe(
         raise RecipeError(_explain(error, kind, origin, set_by, lines or {})) from error
     if isinstance(recipe, Recipe):
         try:
-            for settings in (
-                recipe.criterion,
-                recipe.criterion_of_weights,
-                recipe.limits,
-                recipe.planning,
-                recipe.closed_form,
-            ):
-                settings()
-            recipe.gauss_newton(), recipe.distillation()
+            recipe.criterion(), recipe.criterion_of_weights(), recipe.limits(), recipe.planning()
+            recipe.closed_form(), recipe.gauss_newton(), recipe.distillation()
         except RecipeError as error:
             raise RecipeError(f"{_place(str(error), origin, set_by, lines or {})}: {error}") from error
     return recipe
