@@ -39,6 +39,15 @@ def plain(model: nn.Module, batch: Tensor, labels: Tensor) -> None:
     model.zero_grad(set_to_none=True)
 
 
+def to_the_inputs(model: nn.Module, batch: Tensor) -> None:
+    """What one probe costs at least where launching is all there is: no gradient of a parameter, nothing looked at."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    inputs = batch.detach().requires_grad_(True)
+    output = model(inputs)
+    torch.autograd.grad(output, inputs, torch.ones_like(output))
+
+
 def one_by_one(model: nn.Module, batch: Tensor, graph: tp.Graph) -> None:
     """One backward pass a sample, with parameter gradients, squared per unit."""
     parameters = dict(model.named_parameters())
@@ -62,6 +71,7 @@ def rows(model: nn.Module, batch: Tensor, graph: tp.Graph, count: int) -> dict[s
     return {
         "plain forward + backward": (lambda: plain(model, batch, labels), count),
         "forward alone": (lambda: forward(model, batch), count),
+        "forward + backward to the inputs, no taps": (lambda: to_the_inputs(model, batch), count),
         "forward + backward to the layers that read units": (lambda: no_reduction(model, batches, graph), 1.0),
         "tpv, 1 probe": (lambda: tp.score(model, batches, graph), 1.0),
         "tpv, 1 probe, sensitivities": (lambda: tp.score(model, batches, graph, tp.TPV(sensitivities=10**6)), 1.0),
@@ -78,7 +88,7 @@ def no_reduction(model: nn.Module, batches: list[Tensor], graph: tp.Graph) -> No
     """What one probe costs without the products of activations and gradients."""
     tapped = Tapped(model, graph, "consume")
     tapped.sink.add = lambda *args: None  # type: ignore[method-assign]
-    tapped._told = True  # of layers whose products are not there
+    tapped._told, tapped._raw = True, {}  # of layers whose products are not there, and nothing to check them by
     for batch in batches:
         with tapped() as taps:
             output = taps.forward(batch)

@@ -12,6 +12,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from tpvprune.errors import ModelError
+from tpvprune.plan import attach, plan_of
 
 M = TypeVar("M", bound=nn.Module)
 TOLD = 3  # of what stands in the way
@@ -37,16 +38,19 @@ def copied(model: M) -> M:
     left = [t for m in model.modules() for key, value in _plain(m) if not _hooks(m, key) for t in _computed(value)]
     memo.update((id(tensor), tensor.detach().clone()) for tensor in left)
     try:
-        return copy.deepcopy(model, dict(memo))
+        found = copy.deepcopy(model, dict(memo))
     except Exception as error:  # whatever is held raises
         modules = list(model.named_modules())
         held = [(name, module, key, why) for name, module in modules for key, why in _uncopied(module, memo)]
         undo = [found for name, module, key, _ in held for found in _undoing(name, module, key)]
-        found = undo or [_named(name, module, key, why) for name, module, key, why in held]
-        if not found:  # memory, or a model's own way to be copied
+        told = undo or [_named(name, module, key, why) for name, module, key, why in held]
+        if not told:  # memory, or a model's own way to be copied
             raise
-        more = f"; and {len(found) - TOLD} more" if len(found) > TOLD else ""
-        raise ModelError(f"{type(model).__name__} cannot be copied: {'; '.join(found[:TOLD])}{more}") from error
+        more = f"; and {len(told) - TOLD} more" if len(told) > TOLD else ""
+        raise ModelError(f"{type(model).__name__} cannot be copied: {'; '.join(told[:TOLD])}{more}") from error
+    if plan_of(model) is not None:  # classes with a copy of their own, as compiled models, copy what they know of
+        attach(found, plan_of(model))
+    return found
 
 
 def _plain(module: nn.Module) -> list[tuple[str, Any]]:

@@ -210,14 +210,16 @@ def _written(base: type[Any], method: str, openings: Iterable[Opening]) -> Funct
         function, original = _source(base, method)
     except Unreadable as error:
         raise ModelError(f"the source of {base.__name__}.{method} cannot be read ({error})") from None
+    calls: dict[str, list[ast.Call]] = {}
+    for call in _calls(function):  # before any is opened, which changes the text of those that it is part of
+        calls.setdefault(ast.unparse(call), []).append(call)
     for opening in openings:
-        found = [call for call in _calls(function) if ast.unparse(call) == opening.call]
-        if not found:
+        if opening.call not in calls:
             raise ModelError(
                 f"{base.__name__}.{method} has no call {opening.call!r} any more; trace the model again, or install "
                 f"the version of {base.__module__.partition('.')[0]!r} that it was traced with"
             )
-        for call in found:
+        for call in calls[opening.call]:
             _open(call, opening)
     owner = next(owner for owner in base.__mro__ if method in vars(owner))
     for node in ast.walk(function):  # names that are private to a class

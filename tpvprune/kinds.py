@@ -33,6 +33,7 @@ def as_verb(verb: Callable[P, R]) -> Callable[P, R]:
     """Refuse arguments that are none of the classes in a verb's annotations, and what is one where several are taken.
 
     Verbs run with gradients, and outside of inference mode, whatever the caller has switched off for its own passes.
+    What is compiled runs as it was written: compiled code calls no hooks that came after it.
 
     Looked at are parameters annotated with a module or with classes of this package, iterables of batches, and
     sequences of names or numbers (a string would be gone through letter by letter). What else they are, the verb
@@ -58,7 +59,7 @@ def as_verb(verb: Callable[P, R]) -> Callable[P, R]:
         for name, kind in kinds().items():
             if name in given:
                 _check(verb.__name__, name, given[name], kind)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             return verb(*args, **kwargs)
 
     return checked

@@ -147,7 +147,7 @@ def prune(
         small = refitted(cut, model, plan, refit)
         clock = timed("recover", clock)
     measured = batches if held_out is None else held_out
-    predicted = predicted_kl(criterion, model, measured, plan)
+    predicted = predicted_kl(criterion, model, measured, plan, output=output)
     report = reporting.build(
         dense=model,
         pruned=cut,

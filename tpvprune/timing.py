@@ -157,7 +157,7 @@ def measured_latency(
     args, kwargs = arguments = arguments_of(example, device)
     check_rows(arguments)
     run = partial(torch.compile(model) if compiled else model, *args, **kwargs)
-    with evaluation_mode(model):
+    with evaluation_mode(model), torch.compiler.set_stance("default"):
         return milliseconds({"": run}, device, rounds=rounds, warmup=3, clock=clock)[""]
 
 

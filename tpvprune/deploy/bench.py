@@ -181,6 +181,7 @@ def _compiled(model: nn.Module, example: Arguments, stack: ExitStack) -> Run:
     # Code that is free in its batch is made for no size in particular.
     compiled = torch.compile(copied(model), dynamic=False)
     stack.callback(torch._dynamo.reset)
+    stack.enter_context(torch.compiler.set_stance("default"))
     return lambda arguments: compiled(*arguments[0], **arguments[1])
 
 

@@ -170,7 +170,7 @@ class Fit:
             first: number of the first sample among all.
             lacks: what the layer's outputs are to give on top, shaped as they are.
         """
-        target = self._wanted(target)
+        value, target = self._read(value), self._wanted(target)
         for half, chosen in self._parts(value, target, samples, first):
             part = value[chosen]
             residual = target[chosen] - given(self.layer, part, tuple(target.shape[2:]))
@@ -192,7 +192,7 @@ class Fit:
             value: what the pruned layer reads, `(batch, ...)`; only its mean over the batch matters.
             target: what the dense layer gives, `(batch, ...)`, all of its outputs.
         """
-        target = self._wanted(target)
+        value, target = self._read(value), self._wanted(target)
         size = tuple(target.shape[2:])
         middle = value.double().mean(0, keepdim=True).to(value.dtype)
         return self._flat(target).double().mean(0) - self._flat(given(self.layer, middle, size)).double().mean(0)
@@ -240,6 +240,10 @@ class Fit:
         usable = _usable(gain)
         factor = torch.where(usable, 1 / gain.masked_fill(~usable, 1), 0)
         return difference * factor.reshape(-1, *[1] * (difference.ndim - 2))
+
+    def _read(self, value: Tensor) -> Tensor:
+        """As the layer takes it outside of an autocast that may be in the model's own code."""
+        return value.to(self.layer.weight.dtype)
 
     def _wanted(self, target: Tensor) -> Tensor:
         """What the layer is to give where the dense layer gives `target`, so that the norm behind it gives the same."""

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from tpvprune.batches import Batch, Progress
-from tpvprune.errors import InputError, PlanError, UnseenError
+from tpvprune.batches import Batch, Progress, Selector
+from tpvprune.errors import InputError, ModelError, PlanError, UnseenError
 from tpvprune.kinds import as_verb
 from tpvprune.plan import Plan
 from tpvprune.processes import process
@@ -47,22 +47,26 @@ def predicted_kl(
     batches: Iterable[Batch],
     plan: Plan,
     progress: Progress | None = None,
+    output: Selector = None,
 ) -> float | None:
     """KL(dense || pruned) in nats that a plan is predicted to cost, to first order; None where that cannot be told.
 
     Args:
-        criterion: a `TPV` predicts with its own settings, any other (or None) with those of `TPV()`.
+        criterion: a `TPV` predicts with its own settings, any other (or None) with those of `TPV(output=output)`.
         model: the dense model.
         batches: inputs to predict on.
         plan: what leaves.
         progress: called as `progress("score", batches_done, batches_to_do)`.
+        output: which part of what the model returns counts.
     """
-    tpv = criterion if isinstance(criterion, TPV) else TPV()
+    tpv = criterion if isinstance(criterion, TPV) else TPV(output=output)
     if not (tpv.head == "softmax" or isinstance(tpv.head, Softmax)):
         return None
     try:
         return tpv.drift(model, batches, plan, progress)[0] / 2
-    except UnseenError as error:
+    except ModelError as error:
+        if isinstance(criterion, TPV) and not isinstance(error, UnseenError):
+            raise
         logger.warning("%s; the drift of the plan is not predicted", str(error).partition(";")[0])
         return None
 
