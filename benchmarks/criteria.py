@@ -63,6 +63,7 @@ ABLATIONS: dict[str, tuple[Callable[[nn.Module, int], Any], dict[str, Any], bool
     "tpv plan, no linear part": (lambda dense, seed: tp.TPV(sensitivities=EVERY, seed=seed), JOINT, True),
     "tpv plan, no exchanges": (*CRITERIA["tpv plan"][:1], JOINT | {"exchange": False}, True),
     "tpv plan, no shrinkage": (*CRITERIA["tpv plan"][:1], JOINT | {"shrinkage": 0.0}, True),
+    "tpv plan, shrinkage 0.6": (*CRITERIA["tpv plan"][:1], JOINT | {"shrinkage": 0.6}, True),
     "tpv plan, no covariances": (*CRITERIA["tpv plan"][:1], JOINT | {"shrinkage": 1.0}, True),
     "tpv plan, 4 probes": (
         lambda dense, seed: tp.TPV(sensitivities=EVERY, reference=dense, probes=4, seed=seed),

@@ -488,6 +488,84 @@ def test_batches_in_parts_are_scored_by_gradients() -> None:
     assert "engine=batched" in tp.score(model, [inputs], graph).criterion
 
 
+class Sorted(nn.Module):
+    """Runs one of its branches on the samples in an order of its own, as for packed sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.one, self.other, self.last = linears((5, 6), (6, 4), (6, 4), (4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, order = self.first(x).tanh(), x.sum(1).argsort()
+        return self.last(self.one(hidden[order]).tanh()[order.argsort()] + self.other(hidden).tanh())
+
+
+def test_samples_in_an_order_of_their_own_are_scored_by_gradients() -> None:
+    model, inputs = randomise(Sorted()), example(6, 5)
+    graph = tp.trace(model, inputs[:1])
+    for seed in range(4):  # the samples that are looked at may be in order
+        drawn = example(6, 5, seed=seed)
+        assert "engine=batched" in tp.score(model, [drawn], graph).criterion
+        with pytest.raises(tp.ModelError, match="'one' has the samples of a batch in an order of its own"):
+            tp.score(model, [drawn], graph, tp.Wanda())
+    alone = tp.score(model, inputs.split(1), graph, tp.TPV(probes="exact"))
+    assert "batched" not in alone.criterion
+
+
+class Routed(nn.Module):
+    """Two experts; each token goes to one of them, and an expert without tokens is not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = linears((5, 6), (6, 3))
+        one, two, three, four = linears((6, 7), (7, 6), (6, 7), (7, 6))
+        self.one, self.other = nn.Sequential(one, nn.Tanh(), two), nn.Sequential(three, nn.Tanh(), four)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, chosen = self.first(x).tanh(), x[..., 0] > 0
+        found = torch.zeros_like(hidden)
+        for expert, mask in ((self.one, chosen), (self.other, ~chosen)):
+            if bool(mask.any()):
+                found[mask] = expert(hidden[mask])
+        return self.last(found).mean(1)
+
+
+def test_layers_that_a_sample_does_not_reach_do_nothing_to_it() -> None:
+    model, inputs = randomise(Routed()), example(3, 4, 5)
+    inputs[..., 0] = torch.tensor([[1.0] * 4, [-1.0] * 4, [1.0, 1.0, -1.0, -1.0]])
+    graph = tp.trace(model, inputs[2:])
+    single = [tp.score(model, [one], graph, tp.TPV(probes="exact")).values for one in inputs.split(1)]
+    together = tp.score(model, inputs.split(1), graph, tp.TPV(probes="exact"))
+    assert "batched" not in together.criterion
+    for name, value in together.values.items():
+        mean = torch.stack([values[name] for values in single]).mean(0)
+        torch.testing.assert_close(value, mean, rtol=tolerances.EXACT, atol=1e-15)
+    # The first sample reaches `one` alone: what its units do, by gates on them.
+    assert not bool(single[0]["other.0"].any())
+    jacobian = torch.autograd.functional.jacobian(lambda g: _gated(model, inputs[:1], g), torch.ones(7).double())
+    p = model(inputs[:1])[0].softmax(0)
+    wanted = (jacobian.T @ (p.diag() - p.outer(p)) @ jacobian).diagonal()
+    torch.testing.assert_close(single[0]["one.0"], wanted, rtol=tolerances.EXACT, atol=1e-15)
+    wanda = tp.score(model, inputs.split(1), graph, tp.Wanda())
+    assert all(bool((value > 0).all()) for value in wanda.values.values())
+
+
+def _gated(model: Routed, x: Tensor, gate: Tensor) -> Tensor:
+    """Outputs `(classes,)` of one sample all of whose tokens go to `one`, with gates on its units."""
+    units = model.one[1](model.one[0](model.first(x).tanh()))
+    found: Tensor = model.last(model.one[2](units * gate)).mean(1)[0]
+    return found
+
+
+def test_tokens_that_are_routed_by_what_they_are_are_nobodys() -> None:
+    model, inputs = randomise(Routed()), example(8, 4, 5)
+    graph = tp.trace(model, inputs[:1])
+    for criterion in (tp.TPV(compensated=True), tp.TPV()):
+        assert "engine=batched" in tp.score(model, [inputs], graph, criterion).criterion
+    with pytest.raises(tp.ModelError, match="has the samples of a batch in an order of its own"):
+        tp.score(model, [inputs], graph, tp.Wanda())
+
+
 def test_layers_that_work_for_a_group_are_no_part_of_it() -> None:
     # A mixer's tokens pass through layers of the width of its channels.
     model = randomise(

@@ -188,12 +188,12 @@ class Tapped:
         with self() as taps:
             return work(taps)
 
-    def _root(self, key: str, value: Tensor, last: bool = False) -> Tensor:
+    def _root(self, key: str, value: Tensor) -> Tensor:
         """The gradient starts at the first tap: nothing before it is worth a backward pass."""
         if not torch.is_grad_enabled():
             self._blind.append(key.partition(":")[2])
             return value
-        self._shapes.append((key, value.shape, last))
+        self._shapes.append((key, value.shape))
         if value.requires_grad and (self.roots or self.whole):
             return value
         root = value.detach().requires_grad_(True)
@@ -207,7 +207,7 @@ class Tapped:
             value = read_by(args, kwargs)
             if self._copies:
                 value = value.clone()
-            tapped = Tap.apply(self._root(key, value, axis == -1), self.sink, key, axis, copy or self._copies)
+            tapped = Tap.apply(self._root(key, value), self.sink, key, axis, copy or self._copies)
             return ((tapped, *args[1:]), kwargs) if args else ((), {**kwargs, "input": tapped})
 
         return hook
@@ -216,7 +216,7 @@ class Tapped:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             if self.layout.looking:
                 return output
-            root = self._root(key, output, axis == -1)
+            root = self._root(key, output)
             # A copy, because an in-place activation may follow.
             tapped: Tensor = Tap.apply(root, self.sink, key, axis, True)
             # The slope of a PReLU acts below zero only.
@@ -228,7 +228,7 @@ class Tapped:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             if self.layout.looking:
                 return output
-            tapped: Tensor = Tap.apply(self._root(key, output, True), self.sink, key, None, True, args[0].detach())
+            tapped: Tensor = Tap.apply(self._root(key, output), self.sink, key, None, True, args[0].detach())
             return tapped
 
         return hook
@@ -250,15 +250,17 @@ class Tapped:
         if self._raw:
             check_raw(self, self._raw, inputs[:1], select)
             self._raw = {}
+        self.layout.look(inputs)
         self.sink.numbers = range(first, first + len(inputs))
         output, idle = self.passed(inputs, select)
         if idle is not None and not self._by_hand:  # this batch goes another way than the first
             self._by_hand = True
             output, idle = self.passed(inputs, select)
-        self._by_hand = self._through.led  # watching every function takes time, and few models need it
+        # Watching every function takes time, and few models need it.
+        self._by_hand = self._through.led or idle is not None
         if self._blind:
             raise without_gradients(self._blind[0])
-        beside = next((name for name, module in self.inputs.items() if module in self._through.beside), idle)
+        beside = next((name for name, module in self.inputs.items() if module in self._through.beside), None)
         if beside is not None:
             raise UnseenError(
                 f"the model multiplies with the weight of {beside!r} without calling it: what it reads is not seen; "
@@ -266,17 +268,17 @@ class Tapped:
             )
         if not any(value.requires_grad for value in tensors(output)):
             raise ModelError("no layer of the graph is on the way to the model's output")
-        self.layout.settle(self._shapes, inputs)
+        self.layout.check(self._shapes, inputs)
         return output
 
     def passed(self, inputs: Tensor, select: Selector) -> tuple[Outputs, str | None]:
         """Outputs, and the name of a layer that reads units and was not called."""
         self.roots: list[Tensor] = []
         self._blind: list[str] = []
-        self._shapes: list[tuple[str, torch.Size, bool]] = []
+        self._shapes: list[tuple[str, torch.Size]] = []
         with torch.enable_grad(), self._through if self._by_hand else nullcontext():
             output = finite_outputs(self.model, inputs.detach(), select)
-        reached = {key for key, _, _ in self._shapes}
+        reached = {key for key, _ in self._shapes}
         return output, next((name for name in self.inputs if f"in:{name}" not in reached), None)
 
     def backward(self, output: Outputs, cotangent: Outputs, keep_graph: bool) -> dict[str, list[Tensor]]:
@@ -288,7 +290,7 @@ class Tapped:
         """
         self.sink.sums = {}
         backward(output, cotangent, self.roots, keep_graph)
-        lost = sorted({key.partition(":")[2] for key, *_ in self._shapes if key not in self.sink.sums})
+        lost = sorted({key.partition(":")[2] for key, _ in self._shapes if key not in self.sink.sums})
         if lost and not self._told:
             self._told = True
             logger.warning(

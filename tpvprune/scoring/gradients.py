@@ -263,7 +263,8 @@ class Captured:
                     "normalised first; use engine='batched'"
                 )
         pairs = [p for name in self.layers for p in zip(self.calls[name], self.inputs[name], strict=True)]
-        self._layout.settle([(self._keys[id(m)], x.shape, isinstance(m, nn.Linear)) for m, x in pairs], inputs)
+        self._layout.look(inputs)
+        self._layout.check([(self._keys[id(m)], x.shape) for m, x in pairs], inputs)
         for name in self.layers:
             values = zip(self.calls[name], self.inputs[name], strict=True)
             self.inputs[name] = [outermost(value, self.axis(module)) for module, value in values]

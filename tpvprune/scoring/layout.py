@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -17,56 +17,19 @@ from tpvprune.reads import ThroughLayers, read_by
 Places = Mapping[str, tuple[nn.Module, bool]]
 """By name a module, and whether its output is meant or its input."""
 
-
-def unclear(shape: torch.Size, batch: int, last: bool) -> bool:
-    """Whether a tensor of a batch of several samples may have them elsewhere than outermost, one after the other.
-
-    Args:
-        shape: of the tensor.
-        batch: samples in the batch.
-        last: whether channels come last, so that there may be something before the samples, as time.
-    """
-    return batch > 1 and (shape[0] != batch or (last and len(shape) > 2 and shape[1] == batch))
-
-
-def sample_axes(model: nn.Module, places: Places, inputs: Tensor) -> dict[str, int]:
-    """The axis that the samples lie along in a layer's input or output: 0, in which each may have several rows, or 1.
-
-    Two samples are run together, and then the second one twice: what has changed belongs to the first.
-
-    Args:
-        model: any module; its hooks run.
-        places: where to look; those that a pass does not reach are left out.
-        inputs: `(batch, ...)` of two samples or more.
-
-    Raises:
-        UnseenError: a layer has its samples in another order, or what it reads of one depends on others.
-    """
-    other = next((n for n in range(1, len(inputs)) if not torch.equal(inputs[n], inputs[0])), 1)
-    one, same = (_seen(model, places, inputs[[first, other]]) for first in (0, other))
-    found = {}
-    for name, calls in one.items():
-        again = same.get(name, [])
-        alike = len(again) == len(calls)  # one that is called as often as the samples ask for mixes them
-        fits = [a for a in (0, 1) if alike and all(_apart(*pair, a) for pair in zip(calls, again, strict=True))]
-        if not fits:
-            raise UnseenError(
-                f"{name.partition(':')[2] or name!r} has the samples of a batch in an order of its own, or mixes them, "
-                "and what each of them says cannot be told apart; score with TPV(engine='batched'), or batches of one"
-            )
-        found[name] = fits[0]
-    return found
+ORDER = (1, 0, 0)  # of the three samples that are looked at, the second time
+ALIKE = 2e-2  # of the largest: rounding, also in half precision
 
 
 class Layout:
-    """The axes that samples lie along, found where shapes first leave them open.
+    """The axes that samples lie along, found before the first pass over inputs of a shape.
 
     Args:
         model: any module; its hooks run.
         places: where samples may lie.
 
     Attributes:
-        axes: by place, those that were found; 0 elsewhere.
+        axes: by place; 0, in which each sample may have several rows, or 1.
         looking: whether a pass is under way that hooks of others have nothing to do with.
     """
 
@@ -74,28 +37,53 @@ class Layout:
         self.axes: dict[str, int] = {}
         self.looking = False
         self._model, self._places = model, places
+        self._rows: dict[torch.Size, dict[str, set[Fraction]]] = {}  # that a sample has, by shape of the inputs
 
-    def settle(self, seen: Iterable[tuple[str, torch.Size, bool]], inputs: Tensor) -> None:
-        """Find the axes of places that were seen in a pass.
+    def look(self, inputs: Tensor) -> None:
+        """Find the axes, unless inputs of this shape have been met. Batches of one say nothing, and need not.
+
+        Three samples are run, `a b c`, and then `b a a`: what a layer is given of each must be where that sample is,
+        and stay the same.
 
         Args:
-            seen: place, shape, and whether channels come last; see `unclear`.
+            inputs: `(batch, ...)`, of the pass to come.
+
+        Raises:
+            UnseenError: a layer has its samples in another order, or what it reads of one depends on others.
+        """
+        if len(inputs) < 2 or inputs.shape[1:] in self._rows:
+            return
+        others = [n for n in range(1, len(inputs)) if not torch.equal(inputs[n], inputs[0])] or [1]
+        a, b, c = 0, others[0], others[1 % len(others)]
+        self.looking = True
+        try:
+            one, again = (_seen(self._model, self._places, inputs[order]) for order in ([a, b, c], [b, a, a]))
+        finally:
+            self.looking = False
+        rows = self._rows[inputs.shape[1:]] = {}
+        for place, calls in one.items():
+            moved = again.get(place, [])
+            alike = len(moved) == len(calls)  # one that is called as often as the samples ask for mixes them
+            fits = [n for n in (0, 1) if alike and all(_follows(*pair, n) for pair in zip(calls, moved, strict=True))]
+            if not fits:
+                raise _disordered(place)
+            self.axes[place] = fits[0]
+            rows[place] = {Fraction(call.shape[fits[0]], len(ORDER)) for call in calls}
+
+    def check(self, seen: Iterable[tuple[str, torch.Size]], inputs: Tensor) -> None:
+        """Refuse places that have not as many rows a sample as was found.
+
+        Args:
+            seen: place and shape of what a pass met.
             inputs: `(batch, ...)`, of the pass.
 
         Raises:
-            UnseenError: see `sample_axes`.
+            UnseenError: how many there are depends on the samples, so that nobody knows whose they are.
         """
-        seen = list(seen)
-        calls = Counter(key for key, *_ in seen)
-        often = {key for key, count in calls.items() if count > 1 and len(inputs) > 1}  # a call may be one sample's
-        asked = (often | {key for key, shape, last in seen if unclear(shape, len(inputs), last)}) - set(self.axes)
-        if asked:
-            self.looking = True
-            try:
-                found = sample_axes(self._model, {key: self._places[key] for key in asked}, inputs)
-            finally:
-                self.looking = False
-            self.axes |= dict.fromkeys(asked, 0) | found
+        rows = self._rows.get(inputs.shape[1:])
+        for place, shape in seen if rows is not None and len(inputs) > 1 else ():
+            if Fraction(shape[self.axes.get(place, 0)], len(inputs)) not in rows.get(place, ()):  # type: ignore[union-attr]
+                raise _disordered(place)
 
 
 def mixes_samples(model: nn.Module) -> str | None:
@@ -132,7 +120,9 @@ def _seen(model: nn.Module, places: Places, inputs: Tensor) -> dict[str, list[Te
 
     handles = [m.register_forward_hook(hook(n, after), with_kwargs=True) for n, (m, after) in places.items()]
     try:
-        with evaluation_mode(model), torch.no_grad(), ThroughLayers(model):
+        drawn = [inputs.device] if inputs.device.type == "cuda" else []
+        with evaluation_mode(model), torch.no_grad(), ThroughLayers(model), torch.random.fork_rng(drawn):
+            torch.manual_seed(0)  # what is drawn is the same each time
             model(inputs)
     finally:
         for handle in handles:
@@ -140,12 +130,24 @@ def _seen(model: nn.Module, places: Places, inputs: Tensor) -> dict[str, list[Te
     return found
 
 
-def _apart(one: Tensor, same: Tensor, axis: int) -> bool:
-    """Whether all that differs between two runs lies in the first half along an axis."""
-    if one.shape != same.shape or one.ndim < axis + 2 or one.shape[axis] % 2:
+def _follows(one: Tensor, moved: Tensor, axis: int) -> bool:
+    """Whether what lies along an axis has moved as the samples have."""
+    if one.shape != moved.shape or one.ndim < axis + 2 or one.shape[axis] % len(ORDER):
         return False
-    differs = (one != same) & ~(one.isnan() & same.isnan())
-    return not bool(differs.unflatten(axis, (2, -1)).select(axis, 1).any())
+    one, moved = (value.unflatten(axis, (len(ORDER), -1)).movedim(axis, 0) for value in (one, moved))
+    wanted = one[list(ORDER)]
+    if not one.is_floating_point():
+        return torch.equal(moved, wanted)
+    # The same numbers at another place in a batch may be summed in another order.
+    size = float(torch.nan_to_num(one.abs(), 0.0, 0.0).max())
+    return bool(torch.isclose(moved, wanted, rtol=0.0, atol=ALIKE * size, equal_nan=True).all())
+
+
+def _disordered(place: str) -> UnseenError:
+    return UnseenError(
+        f"{place.partition(':')[2] or place!r} has the samples of a batch in an order of its own, or mixes them, "
+        "and what each of them says cannot be told apart; score with TPV(engine='batched'), or batches of one"
+    )
 
 
 def outermost(value: Tensor, axis: int) -> Tensor:

@@ -14,7 +14,7 @@ from tpvprune.batches import Batch, device_of, evaluation_mode, inputs_of
 from tpvprune.processes import of_all, process
 from tpvprune.reads import ThroughLayers, read_by
 from tpvprune.scoring.engine import Parts, global_number
-from tpvprune.scoring.layout import outermost, sample_axes, unclear
+from tpvprune.scoring.layout import Layout, outermost
 
 WIDEST = 8192  # inputs of a layer whose covariances, ten of them at a time, have room in 6 GB
 FULL = 0.75  # share of channels left of a precision at which they are copied together: it costs more than a step does
@@ -84,10 +84,6 @@ class Moments:
         return (mean if self.about is None else mean + self.about.double()), covariance
 
 
-class _UnclearError(RuntimeError):
-    """Shapes do not tell where the samples lie."""
-
-
 def watch(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -110,19 +106,24 @@ def watch(
         UnseenError: they cannot be.
     """
     numbers, seen, layers, parts = range(0), 0, list(layers), Parts()
+    whole = torch.empty(0)  # the inputs of the pass
     places = {f"{number}:{name}": (module, False) for number, (name, module) in enumerate(layers)}
-    axes: dict[str, int] = {}
+    layout = Layout(model, places)
 
     def hook(name: str, place: str) -> Any:
         def given(module: nn.Module, args: Any, kwargs: Any) -> None:
             value = read_by(args, kwargs).detach()
-            if apart and place not in axes and unclear(value.shape, len(numbers), isinstance(module, nn.Linear)):
-                raise _UnclearError
-            see(name, module, outermost(value, axes.get(place, 0)), numbers)
+            if apart:
+                layout.check([(place, value.shape)], whole)
+            see(name, module, outermost(value, layout.axes.get(place, 0)), numbers)
 
         return given
 
     def passed(inputs: Tensor) -> None:
+        nonlocal whole
+        whole = inputs
+        if apart:
+            layout.look(inputs)
         # Hooks are on for the pass alone: what gives the batches may use the model too.
         with evaluation_mode(model), torch.no_grad(), ThroughLayers(model), ExitStack() as hooks:
             for (name, module), place in zip(layers, places, strict=True):
@@ -136,15 +137,12 @@ def watch(
             nonlocal numbers
             numbers = range(first + part.start, first + part.stop)
             before = [copy.copy(moments) for moments in held]
-            while True:
-                try:
-                    return passed(inputs[part])
-                except RuntimeError as error:
-                    for moments, saved in zip(held, before, strict=True):
-                        moments.back_to(saved)
-                    if not isinstance(error, _UnclearError):
-                        raise
-                axes.update(dict.fromkeys(places, 0) | sample_axes(model, places, inputs[part]))
+            try:
+                passed(inputs[part])
+            except RuntimeError:
+                for moments, saved in zip(held, before, strict=True):
+                    moments.back_to(saved)
+                raise
 
         parts(len(inputs), run)
         seen += len(inputs)

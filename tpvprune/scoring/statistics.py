@@ -32,8 +32,8 @@ UNSEEN = "is not seen; take a criterion of gradients, as TPV(engine='batched'), 
 @contextmanager
 def _inputs(
     model: nn.Module, users: Iterable[tuple[str, nn.Module]], layout: Layout
-) -> Iterator[tuple[dict[str, list[Tensor]], list[tuple[str, torch.Size, bool]]]]:
-    """Moments of inputs of one pass, and what their shapes tell of where samples lie.
+) -> Iterator[tuple[dict[str, list[Tensor]], list[tuple[str, torch.Size]]]]:
+    """Moments of inputs of one pass, and their shapes.
 
     Args:
         model: any module.
@@ -41,10 +41,10 @@ def _inputs(
         layout: of the places `name`, a layer each.
 
     Yields:
-        Per name `(samples, 3, channels)`, of each call: sums of 1, x and x^2 over positions. And see `Layout.settle`.
+        Per name `(samples, 3, channels)`, of each call: sums of 1, x and x^2 over positions. And see `Layout.check`.
     """
     found: dict[str, list[Tensor]] = {}
-    shapes: list[tuple[str, torch.Size, bool]] = []
+    shapes: list[tuple[str, torch.Size]] = []
     handles = []
 
     def hook(name: str, place: str) -> Any:
@@ -52,7 +52,7 @@ def _inputs(
             if layout.looking:
                 return
             value, axis = read_by(args, kwargs).detach(), channel_axis(module)
-            shapes.append((place, value.shape, axis == -1))
+            shapes.append((place, value.shape))
             value = outermost(value, layout.axes.get(place, 0))
             # The spread of channels far from zero is lost in single precision.
             rows = value.movedim(axis, -1).reshape(len(value), -1, value.shape[axis]).double()
@@ -106,21 +106,22 @@ class _FromActivations:
 
             def run(part: slice, inputs: Tensor = inputs) -> dict[str, Tensor]:
                 batch = len(inputs[part])
-                before = dict(layout.axes)
+                layout.look(inputs[part])
                 with evaluation_mode(model), torch.no_grad(), _inputs(model, users, layout) as (found, shapes):
                     model(inputs[part])
                 if not found:
                     raise ModelError("no layer of the graph is used in the forward pass")
-                layout.settle(shapes, inputs[part])
-                if any(layout.axes[place] != before.get(place, 0) for place in layout.axes):
-                    return run(part)  # with what is known of them now
+                layout.check(shapes, inputs[part])
                 sums = {
                     name: sum(m.reshape(batch, -1, *m.shape[1:]).sum(1) for m in calls) for name, calls in found.items()
                 }
                 for name, value in sums.items():
                     if not bool(torch.isfinite(value).all()):  # type: ignore[arg-type]
                         raise NonFiniteError.of_layer(name)
-                return {name: value.flatten(1) for name, value in sums.items()}  # type: ignore[union-attr]
+                for name, module in users:
+                    if name not in sums and isinstance(module, (nn.Linear, _ConvNd)):  # this pass went another way
+                        sums[name] = torch.zeros(batch, 3, _width(module), dtype=torch.float64, device=inputs.device)
+                return {name: sums[name].flatten(1) for name in sorted(sums)}  # type: ignore[union-attr]
 
             done = parts(len(inputs), run)
             yield Observation(Tally.of_rows({name: torch.cat([one[name] for one in done]) for name in done[0]}))
@@ -182,6 +183,11 @@ def _read(group: Group, moments: Mapping[str, Tensor]) -> Iterator[tuple[Member,
                 f"{member.param!r} reads units of {group.id!r} outside of a layer, and what it reads {UNSEEN}"
             )
         yield member, moments[member.layer]
+
+
+def _width(layer: Any) -> int:
+    """Channels that a layer reads."""
+    return int(getattr(layer, "in_features", 0) or layer.in_channels)
 
 
 def _channels(entries: Tensor, channels: int, model: nn.Module, layer: str) -> Tensor:
