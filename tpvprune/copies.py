@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -51,6 +52,17 @@ def copied(model: M) -> M:
     if plan_of(model) is not None:  # classes with a copy of their own, as compiled models, copy what they know of
         attach(found, plan_of(model))
     return found
+
+
+def check_bare(model: nn.Module, verb: str) -> None:
+    """Refuse a model inside a wrapper that deals its batches out to devices.
+
+    Raises:
+        ModelError: names the wrapper.
+    """
+    if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
+        kind = type(model).__name__
+        raise ModelError(f"{verb} takes the model that is inside of {kind}; give model.module, as the teacher too")
 
 
 def _plain(module: nn.Module) -> list[tuple[str, Any]]:

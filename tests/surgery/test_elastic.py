@@ -124,6 +124,31 @@ def test_stream_and_heads_leave_apart(net: nn.Module, inputs: Tensor) -> None:
     assert sum(p.numel() for p in small.parameters()) == graph.params(plan.keep)
 
 
+class Windows(nn.Module):
+    """Puts windows together again in one chain of calls, of which two write the width out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.fc = (
+            nn.Linear(n, m) for n, m in ((5, 12), (12, 12), (12, 12), (12, 3))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        B, H, W, C = x.shape
+        y = self.third(self.second(x).relu())
+        y = y.view(B, H // 2, W // 2, 2, 2, C).permute(0, 1, 3, 2, 4, 5).reshape(B, H, W, C)
+        return self.fc(y.relu().mean((1, 2)))
+
+
+def test_all_calls_of_a_chain_are_opened() -> None:
+    net, inputs = randomise(Windows()), example(2, 4, 6, 5)
+    graph = tp.trace(net, inputs[:1])
+    assert {group.id: group.units for group in graph.groups} == {"first": 12, "second": 12, "third": 12}
+    plan = plan_without(graph, {"first": [0, 3], "second": [1], "third": [2, 4, 7]})
+    assert gap(tp.apply(net, plan)(inputs), tp.mask(net, plan)(inputs)) < tolerances.SAME_FUNCTION
+
+
 def test_sizes_beside_one_that_is_open_already_are_told_by_the_tensor(inputs: Tensor) -> None:
     net = randomise(Net(Shrunk))
     graph = tp.trace(net, inputs)

@@ -64,6 +64,11 @@ def trace(
     """
     if seconds is not None and not seconds > 0:
         raise InputError(f"seconds={seconds} must be above zero, or None for no limit")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            f"{type(model).__name__} is TorchScript, which holds no code to follow and no module that could be cut; "
+            "give the module that it was made of"
+        )
     limit = None if seconds is None else Limit(seconds)
     twin = copied(model)
     free(twin)

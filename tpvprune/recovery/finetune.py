@@ -33,7 +33,7 @@ from tpvprune.batches import (
     repeatable,
     single_tensor,
 )
-from tpvprune.copies import copied
+from tpvprune.copies import check_bare, copied
 from tpvprune.errors import DataError, InputError, NonFiniteError
 from tpvprune.held import plans_in
 from tpvprune.kinds import as_verb
@@ -130,6 +130,7 @@ class _Training:
         output: Selector,
         held_out: Iterable[Batch] | None,
     ) -> None:
+        check_bare(model, "finetune")
         self.model, self.batches, self.settings, self.output = model, batches, settings, output
         self.dense, self.teacher = teacher, Teacher(teacher, output, settings.mirrored)
         self.student = copied(model)

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointError
 
 from tpvprune.batches import Batch, Progress, evaluation_mode, model_inputs, plain_attention, repeatable
-from tpvprune.copies import copied
+from tpvprune.copies import check_bare, copied
 from tpvprune.errors import ModelError, NonFiniteError
 from tpvprune.kinds import as_verb
 from tpvprune.recovery.fits import fitting_plan
@@ -75,6 +75,7 @@ def refine(
         DataError: there is no batch, or they can be read once only.
     """
     settings, start = settings or GaussNewton(), time.perf_counter()
+    check_bare(model, "refine")
     plan = fitting_plan(model, teacher, "refine")
     repeatable(batches, "every step reads them")
     small = copied(model)

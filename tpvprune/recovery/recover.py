@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from tpvprune.batches import Batch, Progress, Selector, repeatable
-from tpvprune.copies import copied
+from tpvprune.copies import check_bare, copied
 from tpvprune.kinds import as_verb
 from tpvprune.processes import process
 from tpvprune.recovery.batchnorm import reestimate_batchnorm
@@ -73,6 +73,8 @@ def recover(
         DataError: the batches are empty, or can be read once only and must be read more often.
     """
     repeatable(batches, "recovery reads them several times")
+    if refine_with is not None or finetune_with is not None:
+        check_bare(model, "recover")
     way = (fold, reconstruct_with, refine_with, batchnorm)
     kept = None if save is None or finetune_with is None else Path(save) / REFITTED
     began = {} if kept is None else {"refits": repr(way), **began_with(model, teacher)}
