@@ -47,6 +47,7 @@ from tpvprune.scoring.shares import kept_scores
 from tpvprune.scoring.tpv import TPV
 from tpvprune.stepping import Asked, Step
 from tpvprune.surgery.removal import apply
+from tpvprune.trust import First, may_doubt, trusted_shrinkage
 from tpvprune.types import Graph
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,8 @@ class Planning:
         spacing: "linear" takes the same amount off each bounded cost in every step, "geometric" the same share.
         allocator: see `allocate`.
         per: see `allocate`.
-        shrinkage: see `allocate`.
+        shrinkage: see `allocate`; the estimated one, or a larger one where plans made with that are measured to drift
+            less (not where steps are refitted).
         refit: whether what is left is refitted in closed form, from the dense weights, before it is scored again. What
             comes out is a plan all the same; the model it leaves is refitted by whoever recovers it.
     """
@@ -115,6 +117,9 @@ def plan_for(
 ) -> Plan:
     """Score and allocate, in as many steps as asked; one plan of the dense model.
 
+    How far the joint allocator trusts products of units is measured on the first of the batches, by plans that cost the
+    same, where outputs are logits and `planning` does not say.
+
     After the first step, TPV and JBR score what is left with the dense model as the reference, so that the drift
     that is already there counts. Where drift is bounded, what is left is measured against the dense model after every
     step, on the batches that are scored, and what it is expected to drift further on others is added (`optimism` of
@@ -154,6 +159,8 @@ def plan_for(
     finals = check_reachable(graph, budget, latency=latency, criterion=by)
     state, kept = None if save is None else Path(save), None
     measurable = budget.drift is None or planning.steps > 1 or _measurable(model, batches, criterion)
+    answers = Answers(model, getattr(criterion, "output", None))
+    on_first = partial(_measured, answers=answers, batches=First(batches), progress=progress)
     if planning.steps == 1 and (budget.drift is None or not measurable):
         if not measurable:
             logger.warning(
@@ -163,6 +170,8 @@ def plan_for(
         if scores is None:
             kept = _kept(state, model, "step1")
             scores = score(model, batches, graph, criterion, progress=progress, save=kept, exact=True)
+        if measurable and may_doubt(scores, choice) and _measurable(model, batches, criterion):
+            choice["shrinkage"] = trusted_shrinkage(model, scores, graph, budget, choice, on_first)
         plan = from_first(allocate(scores, graph, budget, **choice))
         _forget(kept)
         return plan
@@ -190,7 +199,6 @@ def plan_for(
     if planning.refit and refit_batches is None and process()[1] > 1:
         raise BudgetError("refit=True under several processes: give refit_batches, the same in all of them")
     source = batches if refit_batches is None else refit_batches
-    answers = Answers(model, getattr(criterion, "output", None))
     refit = Refits(answers, source, refit_with, progress) if planning.refit else None
     on_scored = partial(_measured, answers=answers, batches=batches, progress=progress)
 
@@ -224,7 +232,11 @@ def plan_for(
         if budget.drift is not None and not (tells_of_others(found) if refit is None else found.samples >= LEAST):
             warn_of_few(found)
         limit = _limit_of(budget, {name: way[step] for name, way in ways.items()})
-        taken = Step(step, asked, plan, small, now, found, limit, choice, refit, measure)
+        how = dict(choice)
+        if refit is None and may_doubt(found, choice) and _measurable(model, batches, criterion):
+            after = None if first else plan
+            how["shrinkage"] = trusted_shrinkage(small, found, now, limit, choice, on_first, after)
+        taken = Step(step, asked, plan, small, now, found, limit, how, refit, measure)
         plan, small = taken.taken()
         if state is not None and keeps and process()[0] == 0:
             keep(state, plan, begun)
