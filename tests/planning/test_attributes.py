@@ -77,3 +77,33 @@ def test_a_weight_the_other_way_round_is_scored_as_a_linear_layer_is() -> None:
     for criterion in (tp.TPV(head="logits"), tp.TPV(head="logits", compensated=True)):
         one, other = (tp.score(m, [inputs], tp.trace(m, inputs), criterion).values for m in (odd, model))
         assert_scores_close(one, other, tolerances.EXACT)
+
+
+class Windowed(nn.Module):
+    """Has a number of positions that happens to be as many as its channels, and one that tells others of these."""
+
+    def __init__(self, norm: bool) -> None:
+        super().__init__()
+        self.longest, self.dim = 16, 16
+        self.norm = nn.LayerNorm(16) if norm else nn.Identity()
+        self.first, self.middle, self.last = nn.Linear(5, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.first(x))
+        B, N, C = x.shape
+        y = self.middle(x.reshape(B * N, C)).reshape(B, N, C)
+        return self.last((x + y.relu())[:, : self.longest]).cumsum(1)[:, -1]
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_numbers_that_happen_to_be_a_width_stay(norm: bool) -> None:
+    model = randomise(Windowed(norm)).eval()
+    graph = tp.trace(model, example(1, 8, 5))
+    assert set(graph.counts) == {"dim"}
+    gone = {group.id: [0, 3, 7] for group in graph.groups}
+    plan = plan_without(graph, gone)
+    small = tp.apply(model, plan)
+    assert (small.longest, small.dim) == (16, 13)
+    if not norm:
+        inputs = example(2, 20, 5)  # longer than the example: here the number counts
+        assert gap(small(inputs), tp.mask(model, plan)(inputs)) < tolerances.SAME_FUNCTION

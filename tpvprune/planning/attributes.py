@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from types import FunctionType
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -24,7 +25,9 @@ LAYERS = (_ConvNd, nn.Linear, nn.Embedding, _NormBase, nn.LayerNorm, nn.GroupNor
 OF_ONE_HEAD = ("head_dim", "dim_head", "head_size", "head_channels", "d_head", "dim_per_head")
 
 
-def counted_attributes(traced: Traced, known: frozenset[str] | None) -> tuple[dict[str, tuple[str, int]], set[str]]:
+def counted_attributes(
+    traced: Traced, known: frozenset[str] | None
+) -> tuple[dict[str, tuple[str, int]], set[str], set[str]]:
     """Whole numbers in modules that count the units of one group, so that they can be set anew after a cut.
 
     Args:
@@ -32,11 +35,12 @@ def counted_attributes(traced: Traced, known: frozenset[str] | None) -> tuple[di
         known: the only ones to look at; None for all.
 
     Returns:
-        By name of the number its group and how often each unit counts, and the modules in which a length that has to be
-        told is not.
+        By name of the number its group and how often each unit counts; those of the names that the code reads for
+        something else, as far as its statements tell; and the modules in which a length that has to be told is not.
     """
     counts: dict[str, tuple[str, int]] = {}
     counted: set[int] = set()
+    doubtful: set[str] = set()
     sizes = {group.id: group.units for group in traced.groups}
     kinds = {group.id: group.kind for group in traced.groups}
     sure: set[tuple[str, str, int]] = set()
@@ -61,6 +65,8 @@ def counted_attributes(traced: Traced, known: frozenset[str] | None) -> tuple[di
         for key in named or ([] if place in sure else found):
             name = f"{width.author}.{key}".removeprefix(".")
             if known is None or name in known:
+                if name not in counts and not named and runs_by(type(author), key):
+                    doubtful.add(name)
                 counts.setdefault(name, (group, each))
                 counted.add(id(width))
         for key, shape in shapes(author):
@@ -70,7 +76,14 @@ def counted_attributes(traced: Traced, known: frozenset[str] | None) -> tuple[di
                 counts.setdefault(name, (group, each))
 
     lost = (width for width in traced.follower.widths if width.must and id(width) not in counted)
-    return counts, {width.module for width in lost if _cuttable(traced, width)}
+    return counts, doubtful, {width.module for width in lost if _cuttable(traced, width)}
+
+
+def runs_by(kind: type[nn.Module], key: str) -> bool:
+    """Whether the code of a module's passes reads an attribute."""
+    methods = {name: getattr(kind, name) for name in dir(kind) if name.startswith("forward") or name == "__call__"}
+    own = [m for m in methods.values() if isinstance(m, FunctionType) and m.__module__ != nn.Module.__module__]
+    return any(key in method.__code__.co_names for method in own)
 
 
 def _place(shape: tuple[int, ...], width: Width) -> int | None:

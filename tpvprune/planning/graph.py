@@ -25,7 +25,7 @@ from tpvprune.plan import plan_of
 from tpvprune.planning.blocks import residual_blocks
 from tpvprune.planning.cost import Usage
 from tpvprune.planning.follow import follow
-from tpvprune.planning.rehearsal import rehearsed
+from tpvprune.planning.rehearsal import needed_counts, rehearsed
 from tpvprune.planning.seen import Limit, Policy
 from tpvprune.planning.traced import Traced, tensors_and_buffers
 from tpvprune.types import Graph, fingerprint
@@ -92,6 +92,8 @@ def trace(
                 break
             policy = found
         traced.policy = found
+        if traced.doubtful:
+            traced.counts = needed_counts(twin, traced.graph(model_id(model)), traced.doubtful, args, kwargs, limit)
         if carried is not None and dense is not None:
             traced.restrict(carried)
         if depth:

@@ -92,6 +92,45 @@ def rehearsed(
     return policy
 
 
+@torch.no_grad()
+def needed_counts(
+    model: nn.Module,
+    graph: Graph,
+    doubtful: Collection[str],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    limit: Limit | None = None,
+) -> dict[str, tuple[str, int]]:
+    """The numbers of a graph that are set anew, without those that only happen to be as many as units.
+
+    Without these a cut model runs, and gives what it gives with units masked, or, where that cannot be compared, what
+    it gives with the number set anew.
+
+    Args:
+        model: in eval mode.
+        graph: of the network, every group of which can be cut.
+        doubtful: names of numbers that are read for something else than a width, as far as code tells.
+        args: of one forward pass.
+        kwargs: likewise.
+        limit: to the time it may take.
+    """
+    groups = [g for g in graph.groups if g.units > 1]
+    kinds: dict[tuple[type, str], set[str]] = {}
+    for name in doubtful:
+        module, _, key = name.rpartition(".")
+        kinds.setdefault((type(model.get_submodule(module)), key), set()).add(name)
+    counts = dict(graph.counts)
+    for names in kinds.values():
+        fewer = {name: of for name, of in counts.items() if name not in names}
+        stages = [_Stage(model, replace(graph, counts=some), args, kwargs, limit) for some in (fewer, counts)]
+        rounds = [(some, uneven) for uneven in (False, True) for some in ([g for g in groups if g.exact_mask], groups)]
+        if all(not some or stages[0].fails(some, uneven) is None for some, uneven in rounds):
+            got, wanted = (stage.outputs(groups, True) for stage in stages)
+            if all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True)) or all(g.exact_mask for g in groups):
+                counts = fewer
+    return counts
+
+
 def _kept(stage: _Stage, groups: list[Group], uneven: bool, failure: _Failure, policy: Policy) -> Policy:
     """The policy with all units of the groups kept that fail on their own, or of all that fail together."""
     guilty = {g.id: alone.why for g in groups if (alone := stage.fails([g], uneven)) is not None}
@@ -116,16 +155,21 @@ class _Stage:
         self.model, self.graph, self.args, self.kwargs = model, graph, args, kwargs
         self.dense = tensors_of(model(*args, **kwargs))
 
+    def outputs(self, groups: Sequence[Group], uneven: bool) -> list[Tensor]:
+        """What the model gives with units cut, as `fails` cuts them."""
+        return tensors_of(cut(self.model, self._plan(groups, uneven))(*self.args, **self.kwargs))
+
+    def _plan(self, groups: Sequence[Group], uneven: bool) -> Plan:
+        least = {g.id: 1 if all(m.width() == 1 for m in g.of_role("affine", "stat")) else 2 for g in groups}
+        gone = {g.id: max(1, min(1 + n % 5 if uneven else 1, g.units - least[g.id])) for n, g in enumerate(groups)}
+        return Plan({g.id: torch.arange(g.units) < g.units - gone[g.id] for g in groups}, self.graph)
+
     def fails(self, groups: Iterable[Group], uneven: bool = False) -> _Failure | None:
         """Cut one unit of each group, or other numbers of each, and run; where all of them can be masked, compare."""
         groups = list(groups)
+        plan, running = self._plan(groups, uneven), list[str]()
         if self.limit is not None:
             self.limit.check(f"to rehearse a cut of {len(groups)} groups, {groups[0].id!r} the first")
-        least = {g.id: 1 if all(m.width() == 1 for m in g.of_role("affine", "stat")) else 2 for g in groups}
-        gone = {g.id: max(1, min(1 + n % 5 if uneven else 1, g.units - least[g.id])) for n, g in enumerate(groups)}
-        keep = {g.id: torch.arange(g.units) < g.units - gone[g.id] for g in groups}
-        plan = Plan(keep, self.graph)
-        running: list[str] = []
         try:
             small = cut(self.model, plan)
             for name, module in small.named_modules():

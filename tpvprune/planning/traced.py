@@ -64,7 +64,8 @@ class Traced:
         self.place: dict[int, tuple[str, int]] = {}  # class to (group, unit)
         self.groups = self._groups()
         self.unequal = add_products(self)
-        self.counts, self.untold = counted_attributes(self, None if dense is None else frozenset(dense.counts))
+        known = None if dense is None else frozenset(dense.counts)
+        self.counts, self.doubtful, self.untold = counted_attributes(self, known)
         self.told = told_widths(self)
         self._explain()
 
