@@ -128,6 +128,7 @@ def _images(run: Run, recipe: Recipe, samples: int, seed: int) -> tuple[Any, Any
     """Batches of training and of held-out images."""
     assert recipe.data is not None or run.inputs.images  # which raises where no images are named
     assert recipe.data is not None
+    run.inputs.check()
     pools: list[Pool | Stream] = [
         run.inputs.images.scored.sample(samples, seed),
         run.inputs.images.measured.sample(samples, seed),

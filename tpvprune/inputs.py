@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tpvprune.batches import Progress
+from tpvprune.batches import Progress, finite_output
+from tpvprune.calls import running
 from tpvprune.deploy.examples import Changed
 from tpvprune.errors import DataError, ModelError
 from tpvprune.planning.latency import LatencyTable, default_cache, latency_table
@@ -92,6 +93,21 @@ class Inputs:
             scored = open_pool(data.images, self.dense, size=data.size, labels=data.labels)
             measured = open_pool(held.images, self.dense, size=data.size, labels=held.labels)
         return Images(scored, measured.sample(held.samples, self.recipe.seed))
+
+    def check(self) -> None:
+        """See whether the model runs on the images that are scored.
+
+        Raises:
+            DataError: none can be read.
+            ModelError: it does not run on images of that shape.
+            NonFiniteError: it gives NaN or infinity for them.
+        """
+        first = next(iter(self.loader(self.images.scored)), None)
+        if first is None:
+            raise DataError(f"{self.images.scored.name}: no image can be read; give other images")
+        images = first[0].to(self.device)
+        with torch.no_grad(), running(self.dense, ((images,), {})):
+            finite_output(self.dense, images)
 
     def loader(
         self, pool: Pool | Stream, *, batch_size: int | None = None, train: bool = False, augment: bool = False

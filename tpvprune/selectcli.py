@@ -54,6 +54,7 @@ def select(
             given = flags(overrides, checkpoint=file, data=data, labels=labels)
             [(recipe, folder)] = resolve_model(name, given, None)
             runs[word] = Run(recipe, folder, progress=progress, log=log_line)
+            runs[word].inputs.check()
         models = {word: run.inputs.dense for word, run in runs.items()}
         batches = {word: _batches(run.inputs.images.scored.sample(samples, seed), run) for word, run in runs.items()}
         way: Any = method
