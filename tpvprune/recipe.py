@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from tpvprune.budget import BOUNDS, Budget
 from tpvprune.errors import InputError, RecipeError
 from tpvprune.files import packaged, read_text
+from tpvprune.mistakes import explained, place_of
 from tpvprune.recovery.reconstruct import Reconstruct
 from tpvprune.recovery.settings import Finetune, GaussNewton
 from tpvprune.schedule import Planning
@@ -229,26 +230,14 @@ def validate_recipe(
     try:
         recipe = kind.model_validate(merged)
     except ValidationError as error:
-        raise RecipeError(_explain(error, kind, origin, set_by, lines or {})) from error
+        raise RecipeError(explained(error, kind, origin, set_by, lines or {})) from error
     if isinstance(recipe, Recipe):
         try:
             recipe.criterion(), recipe.criterion_of_weights(), recipe.limits(), recipe.planning()
             recipe.closed_form(), recipe.gauss_newton(), recipe.distillation()
         except RecipeError as error:
-            raise RecipeError(f"{_place(str(error), origin, set_by, lines or {})}: {error}") from error
+            raise RecipeError(f"{place_of(str(error), origin, set_by, lines or {})}: {error}") from error
     return recipe
-
-
-def _place(
-    message: str, origin: str, set_by: Mapping[tuple[str, ...], str], lines: Mapping[tuple[str, ...], int]
-) -> str:
-    """Where the value that a settings class refused (`section: ... key=value ...`) was written."""
-    section = tuple(message.partition(":")[0].split("."))
-    for written in (set_by, lines):
-        for path in written:
-            if path[: len(section)] == section and len(path) > len(section) and f"{path[-1]}=" in message:
-                return f"override {set_by[path]!r}" if path in set_by else f"{origin}, line {lines[path]}"
-    return f"{origin}, line {lines[section]}" if section in lines else origin
 
 
 def _read_yaml(text: str, origin: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
@@ -311,40 +300,3 @@ def _put(data: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
             data[key] = {}
         data = data[key]
     data[keys[-1]] = value
-
-
-def _explain(
-    error: ValidationError,
-    kind: type[BaseModel],
-    origin: str,
-    set_by: Mapping[tuple[str, ...], str],
-    lines: Mapping[tuple[str, ...], int],
-) -> str:
-    """One line a mistake: file, line or override, key, what is wrong, near keys."""
-    told: dict[str, None] = {}
-    for problem in error.errors():
-        path = tuple(str(part) for part in problem["loc"])
-        known = next((path[:end] for end in range(len(path), 0, -1) if path[:end] in lines or path[:end] in set_by), ())
-        by = next((set_by[path[:end]] for end in range(len(path), 0, -1) if path[:end] in set_by), None)
-        where = f"override {by!r}" if by else f"{origin}, line {lines[known]}" if known else origin
-        # Alternatives of a union stand behind the key and mean nothing to the reader.
-        key = ".".join(known if known and problem["type"] != "missing" else path)
-        if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(path[-1], _fields_at(kind, path[:-1]), n=1)
-            text = f"unknown key {'.'.join(path)!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-        elif problem["type"] == "missing":
-            text = f"key {key!r} is missing"
-        else:
-            text = f"key {key!r}: {problem['msg'][0].lower()}{problem['msg'][1:]} (got {problem['input']!r})"
-        told[f"{where}: {text}"] = None
-    return "\n".join(told)
-
-
-def _fields_at(kind: Any, path: tuple[str, ...]) -> list[str]:
-    for part in path:
-        field = kind.model_fields.get(part)
-        options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        kind = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
-        if kind is None:
-            return []
-    return list(kind.model_fields)
