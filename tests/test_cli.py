@@ -351,6 +351,12 @@ def test_weights_of_another_shape_name_the_tensor(place, run):
         (["prune", "test_resnet", "--data", "images"], ["--macs 0.5"]),
         (["prune", "test_resnet", "--macs", "0.5"], ["--data is missing"]),
         (["prune", "test_resnet", "--data", "images", "--macs", "0.5", "--labels", "folders"], ["3 classes", "1000"]),
+        (["prune", "test_resnet", "--data", "", "--macs", "0.5"], ["--data is missing; give a folder"]),
+        (["prune", "test_resnet", "--data", "images", "--macs", ""], ["no budget"]),
+        (["score", "test_resnet", "--data", " "], ["'data.images'", "nothing is named; give a path"]),
+        (["score", "test_resnet", "--data", "images", "eval.images=''"], ["eval.images", "nothing is named"]),
+        (["score", "test_resnet", "--data", "images", "--labels", ""], ["data.labels", "nothing is named"]),
+        (["score", "test_resnet", "--data", "images", "--checkpoint", ""], ["model.checkpoint", "nothing is named"]),
         (
             ["prune", "test_resnet", "--data", "images", "--macs", "0.5", "budget.mac=1"],
             ["did you mean 'macs'"],

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, Optional, get_type_hints
+from typing import Annotated, Any, Literal, Optional, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
 
 from tpvprune.budget import BOUNDS, Budget, n_of_m
 from tpvprune.recovery.reconstruct import Reconstruct
@@ -34,19 +34,28 @@ def _section_of(settings: type, name: str, /, without: Sequence[str] = (), **mor
     return create_model(name, __base__=Strict, **fields, **more)
 
 
+def _named(text: str) -> str:
+    if not text.strip():
+        raise ValueError("nothing is named; give a path, or leave the key out")
+    return text
+
+
+Named = Annotated[str, AfterValidator(_named)]  # an empty path would be the current folder
+
+
 class ModelSection(Strict):
     """Which network: a timm name or `cifar_resnet20` and the like, its weights, its arguments."""
 
     name: str
-    checkpoint: str | None = None
+    checkpoint: Named | None = None
     args: dict[str, Any] = Field(default_factory=dict)
 
 
 class DataSection(Strict):
     """Unlabeled images: a folder, an `.npz` / `.npy` file or `digits`. `labels` are only measured with."""
 
-    images: str | None = None  # for a recipe that leaves them to the command line
-    labels: str | None = None
+    images: Named | None = None  # for a recipe that leaves them to the command line
+    labels: Named | None = None
     size: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=64, ge=1)
     workers: int = Field(default=0, ge=0)
@@ -55,8 +64,8 @@ class DataSection(Strict):
 class EvalSection(Strict):
     """Images to measure on. Without `images`: the odd positions of `data`, and scoring keeps to the even ones."""
 
-    images: str | None = None
-    labels: str | None = None
+    images: Named | None = None
+    labels: Named | None = None
     samples: int | None = Field(default=None, ge=1)
     examples: int = Field(default=12, ge=0)  # thumbnails of images whose answer changed, for the report
 

@@ -43,7 +43,7 @@ def select(
     as_json: AsJson = False,
 ) -> None:
     """Rank checkpoints by how much noise in their targets they would follow. Reads no label but for a column beside."""
-    if data is None:
+    if data is None or not data.strip():
         raise InputError("--data is missing; give a folder of images (labels are not needed)")
     runs: dict[str, Run] = {}
     with bars() as progress:
