@@ -165,6 +165,18 @@ def test_a_finished_run_is_not_done_again_and_a_changed_key_redoes_what_it_matte
     assert "recover:" not in said, "labels matter to the measuring only"
 
 
+def test_a_run_keeps_its_name_and_its_model(place, run):
+    words = ["trace", "test_resnet", *SMALL, "--checkpoint", "weights.safetensors", "--out", "out"]
+    assert run(*words)[0] == 0
+    for override in ("model.name=test_vit", "name=other"):
+        code, _, said = run("trace", "out", override, "--out", "fresh")
+        assert code == 2
+        assert "out holds a run of 'test_resnet' (test_resnet), which keeps its name and its model" in said
+        assert not (place / "fresh").exists(), "nothing is taken along for it"
+    words = ["trace", "out/recipe.yaml", "model.name=test_vit", "model.checkpoint=null", "--out", "fresh"]
+    assert run(*words)[0] == 0, "as the message says"
+
+
 def test_new_images_make_old_scores_stale_and_shared_images_are_refused(place, run):
     words = ["score", "test_resnet", *SMALL, "--checkpoint", "weights.safetensors", "--data", "images", "--out", "out"]
     assert run(*words)[0] == 0
