@@ -290,3 +290,13 @@ def test_the_page_of_recipes_names_every_key_once_with_its_default():
     for key, default in wanted.items():  # a word such as `no` is what it is, not what YAML makes of it
         read = told[key].strip('"') if isinstance(default, str) else yaml.safe_load(told[key] or "null")
         assert read == default, key
+
+
+def test_full_precision_is_asked_for_by_the_word_that_yaml_takes_for_false():
+    text = "name: a\nmodel: {name: b}\nrecover: {finetune: {precision: no}}\n"
+    assert parse_recipe(text, "mine.yaml").distillation() == tp.Finetune()
+    recipe = parse_recipe(FULL, "mine.yaml", ["recover.finetune.precision=no"])
+    assert recipe.distillation() == tp.Finetune(epochs=2)
+    assert parse_recipe(recipe.to_yaml(), "resolved.yaml") == recipe
+    with pytest.raises(tp.RecipeError, match=r"recover.finetune.precision.*'no', 'fp16' or 'bf16'.*got True"):
+        parse_recipe(FULL, "mine.yaml", ["recover.finetune.precision=yes"])

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Optional, get_type_hints
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from tpvprune.budget import BOUNDS, Budget, n_of_m
 from tpvprune.recovery.reconstruct import Reconstruct
@@ -99,6 +99,8 @@ FinetuneSection: Any = _section_of(
     samples=(int | None, Field(default=None, ge=1)),
     batch_size=(int | None, Field(default=None, ge=1)),
     augment=(bool, True),
+    # YAML 1.1 reads the word `no` as false.
+    precision=(Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(lambda v: "no" if v is False else v)], "no"),
 )
 
 
