@@ -300,3 +300,8 @@ def test_full_precision_is_asked_for_by_the_word_that_yaml_takes_for_false():
     assert parse_recipe(recipe.to_yaml(), "resolved.yaml") == recipe
     with pytest.raises(tp.RecipeError, match=r"recover.finetune.precision.*'no', 'fp16' or 'bf16'.*got True"):
         parse_recipe(FULL, "mine.yaml", ["recover.finetune.precision=yes"])
+
+
+def test_engines_of_single_weights_are_none_of_a_recipe():
+    with pytest.raises(tp.RecipeError, match=r"score\.engine.*'auto', 'activations', 'batched' or 'per_sample'"):
+        parse_recipe(FULL, "mine.yaml", ["score.engine=factored"])

@@ -77,6 +77,7 @@ ScoreSection: Any = _section_of(
     without=("reference", "perturbation", "output"),
     criterion=(Literal[tuple(CRITERIA)], "tpv"),
     head=(Literal[tuple(sorted(HEADS))], "softmax"),
+    engine=(Literal["auto", "activations", "batched", "per_sample"], "auto"),  # factored: of single weights alone
     compensated=(bool | None, None),  # None: if a refit follows
     probes=(int | Literal["exact"] | None, None),  # None: 1, and more where there are few images, see `probes_for`
     samples=(int | None, Field(default=1280, ge=1)),
