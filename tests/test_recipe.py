@@ -174,6 +174,7 @@ def test_overrides_replace_switch_off_and_make_sections():
         ("name: a\nmodel: {name: b}\nbudget:\n  macs: much\n", ["line 4", "macs='much' is no amount"]),
         ("name: a\nmodel: {name: b}\nscore:\n  probes: 0\n", ["line 4", "probes=0"]),
         ("name: a\nmodel: {name: b}\nrecover:\n  finetune:\n    lr: -1\n", ["line 5", "lr=-1"]),
+        ("name: a\nmodel: {name: b}\nrecover:\n  finetune:\n    optimizer: adamx\n", ["line 5", "did you mean ada"]),
         ("name: a\nmodel: {name: b}\nscore: {head: sofmax}\n", ["line 3", "'score.head'"]),
         ("name: a\nname: b\nmodel: {name: b}\n", ["line 2", "'name' stands twice"]),
         ("name: a\nmodel: [\n", ["line 3", "not YAML"]),
@@ -199,6 +200,8 @@ def test_mistakes_name_the_file_the_line_and_the_key(text, phrases):
         ("recover.finetune.epochs=many", "'recover.finetune.epochs'"),
         ("budget.macs=[", "is no YAML"),
         ("recover.finetune.clip=0", "clip=0"),
+        ("recover.finetune.optimizer=adamx", "optimizer='adamx' is no optimiser of timm; did you mean ada"),
+        ("recover.finetune.optimizer=adahessian", "takes second derivatives"),
     ],
 )
 def test_wrong_overrides_are_named(override, phrase):

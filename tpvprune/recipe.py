@@ -21,6 +21,7 @@ from tpvprune.budget import BOUNDS, Budget
 from tpvprune.errors import InputError, RecipeError
 from tpvprune.files import packaged, read_text
 from tpvprune.mistakes import explained, place_of
+from tpvprune.recovery.optimisation import check_optimizer
 from tpvprune.recovery.reconstruct import Reconstruct
 from tpvprune.recovery.settings import Finetune, GaussNewton
 from tpvprune.schedule import Planning
@@ -130,7 +131,14 @@ class Recipe(Strict):
     def distillation(self) -> Finetune | None:
         """How to fine-tune, or None."""
         section = self.recover.finetune
-        return None if section is None else _settings(Finetune, section, "recover.finetune")
+        if section is None:
+            return None
+        settings: Finetune = _settings(Finetune, section, "recover.finetune")
+        try:
+            check_optimizer(settings)
+        except InputError as error:
+            raise RecipeError(f"recover.{error}") from error
+        return settings
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out."""
