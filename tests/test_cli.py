@@ -377,6 +377,18 @@ def test_weights_of_another_shape_name_the_tensor(place, run):
             ["prune", "test_resnet", "--data", "images", "--macs", "0.5", "budget.protect=[layr1]"],
             ["'layr1' matches no layer", "layer1"],
         ),
+        (
+            ["prune", "test_resnet", "--data", "images", "--macs", "1.0", "sparsify={sparsity: 0.5, protect: [layr1]}"],
+            ["sparsify.protect: pattern 'layr1' matches no layer", "did you mean layer1"],
+        ),
+        (
+            ["prune", "test_resnet", "--data", "images", "--macs", "0.5", "recover.finetune.features=[layr1]"],
+            ["recover.finetune.features: 'layr1' is no module", "did you mean layer1"],
+        ),
+        (
+            ["prune", "test_resnet", "--data", "images", "--macs", "0.5", "recover.finetune.label_weight=0.5"],
+            ["recover.finetune.label_weight=0.5 needs labels", "--labels (data.labels)"],
+        ),
         (["prune", "test_resnet", "--data", "images", "--macs", "0.5", "device=abacus"], ["abacus"]),
         (
             ["prune", "test_resnet", "--data", "images", "--macs", "0.5", "budget.macs=0.9"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from tpvprune.batches import Progress, finite_output
 from tpvprune.calls import running
 from tpvprune.deploy.examples import Changed
-from tpvprune.errors import DataError, ModelError
+from tpvprune.errors import BudgetError, DataError, ModelError, RecipeError
 from tpvprune.planning.latency import LatencyTable, default_cache, latency_table
+from tpvprune.planning.patterns import matching_groups
+from tpvprune.planning.weights import weight_graph
 from tpvprune.processes import launched, of_all, process
 from tpvprune.recipe import Recipe
 from tpvprune.scoring.criteria import Criterion
@@ -108,6 +111,42 @@ class Inputs:
         images = first[0].to(self.device)
         with torch.no_grad(), running(self.dense, ((images,), {})):
             finite_output(self.dense, images)
+
+    def check_zeros(self) -> None:
+        """See whether layers that `sparsify` protects are there.
+
+        Raises:
+            BudgetError: a pattern matches nothing (with near names).
+        """
+        if self.recipe.sparsify is not None and self.recipe.sparsify.protect:
+            graph = weight_graph(self.dense)
+            for pattern in self.recipe.sparsify.protect:
+                try:
+                    matching_groups(graph, pattern)
+                except BudgetError as error:
+                    raise BudgetError(f"sparsify.protect: {error}") from error
+
+    def check_distillation(self) -> None:
+        """See whether there is what the distillation compares, which begins late.
+
+        Raises:
+            RecipeError: the model has no such module.
+            DataError: labels are to be learnt, and there are none.
+        """
+        settings = self.recipe.distillation()
+        if settings is None:
+            return
+        modules = dict(self.dense.named_modules())
+        for name in settings.features:
+            if not name or name not in modules:
+                near = difflib.get_close_matches(name, modules, n=3)
+                hint = f"did you mean {', '.join(near)}?" if near else "give names of named_modules()"
+                raise RecipeError(f"recover.finetune.features: {name!r} is no module of the model; {hint}")
+        if settings.label_weight and not self.images.scored.labelled:
+            raise DataError(
+                f"recover.finetune.label_weight={settings.label_weight} needs labels of the images that are distilled "
+                "on; give them with --labels (data.labels), or leave label_weight at 0"
+            )
 
     def loader(
         self, pool: Pool | Stream, *, batch_size: int | None = None, train: bool = False, augment: bool = False

@@ -165,6 +165,9 @@ class Run:
         if STAGES.index(last) >= STAGES.index("plan"):
             name = name_of(self.inputs.criterion())
             check_reachable(self._traced, self.recipe.limits(), latency=self._latency, criterion=name)
+            self.inputs.check_zeros()
+        if STAGES.index(last) >= STAGES.index("recover"):
+            self.inputs.check_distillation()
 
     @cached_property
     def _traced(self) -> Graph:
