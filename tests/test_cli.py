@@ -420,6 +420,23 @@ def test_errors_are_json_when_json_is_asked_for(place, run):
     assert json.loads(told)["error"] == "ModelError"
 
 
+def test_what_others_print_is_kept_out_of_the_document(place, run, monkeypatch):
+    def missing(*args, **kwargs):
+        sys.stdout.write("Please install something.")
+        raise ModuleNotFoundError("No module named 'something'")
+
+    monkeypatch.setattr("tpvprune.zoo.streams.create_dataset", missing)
+    code, told, said = run("score", "test_resnet", "--data", "hfds/something", "--json")
+    assert code == 2
+    assert json.loads(told)["error"] == "DataError"
+    assert said.count("Please install something.") == 1
+    assert "Please install" in run("score", "test_resnet", "--data", "hfds/something")[1]
+    assert json.loads(run("recipes", "ls", "--json")[1])
+    code, told, said = run("report", "out", "--markdown", "--json")
+    assert code == 2
+    assert "--markdown and --json are two forms" in said
+
+
 def test_a_folder_of_something_else_is_left_alone(place, run):
     code, _, said = run(*prune_words("--macs", "0.5")[:-2], "--macs", "0.5", "--out", "images")
     assert code == 2

@@ -7,10 +7,20 @@ from typing import Annotated
 
 import typer
 
+from tpvprune.console import one_document
+
+
+def _alone(context: typer.Context, asked: bool) -> bool:
+    """Keep what other packages print out of the document, until the command has ended."""
+    if asked:
+        context.with_resource(one_document())
+    return asked
+
+
 Target = Annotated[str, typer.Argument(help="A recipe (name or YAML file), a run's folder, or a timm model name.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, as in budget.macs=0.4", show_default=False)]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the results; runs/NAME by default.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document for machines.")]
+AsJson = Annotated[bool, typer.Option("--json", callback=_alone, help="Print one JSON document for machines.")]
 Checkpoint = Annotated[str | None, typer.Option(help="Weights: .safetensors, .pth or .pth.tar, as timm loads them.")]
 Data = Annotated[str | None, typer.Option(help="Unlabeled images: a folder in any tree, .npz/.npy, or 'digits'.")]
 Labels = Annotated[str | None, typer.Option(help="'folders' or a class-map file; used for the accuracy line only.")]
