@@ -359,6 +359,14 @@ def test_weights_of_another_shape_name_the_tensor(place, run):
         (["prune", "test_resnet", "--data", "empty", "--macs", "0.5"], ["empty holds no image"]),
         (["prune", "test_resnet", "--data", "mixed", "--macs", "0.5"], ["5 of 29 files are no images", "10%"]),
         (["prune", "test_resnet", "--data", "images", "--macs", "0.0001"], ["cannot be reached", "the floor is"]),
+        (
+            ["prune", "test_resnet", "--data", "images", "--drift", "0.05", "score.criterion=l1"],
+            ["needs scores in nats, and l1 gives none", "score.criterion=tpv"],
+        ),
+        (
+            ["prune", "test_resnet", "--data", "images", "--drift", "0.05", "score.criterion=random"],
+            ["needs scores in nats, and random gives none"],
+        ),
         (["prune", "test_resnet", "--data", "images", "--macs", "half"], ["macs='half' is no amount", "50%"]),
         (["prune", "test_resnet", "--data", "images"], ["--macs 0.5"]),
         (["prune", "test_resnet", "--macs", "0.5"], ["--data is missing"]),

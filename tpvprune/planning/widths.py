@@ -113,8 +113,8 @@ def check_reachable(
     """
     if budget.most_drift is not None and criterion is not None and not in_nats(criterion):
         raise PlanError(
-            f"a budget of drift needs scores in nats, and {criterion} gives none; score with TPV() and the softmax "
-            "head, not compensated"
+            f"a budget of drift needs scores in nats, and {criterion} gives none; score with TPV() "
+            "(score.criterion=tpv) and the softmax head, not compensated"
         )
     source = graph if after is None else after.graph
     if latency is not None and latency.model_id != source.model_id:
