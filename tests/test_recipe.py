@@ -308,3 +308,11 @@ def test_full_precision_is_asked_for_by_the_word_that_yaml_takes_for_false():
 def test_engines_of_single_weights_are_none_of_a_recipe():
     with pytest.raises(tp.RecipeError, match=r"score\.engine.*'auto', 'activations', 'batched' or 'per_sample'"):
         parse_recipe(FULL, "mine.yaml", ["score.engine=factored"])
+
+
+def test_the_joint_allocator_is_for_criteria_that_keep_effects():
+    for words in (["score.criterion=l1"], ["score.criterion=jbr"], ["score.compensated=true"], ["score.over=all"]):
+        with pytest.raises(tp.RecipeError, match=r"'plan.allocator=joint'.*score\.criterion=tpv keeps"):
+            parse_recipe(FULL, "mine.yaml", ["plan.allocator=joint", *words])
+    for words in ([], ["score.head=logits"], ["score.compensated=true", "score.sensitivities=64"]):
+        assert parse_recipe(FULL, "mine.yaml", ["plan.allocator=joint", *words]).planning().allocator == "joint"

@@ -28,6 +28,7 @@ from tpvprune.schedule import Planning
 from tpvprune.scoring.criteria import Criterion
 from tpvprune.scoring.probing import probes_for
 from tpvprune.scoring.registry import CRITERIA, criterion_named
+from tpvprune.scoring.tpv import TPV
 from tpvprune.sections import (
     BudgetSection,
     DataSection,
@@ -115,7 +116,15 @@ class Recipe(Strict):
         return _settings(Budget, self.budget, "budget")
 
     def planning(self) -> Planning:
-        """How the plan is made."""
+        """How the plan is made.
+
+        Raises:
+            RecipeError: an allocator that needs what the criterion does not give.
+        """
+        criterion = self.criterion()
+        if self.plan.allocator == "joint" and not (isinstance(criterion, TPV) and criterion.cap):
+            told = "plan: allocator=joint needs effects sample by sample, which score.criterion=tpv keeps in its usual"
+            raise RecipeError(f"{told} settings, not compensated; take that, or another allocator")
         return _settings(Planning, self.plan, "plan")
 
     def closed_form(self) -> Reconstruct | None:
