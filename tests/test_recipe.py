@@ -316,3 +316,12 @@ def test_the_joint_allocator_is_for_criteria_that_keep_effects():
             parse_recipe(FULL, "mine.yaml", ["plan.allocator=joint", *words])
     for words in ([], ["score.head=logits"], ["score.compensated=true", "score.sensitivities=64"]):
         assert parse_recipe(FULL, "mine.yaml", ["plan.allocator=joint", *words]).planning().allocator == "joint"
+
+
+@pytest.mark.parametrize(
+    "text", ["sparsify: {pattern: 2:4}", "sparsify:\n  pattern: 2:4", "sparsify: {pattern: '2:4'}"]
+)
+def test_a_pattern_needs_no_quotes(text):
+    assert parse_recipe(f"{FULL}{text}\n", "mine.yaml").sparsify.pattern == "2:4"
+    assert parse_recipe(FULL, "mine.yaml", ["sparsify={pattern: 4:8}"]).sparsify.pattern == "4:8"
+    assert parse_recipe(FULL, "mine.yaml", ["score.samples=1280"]).score.samples == 1280

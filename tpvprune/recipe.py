@@ -257,16 +257,25 @@ def validate_recipe(
     return recipe
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain data. 2:4 stays as it is written, which YAML 1.1 takes for a number to base 60."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  # as it is in yaml.SafeLoader
+        first: [("tag:yaml.org,2002:str", re.compile(r"\d+:\d+$")), *others] if first.isdigit() else others
+        for first, others in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 def _read_yaml(text: str, origin: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     """Plain data and the line (from 1) of every key."""
     try:
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
             raise RecipeError(f"{origin}: aliases (*name) are not taken; write the value out")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=_Loader)
         lines: dict[tuple[str, ...], int] = {}
         if node is not None:
             _walk(node, (), lines, origin)
-        data = yaml.safe_load(text)
+        data = yaml.load(text, Loader=_Loader)
     except yaml.constructor.ConstructorError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise RecipeError(
@@ -304,9 +313,8 @@ def _read_override(override: str) -> tuple[tuple[str, ...], Any]:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise RecipeError(f"override {override!r} is not key=value, as in budget.macs=0.4")
-    sixty = re.fullmatch(r"\s*\d+:\d+\s*", text)  # YAML 1.1 reads 2:4 as a number to base 60
     try:
-        return tuple(key.strip().split(".")), text.strip() if sixty else yaml.safe_load(text)
+        return tuple(key.strip().split(".")), yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"override {override!r}: the value is no YAML: {error}") from error
 
