@@ -43,9 +43,24 @@ def explained(
         elif problem["type"] == "missing":
             text = f"key {key!r} is missing"
         else:
-            text = f"key {key!r}: {problem['msg'][0].lower()}{problem['msg'][1:]} (got {problem['input']!r})"
+            text = f"key {key!r}: {_wanted(problem, kind, path)} (got {problem['input']!r})"
         told[f"{where}: {text}"] = None
     return "\n".join(told)
+
+
+def _wanted(problem: Any, kind: type[BaseModel], path: tuple[str, ...]) -> str:
+    """What should stand there, as one would write it; in pydantic's words where those say so."""
+    given, name = problem["input"], ".".join(path)
+    if problem["type"] == "tuple_type" and isinstance(given, str):
+        return f"give a list, as [{given}]"
+    if problem["type"] != "model_type":
+        return f"{problem['msg'][0].lower()}{problem['msg'][1:]}"
+    if name == "model" and isinstance(given, str):
+        return f"the model's name is a key of it: write model: {{name: {given}}}, or model.name={given}"
+    if name == "recover" and given is None:
+        return "its steps are left out one by one, as recover.reconstruct=null and recover.finetune=null"
+    keys = ", ".join(f"{name}.{field}" for field in _fields_at(kind, path))
+    return f"it is a section, of which keys are set: {keys}"
 
 
 def _fields_at(kind: Any, path: tuple[str, ...]) -> list[str]:
