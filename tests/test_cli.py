@@ -357,6 +357,8 @@ def test_weights_of_another_shape_name_the_tensor(place, run):
         (["prune", "tst_resnet", "--data", "images", "--macs", "0.5"], ["no model 'tst_resnet'", "test_resnet"]),
         (["prune", "test_resnet", "--data", "nowhere", "--macs", "0.5"], ["nowhere", "give a folder"]),
         (["prune", "test_resnet", "--data", "empty", "--macs", "0.5"], ["empty holds no image"]),
+        (["score", "test_resnet", "--data", "none.npy", "data.size=8"], ["none.npy holds no image; one to score on"]),
+        (["score", "test_resnet", "--data", "images/class0/000.png"], ["is one image", "in, images/class0"]),
         (["prune", "test_resnet", "--data", "mixed", "--macs", "0.5"], ["5 of 29 files are no images", "10%"]),
         (["prune", "test_resnet", "--data", "images", "--macs", "0.0001"], ["cannot be reached", "the floor is"]),
         (
@@ -411,6 +413,7 @@ def test_weights_of_another_shape_name_the_tensor(place, run):
 )
 def test_bad_input_exits_2_names_the_thing_and_writes_nothing(place, run, words, phrases):
     (place / "empty").mkdir()
+    np.save(place / "none.npy", np.zeros((0, 3, 8, 8), np.float32))
     make_images(place / "mixed", 24)
     for i in range(5):
         (place / "mixed" / f"{i}.jpg").write_text("no image")

@@ -25,7 +25,7 @@ from tpvprune.types import Graph
 from tpvprune.zoo.data import input_size, open_pool, overlap
 from tpvprune.zoo.models import create_model
 from tpvprune.zoo.pool import Loader, Pool
-from tpvprune.zoo.streams import Stream, StreamLoader
+from tpvprune.zoo.streams import Stream, StreamLoader, shards
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,12 @@ class Inputs:
                 data.images, self.dense, size=data.size, labels=held.labels or data.labels
             ).split()
             if not len(measured):
-                raise DataError(f"{data.images} holds a single image; one to score on and one to measure on are needed")
+                count = "a single image" if len(scored) else "no image"
+                more = ", and shards are counted by their name, as wds/FOLDER@shard-{0..9}.tar|5000"
+                raise DataError(
+                    f"{data.images} holds {count}; one to score on and one to measure on are needed"
+                    f"{more if shards(data.images) is not None else ''}"
+                )
         else:
             if overlap(data.images, held.images):
                 raise DataError(

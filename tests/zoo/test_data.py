@@ -236,7 +236,7 @@ def test_bad_arrays_are_refused(tmp_path: Path, model: nn.Module, bad: str) -> N
 
 
 def test_nothing_there_is_told(tmp_path: Path, model: nn.Module) -> None:
-    with pytest.raises(tp.DataError, match="no folder of images at"):
+    with pytest.raises(tp.DataError, match=r"no folder of images at .*, a tar file, .*hfds/NAME@SPLIT"):
         open_pool(tmp_path / "gone", model)
     with pytest.raises(tp.DataError, match="holds no image among 0 files"):
         open_pool(tmp_path, model)

@@ -99,8 +99,13 @@ def open_pool(
     path = Path(source).expanduser()
     if path.is_file() and path.suffix in (".npz", ".npy"):
         return _arrays(path, model, shape, size)
+    if path.is_file() and _is_image(path):
+        raise DataError(f"{source} is one image; give the folder that it is in, {path.parent}")
     if not path.is_dir():
-        raise DataError(f"no folder of images at {source}; give a folder, an .npz or .npy file, or 'digits'")
+        raise DataError(
+            f"no folder of images at {source}; give a folder, a tar file, an .npz or .npy file, 'digits', or a set of "
+            "timm's factory, as hfds/NAME@SPLIT, torch/NAME@SPLIT or wds/FOLDER@shard-{0..9}.tar|5000"
+        )
     return _folder(path, model, shape, labels)
 
 
