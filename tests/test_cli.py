@@ -523,3 +523,11 @@ def test_bounds_are_options_and_replace_those_of_a_recipe(place, run):
 def test_truth_is_told_in_words() -> None:
     assert one_line({"settled": False, "images": 1280, "share": 0.5}) == "settled no; images 1,280; share 0.5"
     assert [number(value) for value in (True, False, 1, None)] == ["yes", "no", "1", "-"]
+
+
+def test_the_help_names_all_that_images_and_labels_can_be(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    for verb in ("prune", "compare", "select", "eval"):
+        _, told, _ = run(verb, "--help")
+        assert all(word in told for word in ("tar file", ".npz/.npy", "'digits'", "hfds/", "torch/", "wds/"))
+        assert all(word in told for word in ("'folders'", "class-map", "'own'", "criteria", "label_weight"))

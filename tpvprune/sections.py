@@ -52,7 +52,7 @@ class ModelSection(Strict):
 
 
 class DataSection(Strict):
-    """Unlabeled images: a folder, an `.npz` / `.npy` file or `digits`. `labels` are only measured with."""
+    """Unlabeled images, see `open_pool`. `labels` are measured with, and read by what asks for them by its name."""
 
     images: Named | None = None  # for a recipe that leaves them to the command line
     labels: Named | None = None
