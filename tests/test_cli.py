@@ -318,6 +318,7 @@ def bad_checkpoints(place: Path, weights: dict[str, torch.Tensor]) -> None:
     poisoned["layer2.0.conv1.weight"][0] = float("nan")
     save_file(poisoned, place / "nan.safetensors")
     save_file({"something.else": torch.zeros(3)}, place / "other.safetensors")
+    torch.save({"epoch": 3}, place / "none.pth")
 
 
 @pytest.mark.parametrize(
@@ -329,6 +330,7 @@ def bad_checkpoints(place: Path, weights: dict[str, torch.Tensor]) -> None:
         ("code.pth", ["code.pth", "run code", ".safetensors"]),
         ("code.pkl.pth", ["code.pkl.pth", "run code"]),
         ("other.safetensors", ["lacks", "something.else"]),
+        ("none.pth", ["none.pth holds no state dict of tensors", "save model.state_dict()"]),
         ("nan.safetensors", ["NaN", "layer2.0.conv1", "check its weights"]),
     ],
 )
@@ -360,7 +362,10 @@ def test_weights_of_another_shape_name_the_tensor(place, run):
         (["score", "test_resnet", "--data", "none.npy", "data.size=8"], ["none.npy holds no image; one to score on"]),
         (["score", "test_resnet", "--data", "images/class0/000.png"], ["is one image", "in, images/class0"]),
         (["prune", "test_resnet", "--data", "mixed", "--macs", "0.5"], ["5 of 29 files are no images", "10%"]),
-        (["prune", "test_resnet", "--data", "images", "--macs", "0.0001"], ["cannot be reached", "the floor is"]),
+        (
+            ["prune", "test_resnet", "--data", "images", "--macs", "0.0001"],
+            ["cannot be reached", "the floor is", " 1 layer that cannot"],
+        ),
         (
             ["prune", "test_resnet", "--data", "images", "--drift", "0.05", "score.criterion=l1"],
             ["needs scores in nats, and l1 gives none", "score.criterion=tpv"],

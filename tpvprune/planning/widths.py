@@ -141,10 +141,10 @@ def _unreachable(
     held = [f"min_keep={budget.min_keep:g}"]
     if whole:
         named = ", ".join(whole[:3]) + (", ..." if len(whole) > 3 else "")
-        held.append(f"{len(whole)} groups that stay whole ({named})")
+        held.append(f"{len(whole)} {'group that stays' if len(whole) == 1 else 'groups that stay'} whole ({named})")
     layers = [reason for reason in graph.skipped.values() if not reason.startswith(RESIDUAL)]
     if layers:
-        held.append(f"{len(layers)} layers that cannot be pruned")
+        held.append(f"{len(layers)} layer{'s' * (len(layers) > 1)} that cannot be pruned")
     return (
         f"{name} <= {bound:,} cannot be reached: the floor is {floor:,} ({floor / dense:.1%} of {dense:,}), held by "
         f"{', '.join(held)}; ask for more than the floor, lower min_keep or protect less"
