@@ -145,6 +145,9 @@ def bench_(
         )
     finally:
         torch.set_num_threads(before)
+    if not told.timings:
+        reasons = "; ".join(f"{name} was skipped: {why}" for name, why in told.skipped.items())
+        raise InputError(f"--runtime {runtimes} leaves nothing to time: {reasons}; name another one, as eager")
     print_json(told.to_json()) if as_json else _print_bench(told)
 
 
