@@ -536,3 +536,16 @@ def test_the_help_names_all_that_images_and_labels_can_be(run, monkeypatch):
         _, told, _ = run(verb, "--help")
         assert all(word in told for word in ("tar file", ".npz/.npy", "'digits'", "hfds/", "torch/", "wds/"))
         assert all(word in told for word in ("'folders'", "class-map", "'own'", "criteria", "label_weight"))
+
+
+def test_a_run_that_scored_half_of_its_images_is_measured_on_others_by_its_models_alone(place, run):
+    make_images(place / "others", 12)
+    assert run(*prune_words("--macs", "0.6", "recover.finetune=null"))[0] == 0
+    code, _, said = run("eval", "out", "eval.images=others")
+    assert code == 2
+    assert "score would change" in said
+    tp.save(tp.load("out"), "alone")
+    for folder in ("out/pruned", "alone"):
+        code, told, _ = run("eval", folder, "--data", "others", "--labels", "folders", "--json")
+        assert code == 0
+        assert json.loads(told).keys() == {"params", "macs", "latency_ms", "images", "top1"}
