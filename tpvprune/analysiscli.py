@@ -92,11 +92,6 @@ def tpv(
         with bars() as progress:
             run = Run(recipe, folder, progress=progress, log=log_line)
             train, test = _images(run, recipe, samples, seed)
-            if "sgd" in wanted and batch_size > len(train.pool):
-                raise InputError(
-                    f"--batch-size {batch_size} is more than the {len(train.pool)} training images there are; give at "
-                    f"most that many, or more images (--data, --samples {samples})"
-                )
             setting = Setting(
                 run.inputs.dense,
                 train,
@@ -108,6 +103,11 @@ def tpv(
                 seed=seed,
                 progress=progress,
             )
+            if "sgd" in wanted and batch_size > len(train.pool):
+                raise InputError(
+                    f"--batch-size {batch_size} is more than the {len(train.pool)} training images there are; give at "
+                    f"most that many, or more images (--data, --samples {samples})"
+                )
             findings: list[Finding] = []
             for one in wanted:
                 if one == "sgd":
