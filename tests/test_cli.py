@@ -165,6 +165,18 @@ def test_a_finished_run_is_not_done_again_and_a_changed_key_redoes_what_it_matte
     assert "recover:" not in said, "labels matter to the measuring only"
 
 
+def test_a_run_keeps_its_name_and_its_model(place, run):
+    words = ["trace", "test_resnet", *SMALL, "--checkpoint", "weights.safetensors", "--out", "out"]
+    assert run(*words)[0] == 0
+    for override in ("model.name=test_vit", "name=other"):
+        code, _, said = run("trace", "out", override, "--out", "fresh")
+        assert code == 2
+        assert "out holds a run of 'test_resnet' (test_resnet), which keeps its name and its model" in said
+        assert not (place / "fresh").exists(), "nothing is taken along for it"
+    words = ["trace", "out/recipe.yaml", "model.name=test_vit", "model.checkpoint=null", "--out", "fresh"]
+    assert run(*words)[0] == 0, "as the message says"
+
+
 def test_new_images_make_old_scores_stale_and_shared_images_are_refused(place, run):
     words = ["score", "test_resnet", *SMALL, "--checkpoint", "weights.safetensors", "--data", "images", "--out", "out"]
     assert run(*words)[0] == 0
@@ -306,6 +318,7 @@ def bad_checkpoints(place: Path, weights: dict[str, torch.Tensor]) -> None:
     poisoned["layer2.0.conv1.weight"][0] = float("nan")
     save_file(poisoned, place / "nan.safetensors")
     save_file({"something.else": torch.zeros(3)}, place / "other.safetensors")
+    torch.save({"epoch": 3}, place / "none.pth")
 
 
 @pytest.mark.parametrize(
@@ -317,6 +330,7 @@ def bad_checkpoints(place: Path, weights: dict[str, torch.Tensor]) -> None:
         ("code.pth", ["code.pth", "run code", ".safetensors"]),
         ("code.pkl.pth", ["code.pkl.pth", "run code"]),
         ("other.safetensors", ["lacks", "something.else"]),
+        ("none.pth", ["none.pth holds no state dict of tensors", "save model.state_dict()"]),
         ("nan.safetensors", ["NaN", "layer2.0.conv1", "check its weights"]),
     ],
 )
@@ -345,12 +359,31 @@ def test_weights_of_another_shape_name_the_tensor(place, run):
         (["prune", "tst_resnet", "--data", "images", "--macs", "0.5"], ["no model 'tst_resnet'", "test_resnet"]),
         (["prune", "test_resnet", "--data", "nowhere", "--macs", "0.5"], ["nowhere", "give a folder"]),
         (["prune", "test_resnet", "--data", "empty", "--macs", "0.5"], ["empty holds no image"]),
+        (["score", "test_resnet", "--data", "none.npy", "data.size=8"], ["none.npy holds no image; one to score on"]),
+        (["score", "test_resnet", "--data", "images/class0/000.png"], ["is one image", "in, images/class0"]),
         (["prune", "test_resnet", "--data", "mixed", "--macs", "0.5"], ["5 of 29 files are no images", "10%"]),
-        (["prune", "test_resnet", "--data", "images", "--macs", "0.0001"], ["cannot be reached", "the floor is"]),
+        (
+            ["prune", "test_resnet", "--data", "images", "--macs", "0.0001"],
+            ["cannot be reached", "the floor is", " 1 layer that cannot"],
+        ),
+        (
+            ["prune", "test_resnet", "--data", "images", "--drift", "0.05", "score.criterion=l1"],
+            ["needs scores in nats, and l1 gives none", "score.criterion=tpv"],
+        ),
+        (
+            ["prune", "test_resnet", "--data", "images", "--drift", "0.05", "score.criterion=random"],
+            ["needs scores in nats, and random gives none"],
+        ),
         (["prune", "test_resnet", "--data", "images", "--macs", "half"], ["macs='half' is no amount", "50%"]),
         (["prune", "test_resnet", "--data", "images"], ["--macs 0.5"]),
         (["prune", "test_resnet", "--macs", "0.5"], ["--data is missing"]),
         (["prune", "test_resnet", "--data", "images", "--macs", "0.5", "--labels", "folders"], ["3 classes", "1000"]),
+        (["prune", "test_resnet", "--data", "", "--macs", "0.5"], ["--data is missing; give a folder"]),
+        (["prune", "test_resnet", "--data", "images", "--macs", ""], ["no budget"]),
+        (["score", "test_resnet", "--data", " "], ["'data.images'", "nothing is named; give a path"]),
+        (["score", "test_resnet", "--data", "images", "eval.images=''"], ["eval.images", "nothing is named"]),
+        (["score", "test_resnet", "--data", "images", "--labels", ""], ["data.labels", "nothing is named"]),
+        (["score", "test_resnet", "--data", "images", "--checkpoint", ""], ["model.checkpoint", "nothing is named"]),
         (
             ["prune", "test_resnet", "--data", "images", "--macs", "0.5", "budget.mac=1"],
             ["did you mean 'macs'"],
@@ -358,6 +391,18 @@ def test_weights_of_another_shape_name_the_tensor(place, run):
         (
             ["prune", "test_resnet", "--data", "images", "--macs", "0.5", "budget.protect=[layr1]"],
             ["'layr1' matches no layer", "layer1"],
+        ),
+        (
+            ["prune", "test_resnet", "--data", "images", "--macs", "1.0", "sparsify={sparsity: 0.5, protect: [layr1]}"],
+            ["sparsify.protect: pattern 'layr1' matches no layer", "did you mean layer1"],
+        ),
+        (
+            ["prune", "test_resnet", "--data", "images", "--macs", "0.5", "recover.finetune.features=[layr1]"],
+            ["recover.finetune.features: 'layr1' is no module", "did you mean layer1"],
+        ),
+        (
+            ["prune", "test_resnet", "--data", "images", "--macs", "0.5", "recover.finetune.label_weight=0.5"],
+            ["recover.finetune.label_weight=0.5 needs labels", "--labels (data.labels)"],
         ),
         (["prune", "test_resnet", "--data", "images", "--macs", "0.5", "device=abacus"], ["abacus"]),
         (
@@ -373,6 +418,7 @@ def test_weights_of_another_shape_name_the_tensor(place, run):
 )
 def test_bad_input_exits_2_names_the_thing_and_writes_nothing(place, run, words, phrases):
     (place / "empty").mkdir()
+    np.save(place / "none.npy", np.zeros((0, 3, 8, 8), np.float32))
     make_images(place / "mixed", 24)
     for i in range(5):
         (place / "mixed" / f"{i}.jpg").write_text("no image")
@@ -388,6 +434,23 @@ def test_errors_are_json_when_json_is_asked_for(place, run):
     code, told, _ = run("prune", "tst_resnet", "--data", "images", "--macs", "0.5", "--json")
     assert code == 2
     assert json.loads(told)["error"] == "ModelError"
+
+
+def test_what_others_print_is_kept_out_of_the_document(place, run, monkeypatch):
+    def missing(*args, **kwargs):
+        sys.stdout.write("Please install something.")
+        raise ModuleNotFoundError("No module named 'something'")
+
+    monkeypatch.setattr("tpvprune.zoo.streams.create_dataset", missing)
+    code, told, said = run("score", "test_resnet", "--data", "hfds/something", "--json")
+    assert code == 2
+    assert json.loads(told)["error"] == "DataError"
+    assert said.count("Please install something.") == 1
+    assert "Please install" in run("score", "test_resnet", "--data", "hfds/something")[1]
+    assert json.loads(run("recipes", "ls", "--json")[1])
+    code, told, said = run("report", "out", "--markdown", "--json")
+    assert code == 2
+    assert "--markdown and --json are two forms" in said
 
 
 def test_a_folder_of_something_else_is_left_alone(place, run):
@@ -465,3 +528,24 @@ def test_bounds_are_options_and_replace_those_of_a_recipe(place, run):
 def test_truth_is_told_in_words() -> None:
     assert one_line({"settled": False, "images": 1280, "share": 0.5}) == "settled no; images 1,280; share 0.5"
     assert [number(value) for value in (True, False, 1, None)] == ["yes", "no", "1", "-"]
+
+
+def test_the_help_names_all_that_images_and_labels_can_be(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    for verb in ("prune", "compare", "select", "eval"):
+        _, told, _ = run(verb, "--help")
+        assert all(word in told for word in ("tar file", ".npz/.npy", "'digits'", "hfds/", "torch/", "wds/"))
+        assert all(word in told for word in ("'folders'", "class-map", "'own'", "criteria", "label_weight"))
+
+
+def test_a_run_that_scored_half_of_its_images_is_measured_on_others_by_its_models_alone(place, run):
+    make_images(place / "others", 12)
+    assert run(*prune_words("--macs", "0.6", "recover.finetune=null"))[0] == 0
+    code, _, said = run("eval", "out", "eval.images=others")
+    assert code == 2
+    assert "score would change" in said
+    tp.save(tp.load("out"), "alone")
+    for folder in ("out/pruned", "alone"):
+        code, told, _ = run("eval", folder, "--data", "others", "--labels", "folders", "--json")
+        assert code == 0
+        assert json.loads(told).keys() == {"params", "macs", "latency_ms", "images", "top1"}

@@ -47,6 +47,14 @@ def test_tpv_of_every_noise_on_training_and_held_out_images(place, run):  # noqa
     assert not (place / "runs").exists()
 
 
+def test_steps_of_more_images_than_there_are_name_the_options(place, run):  # noqa: F811
+    code, told, said = run("tpv", "test_resnet", *SMALL, *GIVEN, "--samples", "8")
+    assert (code, told) == (2, "")
+    assert "--batch-size 32 is more than the 8 training images there are" in said
+    assert "--samples 8" in said
+    assert run("tpv", "test_resnet", *SMALL, *GIVEN, "--samples", "8", "--noise", "quant", "--draws", "2")[0] == 0
+
+
 def test_tpv_of_a_plan_that_moves_nothing_is_said_in_valid_json(place, run):  # noqa: F811
     weights = timm.create_model("test_resnet", num_classes=CLASSES).state_dict()
     still = {key: torch.zeros_like(value) if key.startswith("fc.") else value for key, value in weights.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,17 @@ def test_bench_says_what_it_measured(run):
     found = json.loads(told)
     assert found["models"]["dense"] == found["models"]["pruned"]
     assert found["findings"] == ["multiply-adds fell by 0%, so no time is saved"]
+
+
+def test_runtimes_that_are_all_skipped_are_an_error(run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as where it is not installed
+    words = ["bench", "small", "--batch", "1", "--rounds", "2", "--runtime"]
+    code, told, said = run(*words, "onnxruntime")
+    assert (code, told) == (2, "")
+    assert "--runtime onnxruntime leaves nothing to time: onnxruntime was skipped: " in said
+    code, told, _ = run(*words, "eager,onnxruntime")
+    assert code == 0
+    assert "onnxruntime was skipped: " in told
 
 
 @pytest.mark.parametrize(

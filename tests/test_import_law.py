@@ -88,6 +88,7 @@ def test_stages_never_import_each_other(stage: str) -> None:
         "report",
         "checkpoint",
         "recipe",
+        "mistakes",
         "sections",
         "inputs",
         "runfolder",
@@ -109,6 +110,7 @@ def test_stages_never_import_each_other(stage: str) -> None:
 def test_analysis_stands_above_the_stages_and_below_runs() -> None:
     above = {
         "recipe",
+        "mistakes",
         "sections",
         "inputs",
         "runfolder",

@@ -174,7 +174,10 @@ def test_overrides_replace_switch_off_and_make_sections():
         ("name: a\nmodel: {name: b}\nbudget:\n  macs: much\n", ["line 4", "macs='much' is no amount"]),
         ("name: a\nmodel: {name: b}\nscore:\n  probes: 0\n", ["line 4", "probes=0"]),
         ("name: a\nmodel: {name: b}\nrecover:\n  finetune:\n    lr: -1\n", ["line 5", "lr=-1"]),
+        ("name: a\nmodel: {name: b}\nrecover:\n  finetune:\n    optimizer: adamx\n", ["line 5", "did you mean ada"]),
         ("name: a\nmodel: {name: b}\nscore: {head: sofmax}\n", ["line 3", "'score.head'"]),
+        ("name: a\nmodel: b\n", ["line 2", "write model: {name: b}, or model.name=b"]),
+        ("name: a\nmodel: {name: b}\ndata: photos\n", ["line 3", "keys are set: data.images, data.labels"]),
         ("name: a\nname: b\nmodel: {name: b}\n", ["line 2", "'name' stands twice"]),
         ("name: a\nmodel: [\n", ["line 3", "not YAML"]),
         ("- a\n", ["a recipe is a mapping"]),
@@ -199,6 +202,11 @@ def test_mistakes_name_the_file_the_line_and_the_key(text, phrases):
         ("recover.finetune.epochs=many", "'recover.finetune.epochs'"),
         ("budget.macs=[", "is no YAML"),
         ("recover.finetune.clip=0", "clip=0"),
+        ("budget.protect=layer1", "give a list, as [layer1]"),
+        ("recover=null", "left out one by one, as recover.reconstruct=null and recover.finetune=null"),
+        ("model=resnet50", "write model: {name: resnet50}, or model.name=resnet50"),
+        ("recover.finetune.optimizer=adamx", "optimizer='adamx' is no optimiser of timm; did you mean ada"),
+        ("recover.finetune.optimizer=adahessian", "takes second derivatives"),
     ],
 )
 def test_wrong_overrides_are_named(override, phrase):
@@ -290,3 +298,35 @@ def test_the_page_of_recipes_names_every_key_once_with_its_default():
     for key, default in wanted.items():  # a word such as `no` is what it is, not what YAML makes of it
         read = told[key].strip('"') if isinstance(default, str) else yaml.safe_load(told[key] or "null")
         assert read == default, key
+
+
+def test_full_precision_is_asked_for_by_the_word_that_yaml_takes_for_false():
+    text = "name: a\nmodel: {name: b}\nrecover: {finetune: {precision: no}}\n"
+    assert parse_recipe(text, "mine.yaml").distillation() == tp.Finetune()
+    recipe = parse_recipe(FULL, "mine.yaml", ["recover.finetune.precision=no"])
+    assert recipe.distillation() == tp.Finetune(epochs=2)
+    assert parse_recipe(recipe.to_yaml(), "resolved.yaml") == recipe
+    with pytest.raises(tp.RecipeError, match=r"recover.finetune.precision.*'no', 'fp16' or 'bf16'.*got True"):
+        parse_recipe(FULL, "mine.yaml", ["recover.finetune.precision=yes"])
+
+
+def test_engines_of_single_weights_are_none_of_a_recipe():
+    with pytest.raises(tp.RecipeError, match=r"score\.engine.*'auto', 'activations', 'batched' or 'per_sample'"):
+        parse_recipe(FULL, "mine.yaml", ["score.engine=factored"])
+
+
+def test_the_joint_allocator_is_for_criteria_that_keep_effects():
+    for words in (["score.criterion=l1"], ["score.criterion=jbr"], ["score.compensated=true"], ["score.over=all"]):
+        with pytest.raises(tp.RecipeError, match=r"'plan.allocator=joint'.*score\.criterion=tpv keeps"):
+            parse_recipe(FULL, "mine.yaml", ["plan.allocator=joint", *words])
+    for words in ([], ["score.head=logits"], ["score.compensated=true", "score.sensitivities=64"]):
+        assert parse_recipe(FULL, "mine.yaml", ["plan.allocator=joint", *words]).planning().allocator == "joint"
+
+
+@pytest.mark.parametrize(
+    "text", ["sparsify: {pattern: 2:4}", "sparsify:\n  pattern: 2:4", "sparsify: {pattern: '2:4'}"]
+)
+def test_a_pattern_needs_no_quotes(text):
+    assert parse_recipe(f"{FULL}{text}\n", "mine.yaml").sparsify.pattern == "2:4"
+    assert parse_recipe(FULL, "mine.yaml", ["sparsify={pattern: 4:8}"]).sparsify.pattern == "4:8"
+    assert parse_recipe(FULL, "mine.yaml", ["score.samples=1280"]).score.samples == 1280

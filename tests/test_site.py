@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 import tpvprune as tp
+from tpvprune.budget import BOUNDS
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
@@ -42,3 +43,16 @@ def test_ci_builds_the_site_strictly() -> None:
 
 def test_nothing_is_fetched_from_elsewhere() -> None:
     assert SITE["theme"]["font"] is False
+
+
+def test_every_file_beside_the_folders_is_in_the_design() -> None:
+    told = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    there = {path.stem for path in (ROOT / "tpvprune").glob("[!_]*.py")}
+    assert {name for name in there if f"`{name}`" not in told} == set()
+
+
+def test_every_bound_is_in_the_table_of_budgets() -> None:
+    told = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
+    table = told.partition("| bound | written")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", table, re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(BOUNDS)

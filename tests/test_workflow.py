@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import tpvprune as tp
 from tests.fakeclock import FakeClock
 from tests.helpers import assert_scores_close
-from tests.test_cli import CLASSES, make_images
+from tests.test_cli import CLASSES, call, make_images
 from tpvprune.planning.widths import costs_of
 from tpvprune.recipe import validate_recipe
 from tpvprune.runfolder import stage_keys
@@ -336,3 +336,16 @@ def test_several_processes_are_told_to_choose_by_magnitude_themselves(place: Pat
     asked = ("budget.macs=1.0", "score.criterion=l1", "sparsify.sparsity=0.5")
     with pytest.raises(tp.ModelError, match=r"'up' is a ConvTranspose2d; or .* sparsify.criterion=l1"):
         Run(recipe(place, *asked), place / "out").until("plan")
+
+
+@pytest.mark.parametrize("verb", ["prune", "sensitivity", "tpv", "select"])
+def test_a_size_that_the_model_cannot_take_is_told_before_anything_is_written(place, capsys, monkeypatch, verb):
+    monkeypatch.chdir(place)
+    torch.save(timm.create_model("test_vit").state_dict(), "vit.pth")
+    words = ["vit.pth", "--model", "test_vit", "--set"] if verb == "select" else ["test_vit"]
+    words += ["data.size=100", "--data", "images", *(["--macs", "0.6"] if verb == "prune" else [])]
+    code, told, said = call(capsys, monkeypatch, verb, *words)
+    assert (code, told) == (2, "")
+    assert "does not run on an example of shape (12, 3, 100, 100): Input height (100) should be divisible" in said
+    assert "patch size (16); check the input size" in said
+    assert not (place / "runs").exists()

@@ -103,6 +103,11 @@ def tpv(
                 seed=seed,
                 progress=progress,
             )
+            if "sgd" in wanted and batch_size > len(train.pool):
+                raise InputError(
+                    f"--batch-size {batch_size} is more than the {len(train.pool)} training images there are; give at "
+                    f"most that many, or more images (--data, --samples {samples})"
+                )
             findings: list[Finding] = []
             for one in wanted:
                 if one == "sgd":
@@ -128,6 +133,7 @@ def _images(run: Run, recipe: Recipe, samples: int, seed: int) -> tuple[Any, Any
     """Batches of training and of held-out images."""
     assert recipe.data is not None or run.inputs.images  # which raises where no images are named
     assert recipe.data is not None
+    run.inputs.check()
     pools: list[Pool | Stream] = [
         run.inputs.images.scored.sample(samples, seed),
         run.inputs.images.measured.sample(samples, seed),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpvprune.errors import ModelError
+from tpvprune.errors import ModelError, TpvpruneError
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """What a model is called on: positional and by keyword."""
@@ -56,14 +56,18 @@ def running(model: nn.Module, arguments: Arguments) -> Iterator[None]:
 
     Raises:
         ModelError: it does not run on these arguments.
+        TpvpruneError: raised inside, and told as it is.
     """
     try:
         yield
+    except TpvpruneError:
+        raise
     except Exception as error:  # a model raises whatever it meets
         shapes = " and ".join(str(tuple(tensor.shape)) for tensor in _tensors(arguments))
         several = "; a tuple is all that the model is called on: of (images, labels), give the images alone"
+        told = str(error).rstrip(".")
         raise ModelError(
-            f"{type(model).__name__} does not run on an example of shape {shapes}: {error}; check the input size, "
+            f"{type(model).__name__} does not run on an example of shape {shapes}: {told}; check the input size, "
             f"channels and dtype{several if len(arguments[0]) > 1 else ''}"
         ) from error
 

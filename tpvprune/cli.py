@@ -116,7 +116,9 @@ def prune(
     """Prune a model without a recipe."""
     bounds = {"macs": macs, "params": params, "bytes": size, "latency_ms": latency_ms, "drift": drift}
     given = flags(overrides, checkpoint=checkpoint, data=data, labels=labels, **bounds)
-    named = {key for key, equals, value in (word.partition("=") for word in given) if value.strip() != "null"}
+    named = {
+        key for key, equals, value in (word.partition("=") for word in given) if value.strip(" '\"") not in ("", "null")
+    }
     if not named & {"data", "data.images"}:
         raise InputError("--data is missing; give a folder of images (labels are not needed)")
     if not named & {"budget", *(f"budget.{name}" for name in BOUNDS)}:
@@ -226,7 +228,7 @@ def recipes_validate(
 
 def _evaluate(folder: Path, data: str | None, labels: str | None, as_json: bool) -> None:
     """Measure a saved model alone: what it costs, and accuracy where labels are given."""
-    if data is None:
+    if data is None or not data.strip():
         raise InputError("--data is missing; give images to measure on")
     model = load(folder)
     shape = image_shape(model)

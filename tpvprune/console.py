@@ -6,8 +6,8 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,6 +17,7 @@ from rich.table import Table
 from tpvprune.batches import Progress
 
 out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+_documents: TextIO | None = None  # where `print_json` writes, while others write elsewhere
 
 
 def log_line(line: str) -> None:
@@ -46,9 +47,21 @@ def bars() -> Iterator[Progress | None]:
         yield tell
 
 
+@contextmanager
+def one_document() -> Iterator[None]:
+    """Standard output is for `print_json` alone: what is printed by others goes to standard error."""
+    global _documents
+    before, _documents = _documents, sys.stdout
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _documents = before
+
+
 def print_json(value: Any) -> None:
     """One document, one line. JSON has no word for NaN and infinity: they are null."""
-    sys.stdout.write(json.dumps(_finite(value), allow_nan=False) + "\n")
+    (_documents or sys.stdout).write(json.dumps(_finite(value), allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:

@@ -67,6 +67,8 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Print the report of a run, and write it as a page: report.html in its folder."""
+    if as_markdown and as_json:
+        raise InputError("--markdown and --json are two forms of one report; give one of them")
     bounds = {"macs": macs, "params": params, "bytes": size, "latency_ms": latency_ms, "drift": drift}
     given = flags(overrides, checkpoint=checkpoint, data=data, labels=labels, **bounds)
     stored = Path(target) / PRODUCTS["eval"]
@@ -143,6 +145,9 @@ def bench_(
         )
     finally:
         torch.set_num_threads(before)
+    if not told.timings:
+        reasons = "; ".join(f"{name} was skipped: {why}" for name, why in told.skipped.items())
+        raise InputError(f"--runtime {runtimes} leaves nothing to time: {reasons}; name another one, as eager")
     print_json(told.to_json()) if as_json else _print_bench(told)
 
 

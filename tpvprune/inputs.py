@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,10 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tpvprune.batches import Progress
+from tpvprune.batches import Progress, finite_output
+from tpvprune.calls import running
 from tpvprune.deploy.examples import Changed
-from tpvprune.errors import DataError, ModelError
+from tpvprune.errors import BudgetError, DataError, ModelError, RecipeError
 from tpvprune.planning.latency import LatencyTable, default_cache, latency_table
+from tpvprune.planning.patterns import matching_groups
+from tpvprune.planning.weights import weight_graph
 from tpvprune.processes import launched, of_all, process
 from tpvprune.recipe import Recipe
 from tpvprune.scoring.criteria import Criterion
@@ -21,7 +25,7 @@ from tpvprune.types import Graph
 from tpvprune.zoo.data import input_size, open_pool, overlap
 from tpvprune.zoo.models import create_model
 from tpvprune.zoo.pool import Loader, Pool
-from tpvprune.zoo.streams import Stream, StreamLoader
+from tpvprune.zoo.streams import Stream, StreamLoader, shards
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +82,12 @@ class Inputs:
                 data.images, self.dense, size=data.size, labels=held.labels or data.labels
             ).split()
             if not len(measured):
-                raise DataError(f"{data.images} holds a single image; one to score on and one to measure on are needed")
+                count = "a single image" if len(scored) else "no image"
+                more = ", and shards are counted by their name, as wds/FOLDER@shard-{0..9}.tar|5000"
+                raise DataError(
+                    f"{data.images} holds {count}; one to score on and one to measure on are needed"
+                    f"{more if shards(data.images) is not None else ''}"
+                )
         else:
             if overlap(data.images, held.images):
                 raise DataError(
@@ -92,6 +101,57 @@ class Inputs:
             scored = open_pool(data.images, self.dense, size=data.size, labels=data.labels)
             measured = open_pool(held.images, self.dense, size=data.size, labels=held.labels)
         return Images(scored, measured.sample(held.samples, self.recipe.seed))
+
+    def check(self) -> None:
+        """See whether the model runs on the images that are scored.
+
+        Raises:
+            DataError: none can be read.
+            ModelError: it does not run on images of that shape.
+            NonFiniteError: it gives NaN or infinity for them.
+        """
+        first = next(iter(self.loader(self.images.scored)), None)
+        if first is None:
+            raise DataError(f"{self.images.scored.name}: no image can be read; give other images")
+        images = first[0].to(self.device)
+        with torch.no_grad(), running(self.dense, ((images,), {})):
+            finite_output(self.dense, images)
+
+    def check_zeros(self) -> None:
+        """See whether layers that `sparsify` protects are there.
+
+        Raises:
+            BudgetError: a pattern matches nothing (with near names).
+        """
+        if self.recipe.sparsify is not None and self.recipe.sparsify.protect:
+            graph = weight_graph(self.dense)
+            for pattern in self.recipe.sparsify.protect:
+                try:
+                    matching_groups(graph, pattern)
+                except BudgetError as error:
+                    raise BudgetError(f"sparsify.protect: {error}") from error
+
+    def check_distillation(self) -> None:
+        """See whether there is what the distillation compares, which begins late.
+
+        Raises:
+            RecipeError: the model has no such module.
+            DataError: labels are to be learnt, and there are none.
+        """
+        settings = self.recipe.distillation()
+        if settings is None:
+            return
+        modules = dict(self.dense.named_modules())
+        for name in settings.features:
+            if not name or name not in modules:
+                near = difflib.get_close_matches(name, modules, n=3)
+                hint = f"did you mean {', '.join(near)}?" if near else "give names of named_modules()"
+                raise RecipeError(f"recover.finetune.features: {name!r} is no module of the model; {hint}")
+        if settings.label_weight and not self.images.scored.labelled:
+            raise DataError(
+                f"recover.finetune.label_weight={settings.label_weight} needs labels of the images that are distilled "
+                "on; give them with --labels (data.labels), or leave label_weight at 0"
+            )
 
     def loader(
         self, pool: Pool | Stream, *, batch_size: int | None = None, train: bool = False, augment: bool = False

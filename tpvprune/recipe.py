@@ -15,17 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from tpvprune.budget import BOUNDS, Budget
 from tpvprune.errors import InputError, RecipeError
 from tpvprune.files import packaged, read_text
+from tpvprune.mistakes import explained, place_of
+from tpvprune.recovery.optimisation import check_optimizer
 from tpvprune.recovery.reconstruct import Reconstruct
 from tpvprune.recovery.settings import Finetune, GaussNewton
 from tpvprune.schedule import Planning
 from tpvprune.scoring.criteria import Criterion
 from tpvprune.scoring.probing import probes_for
 from tpvprune.scoring.registry import CRITERIA, criterion_named
+from tpvprune.scoring.tpv import TPV
 from tpvprune.sections import (
     BudgetSection,
     DataSection,
@@ -113,7 +116,15 @@ class Recipe(Strict):
         return _settings(Budget, self.budget, "budget")
 
     def planning(self) -> Planning:
-        """How the plan is made."""
+        """How the plan is made.
+
+        Raises:
+            RecipeError: an allocator that needs what the criterion does not give.
+        """
+        criterion = self.criterion()
+        if self.plan.allocator == "joint" and not (isinstance(criterion, TPV) and criterion.cap):
+            told = "plan: allocator=joint needs effects sample by sample, which score.criterion=tpv keeps in its usual"
+            raise RecipeError(f"{told} settings, not compensated; take that, or another allocator")
         return _settings(Planning, self.plan, "plan")
 
     def closed_form(self) -> Reconstruct | None:
@@ -129,7 +140,14 @@ class Recipe(Strict):
     def distillation(self) -> Finetune | None:
         """How to fine-tune, or None."""
         section = self.recover.finetune
-        return None if section is None else _settings(Finetune, section, "recover.finetune")
+        if section is None:
+            return None
+        settings: Finetune = _settings(Finetune, section, "recover.finetune")
+        try:
+            check_optimizer(settings)
+        except InputError as error:
+            raise RecipeError(f"recover.{error}") from error
+        return settings
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out."""
@@ -229,26 +247,23 @@ def validate_recipe(
     try:
         recipe = kind.model_validate(merged)
     except ValidationError as error:
-        raise RecipeError(_explain(error, kind, origin, set_by, lines or {})) from error
+        raise RecipeError(explained(error, kind, origin, set_by, lines or {})) from error
     if isinstance(recipe, Recipe):
         try:
             recipe.criterion(), recipe.criterion_of_weights(), recipe.limits(), recipe.planning()
             recipe.closed_form(), recipe.gauss_newton(), recipe.distillation()
         except RecipeError as error:
-            raise RecipeError(f"{_place(str(error), origin, set_by, lines or {})}: {error}") from error
+            raise RecipeError(f"{place_of(str(error), origin, set_by, lines or {})}: {error}") from error
     return recipe
 
 
-def _place(
-    message: str, origin: str, set_by: Mapping[tuple[str, ...], str], lines: Mapping[tuple[str, ...], int]
-) -> str:
-    """Where the value that a settings class refused (`section: ... key=value ...`) was written."""
-    section = tuple(message.partition(":")[0].split("."))
-    for written in (set_by, lines):
-        for path in written:
-            if path[: len(section)] == section and len(path) > len(section) and f"{path[-1]}=" in message:
-                return f"override {set_by[path]!r}" if path in set_by else f"{origin}, line {lines[path]}"
-    return f"{origin}, line {lines[section]}" if section in lines else origin
+class _Loader(yaml.SafeLoader):
+    """Plain data. 2:4 stays as it is written, which YAML 1.1 takes for a number to base 60."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  # as it is in yaml.SafeLoader
+        first: [("tag:yaml.org,2002:str", re.compile(r"\d+:\d+$")), *others] if first.isdigit() else others
+        for first, others in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def _read_yaml(text: str, origin: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
@@ -256,11 +271,11 @@ def _read_yaml(text: str, origin: str) -> tuple[dict[str, Any], dict[tuple[str, 
     try:
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
             raise RecipeError(f"{origin}: aliases (*name) are not taken; write the value out")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=_Loader)
         lines: dict[tuple[str, ...], int] = {}
         if node is not None:
             _walk(node, (), lines, origin)
-        data = yaml.safe_load(text)
+        data = yaml.load(text, Loader=_Loader)
     except yaml.constructor.ConstructorError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise RecipeError(
@@ -298,9 +313,8 @@ def _read_override(override: str) -> tuple[tuple[str, ...], Any]:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise RecipeError(f"override {override!r} is not key=value, as in budget.macs=0.4")
-    sixty = re.fullmatch(r"\s*\d+:\d+\s*", text)  # YAML 1.1 reads 2:4 as a number to base 60
     try:
-        return tuple(key.strip().split(".")), text.strip() if sixty else yaml.safe_load(text)
+        return tuple(key.strip().split(".")), yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"override {override!r}: the value is no YAML: {error}") from error
 
@@ -311,40 +325,3 @@ def _put(data: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
             data[key] = {}
         data = data[key]
     data[keys[-1]] = value
-
-
-def _explain(
-    error: ValidationError,
-    kind: type[BaseModel],
-    origin: str,
-    set_by: Mapping[tuple[str, ...], str],
-    lines: Mapping[tuple[str, ...], int],
-) -> str:
-    """One line a mistake: file, line or override, key, what is wrong, near keys."""
-    told: dict[str, None] = {}
-    for problem in error.errors():
-        path = tuple(str(part) for part in problem["loc"])
-        known = next((path[:end] for end in range(len(path), 0, -1) if path[:end] in lines or path[:end] in set_by), ())
-        by = next((set_by[path[:end]] for end in range(len(path), 0, -1) if path[:end] in set_by), None)
-        where = f"override {by!r}" if by else f"{origin}, line {lines[known]}" if known else origin
-        # Alternatives of a union stand behind the key and mean nothing to the reader.
-        key = ".".join(known if known and problem["type"] != "missing" else path)
-        if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(path[-1], _fields_at(kind, path[:-1]), n=1)
-            text = f"unknown key {'.'.join(path)!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-        elif problem["type"] == "missing":
-            text = f"key {key!r} is missing"
-        else:
-            text = f"key {key!r}: {problem['msg'][0].lower()}{problem['msg'][1:]} (got {problem['input']!r})"
-        told[f"{where}: {text}"] = None
-    return "\n".join(told)
-
-
-def _fields_at(kind: Any, path: tuple[str, ...]) -> list[str]:
-    for part in path:
-        field = kind.model_fields.get(part)
-        options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        kind = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
-        if kind is None:
-            return []
-    return list(kind.model_fields)

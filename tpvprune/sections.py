@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, Optional, get_type_hints
+from typing import Annotated, Any, Literal, Optional, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from tpvprune.budget import BOUNDS, Budget, n_of_m
 from tpvprune.recovery.reconstruct import Reconstruct
@@ -34,19 +34,28 @@ def _section_of(settings: type, name: str, /, without: Sequence[str] = (), **mor
     return create_model(name, __base__=Strict, **fields, **more)
 
 
+def _named(text: str) -> str:
+    if not text.strip():
+        raise ValueError("nothing is named; give a path, or leave the key out")
+    return text
+
+
+Named = Annotated[str, AfterValidator(_named)]  # an empty path would be the current folder
+
+
 class ModelSection(Strict):
     """Which network: a timm name or `cifar_resnet20` and the like, its weights, its arguments."""
 
     name: str
-    checkpoint: str | None = None
+    checkpoint: Named | None = None
     args: dict[str, Any] = Field(default_factory=dict)
 
 
 class DataSection(Strict):
-    """Unlabeled images: a folder, an `.npz` / `.npy` file or `digits`. `labels` are only measured with."""
+    """Unlabeled images, see `open_pool`. `labels` are measured with, and read by what asks for them by its name."""
 
-    images: str | None = None  # for a recipe that leaves them to the command line
-    labels: str | None = None
+    images: Named | None = None  # for a recipe that leaves them to the command line
+    labels: Named | None = None
     size: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=64, ge=1)
     workers: int = Field(default=0, ge=0)
@@ -55,8 +64,8 @@ class DataSection(Strict):
 class EvalSection(Strict):
     """Images to measure on. Without `images`: the odd positions of `data`, and scoring keeps to the even ones."""
 
-    images: str | None = None
-    labels: str | None = None
+    images: Named | None = None
+    labels: Named | None = None
     samples: int | None = Field(default=None, ge=1)
     examples: int = Field(default=12, ge=0)  # thumbnails of images whose answer changed, for the report
 
@@ -68,6 +77,7 @@ ScoreSection: Any = _section_of(
     without=("reference", "perturbation", "output"),
     criterion=(Literal[tuple(CRITERIA)], "tpv"),
     head=(Literal[tuple(sorted(HEADS))], "softmax"),
+    engine=(Literal["auto", "activations", "batched", "per_sample"], "auto"),  # factored: of single weights alone
     compensated=(bool | None, None),  # None: if a refit follows
     probes=(int | Literal["exact"] | None, None),  # None: 1, and more where there are few images, see `probes_for`
     samples=(int | None, Field(default=1280, ge=1)),
@@ -90,6 +100,8 @@ FinetuneSection: Any = _section_of(
     samples=(int | None, Field(default=None, ge=1)),
     batch_size=(int | None, Field(default=None, ge=1)),
     augment=(bool, True),
+    # YAML 1.1 reads the word `no` as false.
+    precision=(Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(lambda v: "no" if v is False else v)], "no"),
 )
 
 

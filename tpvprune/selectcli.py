@@ -43,7 +43,7 @@ def select(
     as_json: AsJson = False,
 ) -> None:
     """Rank checkpoints by how much noise in their targets they would follow. Reads no label but for a column beside."""
-    if data is None:
+    if data is None or not data.strip():
         raise InputError("--data is missing; give a folder of images (labels are not needed)")
     runs: dict[str, Run] = {}
     with bars() as progress:
@@ -54,6 +54,7 @@ def select(
             given = flags(overrides, checkpoint=file, data=data, labels=labels)
             [(recipe, folder)] = resolve_model(name, given, None)
             runs[word] = Run(recipe, folder, progress=progress, log=log_line)
+            runs[word].inputs.check()
         models = {word: run.inputs.dense for word, run in runs.items()}
         batches = {word: _batches(run.inputs.images.scored.sample(samples, seed), run) for word, run in runs.items()}
         way: Any = method

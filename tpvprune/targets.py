@@ -65,6 +65,12 @@ def resolve(
     stored = stored_recipe(path) if path.is_dir() else None
     if stored is not None:
         again = _as_recipe(stored.model_dump(mode="json"), f"{path / RECIPE}", overrides)
+        before, now = (stored.name, stored.model.name), (again.name, again.model.name)
+        if before != now:
+            raise RecipeError(
+                f"{path} holds a run of {before[0]!r} ({before[1]}), which keeps its name and its model; for a run of "
+                f"{now[0]!r} ({now[1]}) give {path / RECIPE} in its place, and another --out"
+            )
         if folder is not None and launched()[0] == 0:
             branch(path, folder)
         return [(again, folder or path)]

@@ -15,16 +15,15 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from tpvprune import report as reporting
-from tpvprune.batches import Progress, finite_output
+from tpvprune.batches import Progress
 from tpvprune.card import write_card
 from tpvprune.checkpoint import ABOUT, load, save
 from tpvprune.deploy.page import write_page
 from tpvprune.deploy.story import EXAMPLES
-from tpvprune.errors import DataError, ModelError, RecipeError
+from tpvprune.errors import ModelError, RecipeError
 from tpvprune.files import sweep, write_text
 from tpvprune.inputs import Inputs
 from tpvprune.lock import only_run
@@ -162,14 +161,13 @@ class Run:
         if last != "trace" and self.recipe.model.checkpoint is None:
             self.log("no checkpoint is named, so that the weights are random; give model.checkpoint (--checkpoint)")
         if last != "trace":
-            first = next(iter(self.inputs.loader(self.inputs.images.scored)), None)
-            if first is None:
-                raise DataError(f"{self.inputs.images.scored.name}: no image can be read; give other images")
-            with torch.no_grad():
-                finite_output(self.inputs.dense, first[0].to(self.inputs.device))
+            self.inputs.check()
         if STAGES.index(last) >= STAGES.index("plan"):
             name = name_of(self.inputs.criterion())
             check_reachable(self._traced, self.recipe.limits(), latency=self._latency, criterion=name)
+            self.inputs.check_zeros()
+        if STAGES.index(last) >= STAGES.index("recover"):
+            self.inputs.check_distillation()
 
     @cached_property
     def _traced(self) -> Graph:

@@ -163,7 +163,7 @@ def test_what_holds_the_floor_is_named(residual) -> None:
     message = str(caught.value)
     assert "min_keep=0.1" in message
     assert "2 groups that stay whole (stem, b1)" in message
-    assert "1 layers that cannot be pruned" in message
+    assert "1 layer that cannot be pruned" in message
 
 
 @pytest.mark.parametrize(

@@ -340,7 +340,7 @@ def test_a_block_that_cannot_be_skipped_is_no_reason_for_its_layers() -> None:
     (held,) = [layer for layer, reason in graph.skipped.items() if "residual" in reason]
     rows = {row.layers: row for row in tp.inspect(graph).unprunable}
     assert rows[(held,)].holds["macs"] == 0.0
-    with pytest.raises(tp.BudgetError, match="1 layers that cannot be pruned"):
+    with pytest.raises(tp.BudgetError, match="1 layer that cannot be pruned"):
         check_reachable(graph, tp.Budget(macs=2))
 
 

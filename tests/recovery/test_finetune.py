@@ -155,7 +155,7 @@ def test_settings_out_of_range_are_refused(change: dict[str, object]) -> None:
 
 def test_an_unknown_optimiser_is_named() -> None:
     model, small, batches = cut("mlp")
-    with pytest.raises(tp.InputError, match="no optimiser 'sgdd'"):
+    with pytest.raises(tp.InputError, match="optimizer='sgdd' is no optimiser of timm; did you mean sgd"):
         tp.finetune(small, batches, model, tp.Finetune(optimizer="sgdd"))
     for name in ("adahessian", "lookahead_adahessian"):
         with pytest.raises(tp.InputError, match=f"'{name}' takes second derivatives"):

@@ -172,6 +172,24 @@ def test_labels_of_arrays_are_whole_numbers_of_classes(
         open_pool(tmp_path / "x.npz", model)
 
 
+def test_labels_beside_those_that_arrays_have_are_refused(tmp_path: Path, model: nn.Module) -> None:
+    x = np.zeros((4, 3, 32, 32), np.float32)
+    np.savez(tmp_path / "both.npz", x=x, y=np.zeros(4, np.int64))
+    np.save(tmp_path / "only.npy", x)
+    for labels in ("folders", str(tmp_path / "gone.txt")):
+        with pytest.raises(
+            tp.DataError, match=r"\(--labels\) .*both\.npz, which has labels of its own; leave them out"
+        ):
+            open_pool(tmp_path / "both.npz", model, labels=labels)
+        with pytest.raises(tp.DataError, match=r"only\.npy, which is in no folders; labels of arrays .* as y"):
+            open_pool(tmp_path / "only.npy", model, labels=labels)
+        with pytest.raises(tp.DataError, match="digits, which has labels of its own"):
+            open_pool("digits", model, labels=labels)
+    assert open_pool(tmp_path / "both.npz", model, labels="own").labelled
+    with pytest.raises(tp.DataError, match=r"only\.npy has no labels of its own"):
+        open_pool(tmp_path / "only.npy", model, labels="own")
+
+
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])
 def test_images_are_cropped_as_the_model_says(folder: Path, mode: str) -> None:
     model = create_model("test_resnet")
@@ -236,7 +254,7 @@ def test_bad_arrays_are_refused(tmp_path: Path, model: nn.Module, bad: str) -> N
 
 
 def test_nothing_there_is_told(tmp_path: Path, model: nn.Module) -> None:
-    with pytest.raises(tp.DataError, match="no folder of images at"):
+    with pytest.raises(tp.DataError, match=r"no folder of images at .*, a tar file, .*hfds/NAME@SPLIT"):
         open_pool(tmp_path / "gone", model)
     with pytest.raises(tp.DataError, match="holds no image among 0 files"):
         open_pool(tmp_path, model)

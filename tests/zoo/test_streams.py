@@ -14,6 +14,8 @@ from PIL import Image
 from torch import nn
 
 import tpvprune as tp
+from tpvprune.inputs import Inputs
+from tpvprune.recipe import validate_recipe
 from tpvprune.zoo import streams
 from tpvprune.zoo.data import open_pool, source_state
 from tpvprune.zoo.models import create_model
@@ -212,3 +214,10 @@ def test_shards_are_read_with_webdataset(folder: Path, model: nn.Module, tmp_pat
     assert labels.tolist() == [0, 0, 0, 1, 1, 1] * 2
     del pool
     gc.collect()
+
+
+def test_shards_that_are_not_counted_are_told_to_be(monkeypatch) -> None:
+    monkeypatch.setattr(streams, "create_dataset", lambda *args, **kwargs: [])
+    recipe = validate_recipe({"name": "a", "model": {"name": "test_resnet"}}, "a", ["data.images=wds/here@s-0.tar"])
+    with pytest.raises(tp.DataError, match=r"holds no image; .* are counted by their name, as .*\.tar\|5000"):
+        _ = Inputs(recipe).images

@@ -113,8 +113,8 @@ def check_reachable(
     """
     if budget.most_drift is not None and criterion is not None and not in_nats(criterion):
         raise PlanError(
-            f"a budget of drift needs scores in nats, and {criterion} gives none; score with TPV() and the softmax "
-            "head, not compensated"
+            f"a budget of drift needs scores in nats, and {criterion} gives none; score with TPV() "
+            "(score.criterion=tpv) and the softmax head, not compensated"
         )
     source = graph if after is None else after.graph
     if latency is not None and latency.model_id != source.model_id:
@@ -141,10 +141,10 @@ def _unreachable(
     held = [f"min_keep={budget.min_keep:g}"]
     if whole:
         named = ", ".join(whole[:3]) + (", ..." if len(whole) > 3 else "")
-        held.append(f"{len(whole)} groups that stay whole ({named})")
+        held.append(f"{len(whole)} {'group that stays' if len(whole) == 1 else 'groups that stay'} whole ({named})")
     layers = [reason for reason in graph.skipped.values() if not reason.startswith(RESIDUAL)]
     if layers:
-        held.append(f"{len(layers)} layers that cannot be pruned")
+        held.append(f"{len(layers)} layer{'s' * (len(layers) > 1)} that cannot be pruned")
     return (
         f"{name} <= {bound:,} cannot be reached: the floor is {floor:,} ({floor / dense:.1%} of {dense:,}), held by "
         f"{', '.join(held)}; ask for more than the floor, lower min_keep or protect less"

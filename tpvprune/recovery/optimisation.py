@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 import torch
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2, get_optimizer_info
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,23 +16,39 @@ from tpvprune.errors import InputError
 from tpvprune.recovery.settings import Finetune
 
 
-def optimizer_for(model: nn.Module, settings: Finetune) -> torch.optim.Optimizer:
-    """Timm's optimiser of that name over all parameters that are not frozen.
+def check_optimizer(settings: Finetune) -> None:
+    """Refuse a name of no optimiser that the distillation could use.
 
     Raises:
         InputError: timm knows no such name, or it takes second derivatives, which the distillation does not make.
     """
+    name = settings.optimizer.lower().split("_")[-1]  # lookahead_adam is adam with something around it
+    try:
+        info = get_optimizer_info(name)
+    except ValueError as error:
+        near = difflib.get_close_matches(name, list_optimizers(), n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "see timm.optim.list_optimizers()"
+        raise InputError(f"finetune: optimizer={settings.optimizer!r} is no optimiser of timm; {hint}") from error
+    if info.second_order:
+        raise InputError(
+            f"finetune: optimizer={settings.optimizer!r} takes second derivatives, which are not made here; take "
+            "another one, as 'adamw', or refine() for a second-order refit"
+        )
+
+
+def optimizer_for(model: nn.Module, settings: Finetune) -> torch.optim.Optimizer:
+    """Timm's optimiser of that name over all parameters that are not frozen.
+
+    Raises:
+        InputError: see `check_optimizer`, or it cannot be made here.
+    """
+    check_optimizer(settings)
     try:
         found: torch.optim.Optimizer = create_optimizer_v2(
             model, opt=settings.optimizer, lr=settings.lr, weight_decay=settings.weight_decay
         )
     except (ValueError, AssertionError, KeyError) as error:
-        raise InputError(f"finetune: timm has no optimiser {settings.optimizer!r}; see timm.optim") from error
-    if get_optimizer_info(settings.optimizer.lower().split("_")[-1]).second_order:
-        raise InputError(
-            f"finetune: {settings.optimizer!r} takes second derivatives, which are not made here; take another one, as "
-            "'adamw', or refine() for a second-order refit"
-        )
+        raise InputError(f"finetune: optimizer={settings.optimizer!r} cannot be made: {error}") from error
     return found
 
 

@@ -18,6 +18,7 @@ from tpvprune.processes import process
 from tpvprune.scores import Scores, Settled
 from tpvprune.scoring.collect import collect
 from tpvprune.scoring.heads import Softmax
+from tpvprune.scoring.magnitude import FromWeights
 from tpvprune.scoring.streaming import Streaming
 from tpvprune.scoring.tpv import TPV
 from tpvprune.types import Graph, fingerprint
@@ -38,7 +39,7 @@ class Criterion(Protocol):
 
 def name_of(criterion: Criterion | None) -> str | None:
     """What scores by a criterion will say that they are by; None where it tells that with the scores alone."""
-    return criterion.label if isinstance(criterion, Streaming) else None
+    return criterion.label if isinstance(criterion, (Streaming, FromWeights)) else None
 
 
 def predicted_kl(

@@ -51,11 +51,16 @@ def _averaged(parts: list[Tensor], group: Group) -> Tensor:
     return torch.stack([part / part.mean().clamp(min=1e-300) for part in parts]).mean(0).cpu()
 
 
-class _FromWeights:
+class FromWeights:
     """What the criteria of this file share."""
 
     seed: int = 0
     _compares = True  # units by their weights, within a group
+
+    @property
+    def label(self) -> str:
+        """The criterion in words."""
+        return type(self).__name__.lower()
 
     def measure(
         self, model: nn.Module, batches: Iterable[Batch], graph: Graph, progress: Progress | None = None
@@ -63,12 +68,12 @@ class _FromWeights:
         """Score every unit from the weights; the batches are not read."""
         values: dict[str, Tensor] = {}
         if self._compares:
-            refuse_blocks(graph, f"criterion {type(self).__name__.lower()}")
+            refuse_blocks(graph, f"criterion {self.label}")
         for number, group in enumerate(graph.groups, 1):
             values[group.id] = self._of(model, group)
             if progress:
                 progress("score", number, len(graph.groups))
-        return Scores(self._finish(values), None, type(self).__name__.lower(), 0, 0, self.seed, graph.model_id)
+        return Scores(self._finish(values), None, self.label, 0, 0, self.seed, graph.model_id)
 
     def _of(self, model: nn.Module, group: Group) -> Tensor:
         raise NotImplementedError
@@ -78,7 +83,7 @@ class _FromWeights:
 
 
 @dataclass(frozen=True)
-class Random(_FromWeights):
+class Random(FromWeights):
     """Uniform numbers: what any criterion must beat.
 
     Attributes:
@@ -94,7 +99,7 @@ class Random(_FromWeights):
 
 
 @dataclass(frozen=True)
-class L1(_FromWeights):
+class L1(FromWeights):
     """Sum of absolute weights, over all members (Li 2017, arXiv 1608.08710)."""
 
     def _of(self, model: nn.Module, group: Group) -> Tensor:
@@ -102,7 +107,7 @@ class L1(_FromWeights):
 
 
 @dataclass(frozen=True)
-class L2(_FromWeights):
+class L2(FromWeights):
     """Sum of squared weights, over all members."""
 
     def _of(self, model: nn.Module, group: Group) -> Tensor:
@@ -110,7 +115,7 @@ class L2(_FromWeights):
 
 
 @dataclass(frozen=True)
-class LAMP(_FromWeights):
+class LAMP(FromWeights):
     """Squared weight over the squared weights of its group that are no smaller (Lee 2021, arXiv 2010.07611)."""
 
     def _of(self, model: nn.Module, group: Group) -> Tensor:
@@ -122,7 +127,7 @@ class LAMP(_FromWeights):
 
 
 @dataclass(frozen=True)
-class FPGM(_FromWeights):
+class FPGM(FromWeights):
     """Sum of distances to the other filters of the layers that write it (He 2019, arXiv 1811.00250)."""
 
     def _of(self, model: nn.Module, group: Group) -> Tensor:
@@ -131,7 +136,7 @@ class FPGM(_FromWeights):
 
 
 @dataclass(frozen=True)
-class WHC(_FromWeights):
+class WHC(FromWeights):
     """Norm times the norm-weighted dissimilarity to the layer's other filters (Chen 2023, arXiv 2302.08185)."""
 
     def _of(self, model: nn.Module, group: Group) -> Tensor:
@@ -145,7 +150,7 @@ class WHC(_FromWeights):
 
 
 @dataclass(frozen=True)
-class BNScale(_FromWeights):
+class BNScale(FromWeights):
     """Absolute scale of the batch norms behind it (Liu 2017, arXiv 1708.06519).
 
     A group without one gets the largest score of the model, so that it goes last.

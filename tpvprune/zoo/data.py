@@ -85,23 +85,38 @@ def open_pool(
         model: says which preprocessing fits (timm's data configuration).
         size: height and width in pixels, in place of the model's own; arrays must have it.
         labels: None, "folders" (a class per parent folder, in the order of timm: numbers in names count as such), or
-            a class-map file with a folder name per line in label order. Arrays and digits carry their own; named sets
-            give their own if anything is asked for.
+            a class-map file with a folder name per line in label order. Arrays and digits carry their own, for which
+            "own" can be given and nothing else; named sets give their own if anything is asked for.
 
     Raises:
         DataError: nothing there, no image, more than 10 % unreadable, or labels that do not fit.
     """
     shape = input_size(model, size)
     if str(source) == "digits":
-        return _digits(shape)
+        return _with_own(_digits(shape), labels)
     if from_factory(source):
         return _factory(source, model, shape, labels)
     path = Path(source).expanduser()
     if path.is_file() and path.suffix in (".npz", ".npy"):
-        return _arrays(path, model, shape, size)
+        return _with_own(_arrays(path, model, shape, size), labels)
+    if path.is_file() and _is_image(path):
+        raise DataError(f"{source} is one image; give the folder that it is in, {path.parent}")
     if not path.is_dir():
-        raise DataError(f"no folder of images at {source}; give a folder, an .npz or .npy file, or 'digits'")
+        raise DataError(
+            f"no folder of images at {source}; give a folder, a tar file, an .npz or .npy file, 'digits', or a set of "
+            "timm's factory, as hfds/NAME@SPLIT, torch/NAME@SPLIT or wds/FOLDER@shard-{0..9}.tar|5000"
+        )
     return _folder(path, model, shape, labels)
+
+
+def _with_own(pool: Pool, labels: str | Path | None) -> Pool:
+    """A pool that carries its own labels if any, for which no others can be given."""
+    if labels is not None and str(labels) != "own":
+        own = "has labels of its own" if pool.labelled else "is in no folders; labels of arrays stand beside x, as y"
+        raise DataError(f"labels={labels} (--labels) cannot be taken for {pool.name}, which {own}; leave them out")
+    if labels is not None and not pool.labelled:
+        raise DataError(f"{pool.name} has no labels of its own; save them beside x, as y, or leave labels out")
+    return pool
 
 
 def _digits(shape: tuple[int, int, int]) -> Pool:

@@ -176,12 +176,15 @@ def load_weights(model: nn.Module, checkpoint: str | Path) -> None:
                 "save its state dict as .safetensors and give that"
             ) from error
         raise CheckpointError(
-            f"{path} cannot be read ({type(error.__cause__ or error).__name__}); the file is damaged or no checkpoint"
+            f"{path} cannot be read ({type(error.__cause__ or error).__name__}); the file is damaged or no checkpoint; "
+            "give another one, with the model's state dict"
         ) from error
     finally:
         logger.setLevel(level)
     if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise CheckpointError(f"{path} holds no state dict of tensors")
+        raise CheckpointError(
+            f"{path} holds no state dict of tensors; save model.state_dict(), alone or as 'state_dict', and give that"
+        )
     expected = model.state_dict()
     for name, tensor in expected.items():
         if name in state and state[name].shape != tensor.shape:
