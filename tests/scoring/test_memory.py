@@ -117,7 +117,7 @@ def assert_same(a: tp.Scores, b: tp.Scores) -> None:
 def test_batches_in_parts_give_the_same_scores(kind: str, room: int, caplog: pytest.LogCaptureFixture) -> None:
     model, graph = small("conv_bn")
     whole = tp.score(model, data("conv_bn"), graph, CRITERIA[kind]())
-    assert set(model.sizes) == {7, 5}
+    assert set(model.sizes) - {3} == {7, 5}  # three are run to see where samples lie
     assert not caplog.records
     model.room, model.sizes = room, []
     with caplog.at_level(logging.WARNING, "tpvprune"):
