@@ -83,6 +83,16 @@ def test_a_model_known_by_name_comes_back_by_name(name: str, make: Callable[...,
     assert_same_state(tp.load(tmp_path / "again").state_dict(), small.state_dict())
 
 
+def test_saving_and_loading_leave_the_stream_of_random_numbers_alone(tmp_path: Path) -> None:
+    model = create_model("test_resnet")
+    small = tp.apply(model, tp.Plan({}, tp.trace(model, torch.zeros(1, 3, 32, 32))))
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    tp.save(small, tmp_path)
+    tp.load(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_composed_plan_is_saved_whole(tmp_path: Path) -> None:
     b = built("residual")
     once = tp.apply(b.model, plan_without(b.graph, {"stem": [0], "a1": [1]}))

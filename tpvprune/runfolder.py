@@ -48,7 +48,7 @@ def _matters(recipe: Recipe, stage: str) -> dict[str, Any]:
     # Of one source both halves have the labels that are given for measuring.
     scored = data.get("labels") if held["images"] else held["labels"] or data.get("labels")
     if stage == "trace":
-        weights = None
+        weights = f"drawn from {recipe.seed}"
         if recipe.model.checkpoint is not None:
             weights = hashlib.sha256(checkpoint_path(str(recipe.model.checkpoint)).read_bytes()).hexdigest()
         depth = {"depth": True} if recipe.plan.depth else {}
