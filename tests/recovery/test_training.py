@@ -50,9 +50,12 @@ SETTINGS = {
     "mixup": {"mixup": 0.4, "cutmix": 0.0},
     "accumulated": {"accumulate": 2},
     "momentum": {"optimizer": "momentum", "schedule": "step"},
+    "kinds of numbers in its state": {"optimizer": "adafactorbv"},
+    "a stream of its own in its state": {"optimizer": "kron"},
 }
 
 
+@pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum'")
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("stop", [4, 6, 7, 11])
 def test_a_stopped_run_goes_on_to_the_same_result(
@@ -278,12 +281,13 @@ def test_settings_out_of_range_are_refused(change: dict[str, Any]) -> None:
 def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
     state = {
         "a": [1, 2.5, None, "x", True], "b": {3: torch.arange(4), "c": {"d": torch.zeros(2, dtype=torch.bfloat16)}},
-        "inf": float("inf"), "random": random_state(),
+        "inf": float("inf"), "random": random_state(), "kinds": (torch.bfloat16, (1, [2, ()])),
     }  # fmt: skip
     save_state(tmp_path / "s.safetensors", state)
     found = load_state(tmp_path / "s.safetensors")
     assert found["a"] == state["a"]
     assert found["inf"] == float("inf")
+    assert found["kinds"] == state["kinds"]
     assert torch.equal(found["b"][3], state["b"][3])
     assert found["b"]["c"]["d"].dtype == torch.bfloat16
     import random
