@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -326,6 +329,26 @@ def test_models_given_are_untouched() -> None:
     tp.finetune(small, batches, model, tp.Finetune(epochs=1, ema=0.9, mixup=0.2, features=("fc",), feature_weight=1.0))
     for m, state in zip((model, small), states, strict=True):
         assert_same_state(m.state_dict(), state)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_accelerator_of_the_caller_stays_as_it_was(fails: bool) -> None:
+    model, small, batches = noisy()
+    theirs = Accelerator(mixed_precision="bf16", gradient_accumulation_steps=4, cpu=True)
+    before = dict(theirs.state.__dict__), dict(theirs.gradient_state.__dict__)
+
+    def stop(stage: str, done: int, total: int | None) -> None:
+        if fails:
+            raise KeyboardInterrupt
+
+    try:
+        with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
+            tp.finetune(small, batches, model, tp.Finetune(epochs=1), held_out=batches, progress=stop)
+        assert (theirs.state.__dict__, theirs.gradient_state.__dict__) == before
+        assert (theirs.mixed_precision, theirs.gradient_accumulation_steps) == ("bf16", 4)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
 
 
 def test_half_precision_is_of_both_models() -> None:
