@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import tpvprune as tp
 from tests.helpers import Versioned, assert_same_state, gap, outputs, plan_without
@@ -97,6 +97,40 @@ def test_a_stopped_run_goes_on_to_the_same_result(
     assert losses == first + rest
     assert 18 - stop <= len(learnt) <= 18 - stop + settings.accumulate
     assert gap(whole.a.weight, small.a.weight) > 1e-3
+
+
+@pytest.mark.parametrize("stop", [4, 6])
+@pytest.mark.parametrize("batched", [False, True])
+def test_orders_that_samplers_draw_are_drawn_again(batched: bool, stop: int, tmp_path: Path) -> None:
+    model, small, batches = noisy()
+    data = TensorDataset(torch.cat(batches))
+
+    def once(save: Path | None, stop: int = 0) -> nn.Module:
+        torch.manual_seed(7)
+        sampler = RandomSampler(data, generator=torch.Generator().manual_seed(3))
+        read = DataLoader(data, batch_sampler=BatchSampler(sampler, 8, False)) if batched else None
+        read = read or DataLoader(data, 8, sampler=sampler)
+
+        def tell(stage: str, done: int, total: int | None) -> None:
+            if done == stop:
+                raise KeyboardInterrupt
+
+        return tp.finetune(small, read, model, tp.Finetune(epochs=2, lr=1e-2), save=save, save_every=1, progress=tell)
+
+    with pytest.raises(KeyboardInterrupt):
+        once(tmp_path, stop + 1)
+    assert_same_state(once(tmp_path).state_dict(), once(None).state_dict())
+    with pytest.raises(CheckpointError, match="had 1 generators of their own, and these have 0"):
+        tp.finetune(small, DataLoader(data, 8), model, tp.Finetune(epochs=2, lr=1e-2), save=tmp_path)
+
+
+def test_workers_that_persist_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, small, batches = noisy()
+    read = DataLoader(TensorDataset(torch.cat(batches)), 8, num_workers=1, persistent_workers=True)
+    tp.finetune(small, read, model, tp.Finetune(epochs=1))
+    assert "persistent_workers" not in caplog.text
+    tp.finetune(small, read, model, tp.Finetune(epochs=1), save=tmp_path)
+    assert "persistent_workers=False where the result has to be the same" in caplog.text
 
 
 @pytest.mark.parametrize("settings", [{"ema": 0.9}, {"patience": 2}])

@@ -93,7 +93,8 @@ def finetune(
             `label_weight` asks for labels, cross-entropy has its share there too.
         save: a folder for the state after every `save_every` steps and every epoch (`last.safetensors`), and the
             model of the best epoch, if it is closer than the one given (`best.safetensors`). A run found there is gone
-            on with, to the same result. What the images are is not compared: they may be other draws each time.
+            on with, to the same result (not where a DataLoader's workers are persistent). What the images are is not
+            compared: they may be other draws each time.
         save_every: steps of the optimiser between two states.
         progress: called as `progress("finetune", steps_done, steps_to_do)`.
         log: receives `{"epoch", "loss", "lr", "samples_per_second", "seconds_left"}` after every epoch, and with
@@ -170,6 +171,8 @@ class _Training:
         self.saved_by_all = all(given)
         if any(given):
             self.origin = from_first(self._origin() if process()[0] == 0 else {})
+        if folder is not None:
+            self.replay.tell_inexact()
         if folder is not None and (folder / LAST).is_file():
             self._restore(load_state(folder / LAST))
         elif self.judge is not None:
