@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -80,6 +81,19 @@ class Replay:
 
     def _set(self, states: list[torch.Tensor]) -> None:
         for generator, state in zip(self._generators, states, strict=True):
+            generator.set_state(state)
+
+
+@contextmanager
+def draws_kept(batches: Iterable[Batch]) -> Iterator[None]:
+    """Batches that are read in between leave all streams of random numbers where they are."""
+    before, generators = random_state(), _generators(batches)
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        set_random_state(before)
+        for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
 
 
