@@ -346,6 +346,16 @@ def test_a_model_that_was_changed_into_another_function_is_not_built_by_its_name
     assert torch.equal(tp.load(tmp_path, skeleton=bones)(inputs), changed(inputs))
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_model_is_known_by_its_name_in_any_layout_and_precision(kind: torch.dtype, tmp_path: Path) -> None:
+    small = by_name().to(kind).to(memory_format=torch.channels_last)
+    tp.save(small, tmp_path)
+    assert_same_state(tp.load(tmp_path).state_dict(), small.state_dict())
+    tp.save(with_gelu(small), tmp_path)
+    with pytest.raises(tp.CheckpointError, match="pass load"):
+        tp.load(tmp_path)
+
+
 @pytest.mark.parametrize("change", ["another size", "one more", "one less"])
 def test_a_model_of_other_shapes_than_its_plan_leaves_is_not_saved(change: str, tmp_path: Path) -> None:
     tp.save(by_name(), tmp_path)
