@@ -77,7 +77,8 @@ def test_timm_builds_the_dense_original_from_the_config(tmp_path: Path) -> None:
 @pytest.fixture
 def report() -> dict[str, object]:
     b = built("mlp")
-    found = tp.prune(b.model, [(b.inputs, torch.tensor([0, 1, 2, 3, 0]))], tp.Budget(macs=0.7)).report
+    labelled = [(b.inputs, torch.tensor([0, 1, 2, 3, 0]))]
+    found = tp.prune(b.model, labelled, tp.Budget(macs=0.7), held_out=labelled).report
     return json.loads(json.dumps(found.to_json()))
 
 

@@ -83,6 +83,16 @@ def test_a_model_known_by_name_comes_back_by_name(name: str, make: Callable[...,
     assert_same_state(tp.load(tmp_path / "again").state_dict(), small.state_dict())
 
 
+def test_saving_and_loading_leave_the_stream_of_random_numbers_alone(tmp_path: Path) -> None:
+    model = create_model("test_resnet")
+    small = tp.apply(model, tp.Plan({}, tp.trace(model, torch.zeros(1, 3, 32, 32))))
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    tp.save(small, tmp_path)
+    tp.load(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_composed_plan_is_saved_whole(tmp_path: Path) -> None:
     b = built("residual")
     once = tp.apply(b.model, plan_without(b.graph, {"stem": [0], "a1": [1]}))
@@ -334,6 +344,16 @@ def test_a_model_that_was_changed_into_another_function_is_not_built_by_its_name
         tp.load(tmp_path)
     bones = with_gelu(timm.create_model("test_resnet", num_classes=10))
     assert torch.equal(tp.load(tmp_path, skeleton=bones)(inputs), changed(inputs))
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_model_is_known_by_its_name_in_any_layout_and_precision(kind: torch.dtype, tmp_path: Path) -> None:
+    small = by_name().to(kind).to(memory_format=torch.channels_last)
+    tp.save(small, tmp_path)
+    assert_same_state(tp.load(tmp_path).state_dict(), small.state_dict())
+    tp.save(with_gelu(small), tmp_path)
+    with pytest.raises(tp.CheckpointError, match="pass load"):
+        tp.load(tmp_path)
 
 
 @pytest.mark.parametrize("change", ["another size", "one more", "one less"])

@@ -156,7 +156,7 @@ def test_timm_is_imported_by_the_zoo_distillation_and_checkpoint_only() -> None:
     [
         ("yaml", "recipe.py"),
         ("matplotlib", "plots.py"),
-        ("accelerate", "recovery/finetune.py"),
+        ("accelerate", "recovery/accelerating.py"),
         ("onnxruntime", "deploy/runtime.py"),
         ("jinja2", "deploy/page.py"),
     ],

@@ -158,6 +158,16 @@ def test_the_report_says_what_was_asked_and_what_came_out() -> None:
     assert json.loads(json.dumps(report.to_json()))["format"] == 2
 
 
+def test_labels_of_scoring_batches_are_not_looked_at(caplog: pytest.LogCaptureFixture) -> None:
+    b = built("mlp")
+    data, budget = [(x, torch.full((8,), 3)) for x in batches("mlp")], tp.Budget(macs=0.6)
+    assert set(tp.prune(b.model, data, budget).report.before.metrics) == {"kl", "agreement"}
+    assert "top1" in tp.prune(b.model, data, budget, held_out=data).report.before.metrics
+    numbered = [(x, torch.arange(8)) for x in batches("mlp")]
+    assert set(tp.prune(b.model, data, budget, held_out=numbered).report.before.metrics) == {"kl", "agreement"}
+    assert "no top-1 is told, because label 7 is none of the model's 4 classes" in caplog.text
+
+
 def test_stages_can_be_left_out_or_added() -> None:
     b, data = built("mlp"), batches("mlp")
     bare = tp.prune(b.model, data, tp.Budget(macs=0.6), reconstruct_with=None)

@@ -52,6 +52,30 @@ def test_an_image_without_a_label_takes_no_other_from_accuracy(mlp) -> None:
         assert found["before"]["top1"] == pytest.approx(3 / 4)
 
 
+@pytest.mark.parametrize(
+    ("second", "why"),
+    [
+        (torch.tensor([0, 1, 2, 3, 4]), "label 4 is none of the model's 4 classes, 0 to 3"),
+        (torch.rand(5), "labels are of torch.float32"),
+        (torch.tensor([1]), "there are 1 labels for 5 inputs"),
+    ],
+)
+def test_what_is_no_label_gives_no_accuracy(
+    mlp, second: torch.Tensor, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    right = outputs(mlp.model, mlp.inputs).argmax(1)
+    seen = []
+    batches = [(mlp.inputs, right), (mlp.inputs, second)]
+    found, _ = compare({"before": mlp.model}, mlp.model, batches, each=lambda *told: seen.append(told[-1]))
+    assert found["before"] == {"kl": 0.0, "agreement": 1.0}
+    assert why in caplog.text
+    assert seen[1] is None
+    caplog.clear()
+    found, _ = compare({"before": mlp.model}, mlp.model, batches, labelled=False)
+    assert found["before"] == {"kl": 0.0, "agreement": 1.0}
+    assert caplog.text == ""
+
+
 def test_measuring_leaves_modes_and_weights(mlp, moved: nn.Module) -> None:
     moved.train()
     state = copy.deepcopy(moved.state_dict())

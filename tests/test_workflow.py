@@ -327,6 +327,38 @@ def test_a_run_says_that_its_weights_are_random(place: Path):
     assert not any("no checkpoint" in line for line in lines)
 
 
+def test_a_run_whose_weights_are_gone_is_not_finished(place: Path):
+    asked, out = ("score.criterion=l1",), place / "out"
+    Run(recipe(place, *asked), out).until("recover")
+    weights, cut = out / "model.safetensors", out / "pruned" / "model.safetensors"
+    made = weights.read_bytes()
+    weights.unlink()
+    Run(recipe(place, *asked), out).until("recover")
+    assert weights.read_bytes() == made
+    cut.unlink()
+    with pytest.raises(tp.RecipeError, match=r"lacks pruned/model.safetensors of its stage apply; put the file back"):
+        Run(recipe(place, *asked), out).until("recover")
+    weights.unlink()
+    Run(recipe(place, *asked), out).until("recover")
+    assert cut.is_file()
+    assert weights.read_bytes() == made
+
+
+def test_random_weights_are_those_of_the_seed_after_a_stop_too(place: Path):
+    asked = ("model.checkpoint=null", "score.criterion=l1")
+    Run(recipe(place, *asked), place / "whole").until("recover")
+    torch.manual_seed(7)
+    Run(recipe(place, *asked), place / "broken").until("apply")
+    Run(recipe(place, *asked), place / "broken").until("recover")
+    Run(recipe(place, *asked, "seed=1"), place / "other").until("score")
+    whole, broken, other = (place / name for name in ("whole", "broken", "other"))
+    for file in ("plan.json", "scores.safetensors", "model.safetensors"):
+        assert (whole / file).read_bytes() == (broken / file).read_bytes()
+    assert (whole / "scores.safetensors").read_bytes() != (other / "scores.safetensors").read_bytes()
+    keys = [stage_keys(recipe(place, *more), "trace")["trace"] for more in ((*asked, "seed=1"), asked, ("seed=1",), ())]
+    assert len(set(keys)) == 3, "the seed of weights that a file holds does not matter"
+
+
 def test_several_processes_are_told_to_choose_by_magnitude_themselves(place: Path, monkeypatch: pytest.MonkeyPatch):
     def refuse(*args: object, **kwargs: object) -> None:
         raise tp.ModelError("'up' is a ConvTranspose2d")

@@ -115,8 +115,10 @@ def _description(model: nn.Module, plan: Plan) -> dict[str, Any]:
     if source is None:
         return unknown
     try:
-        twin = apply(build_source(source), plan)
-        twin.load_state_dict(model.state_dict())
+        weight = next(model.parameters())
+        twin = apply(build_source(source), plan).to(weight.device, weight.dtype)
+        # The tensors themselves, and not copies: in another layout half precision rounds otherwise.
+        twin.load_state_dict(model.state_dict(), assign=True)
     except (PlanError, ModelError, RuntimeError) as error:
         logger.info("cannot be rebuilt by name: %s", error)
         return unknown
@@ -158,7 +160,7 @@ def _answers_alike(model: nn.Module, twin: nn.Module) -> bool | None:
     inputs = inputs.to(weight.device, weight.dtype)
     with evaluation_mode(model, twin):
         try:
-            mine, theirs = model(inputs), twin.to(weight.device, weight.dtype)(inputs)
+            mine, theirs = model(inputs), twin(inputs)
         except RuntimeError as error:  # it does not run here
             logger.info("cannot be compared with what its name builds: %s", error)
             return None

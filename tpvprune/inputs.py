@@ -69,7 +69,7 @@ class Inputs:
     def dense(self) -> nn.Module:
         """The original model with its weights."""
         section = self.recipe.model
-        return create_model(section.name, section.checkpoint, section.args).to(self.device)
+        return create_model(section.name, section.checkpoint, section.args, self.recipe.seed).to(self.device)
 
     @cached_property
     def images(self) -> Images:

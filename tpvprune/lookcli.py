@@ -111,7 +111,7 @@ def inspect(
 def _traced(recipe: Recipe, size: int | None, costs: dict[str, Costs] | None) -> tuple[Graph, str]:
     """The graph, and what input it is of; `costs` receives milliseconds."""
     section = recipe.model
-    model = create_model(section.name, section.checkpoint, section.args)
+    model = create_model(section.name, section.checkpoint, section.args, recipe.seed)
     shape = input_size(model, size or (recipe.data.size if recipe.data else None))
     name = f" on {'x'.join(map(str, shape))}"
     with bars() as progress:

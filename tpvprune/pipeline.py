@@ -84,7 +84,7 @@ def prune(
         depth: whether residual blocks may be skipped as a whole; see `trace`.
         latency: from `latency_table`, of the graph that `trace` gives; needed where milliseconds are bounded.
         held_out: other batches to measure on, with labels or without. Without them the report measures
-            on the scoring batches and says so.
+            on the inputs of the scoring batches and says so.
         reconstruct_with: closed-form recovery; None leaves it out.
         refine_with: Gauss-Newton refit after it; left out by default.
         finetune_with: distillation; left out by default.
@@ -160,6 +160,7 @@ def prune(
         latency=latency,
         latency_batch=8 if latency is None else (latency.measured.get("batch") or [8])[0],
         seconds=seconds,
+        labelled=held_out is not None,
         data={"scored": scores.samples, "measured_on": "scoring batches" if held_out is None else "held-out batches"},
         progress=progress,
     )

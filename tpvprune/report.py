@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -38,6 +39,7 @@ from tpvprune.types import check_format, read_json
 
 Each = Callable[[Tensor, Tensor, Mapping[str, Tensor], "Tensor | None"], None]
 PACKAGES = ("tpvprune", "torch", "timm", "numpy")
+logger = logging.getLogger(__name__)
 KEPT = 1 << 28  # bytes of a model's answers
 
 
@@ -80,6 +82,7 @@ def compare(
     *,
     output: Selector = None,
     kept: Answers | None = None,
+    labelled: bool = True,
     each: Each | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, dict[str, float]], int]:
@@ -91,6 +94,7 @@ def compare(
         batches: held-out inputs, with labels (-1: none) or without.
         output: which part of what the models return is compared.
         kept: what the reference answers, of the same output, where that is kept from call to call.
+        labelled: whether labels are looked at. Those that are no numbers of classes are told, and do not count.
         each: called once a batch with the inputs, the dense model's output, all outputs by name, and the labels or
             None.
         progress: called as `progress("eval", batches_done, batches_to_do)`.
@@ -105,16 +109,20 @@ def compare(
         NonFiniteError: a model gives NaN or infinity.
     """
     sums = {name: dict[str, float]() for name in models}
-    images = labelled = 0
+    images = told = 0
+    unfit: str | None = None
     total, asked = length_of(batches), kept or partial(finite_output, dense, select=output)
     with evaluation_mode(dense, *models.values()):
         for number, batch in enumerate(batches, 1):
             inputs = inputs_of(batch).to(device_of(dense))
-            labels = labels_of(batch)
+            labels = labels_of(batch) if labelled else None
             reference = asked(inputs)
             images += len(inputs)
+            if labels is not None and labels.ndim == 1 and is_classifier(reference):
+                unfit = unfit or _no_classes(labels, *reference.shape)
+            labels = None if unfit else labels
             known = labels is not None and labels.ndim == 1 and bool((labels >= 0).any())
-            labelled += int((labels >= 0).sum()) if known and labels is not None else 0
+            told += int((labels >= 0).sum()) if known and labels is not None else 0
             answers = {n: reference if m is dense else finite_output(m, inputs, output) for n, m in models.items()}
             for name, answer in answers.items():
                 for key, value in _distances(reference, answer, labels if known else None).items():
@@ -125,10 +133,29 @@ def compare(
                 progress("eval", number, total)
     if images == 0:
         raise DataError("there is no image to measure on; give at least one batch")
-    counts = {"top1": labelled}
+    if unfit:
+        logger.warning(
+            "no top-1 is told, because %s; give (inputs, labels) with a number of a class for each input, -1 for none, "
+            "or inputs alone",
+            unfit,
+        )
+        for found in sums.values():
+            found.pop("top1", None)
+    counts = {"top1": told}
     return {
         name: {key: value / counts.get(key, images) for key, value in found.items()} for name, found in sums.items()
     }, images
+
+
+def _no_classes(labels: Tensor, samples: int, classes: int) -> str | None:
+    """Why labels `(batch,)` are no numbers of classes; None where they are."""
+    if labels.is_floating_point() or labels.is_complex():
+        return f"labels are of {labels.dtype}"
+    if len(labels) != samples:
+        return f"there are {len(labels)} labels for {samples} inputs of a batch"
+    if samples and int(labels.max()) >= classes:
+        return f"label {int(labels.max())} is none of the model's {classes} classes, 0 to {classes - 1}"
+    return None
 
 
 def _distances(reference: Tensor, output: Tensor, labels: Tensor | None) -> dict[str, float]:
@@ -206,6 +233,7 @@ def build(
     latency: LatencyTable | None = None,
     latency_batch: int = 8,
     steps: Iterable[Mapping[str, Any]] = (),
+    labelled: bool = True,
     each: Each | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -225,6 +253,7 @@ def build(
         latency: what milliseconds were planned by.
         latency_batch: examples of the batch that is timed.
         steps: what was done, in order.
+        labelled: see `compare`.
         each: see `compare`.
         progress: see `compare`.
 
@@ -234,7 +263,7 @@ def build(
     """
     start = time.perf_counter()
     models = {"before": dense, "pruned": pruned} | ({"recovered": recovered} if recovered is not None else {})
-    metrics, images = compare(models, dense, batches, output=output, each=each, progress=progress)
+    metrics, images = compare(models, dense, batches, output=output, labelled=labelled, each=each, progress=progress)
     sample = inputs_of(next(iter(batches))).to(device_of(dense))[:latency_batch]
     if len(sample) < latency_batch:
         sample = sample.repeat(-(-latency_batch // len(sample)), *[1] * (sample.ndim - 1))[:latency_batch]

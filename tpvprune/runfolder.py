@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tpvprune.checkpoint import ABOUT
+from tpvprune.checkpoint import ABOUT, PLAN, WEIGHTS
 from tpvprune.errors import RecipeError, TpvpruneError
 from tpvprune.files import PART, read_text, write_bytes, write_text
 from tpvprune.lock import LOCK
@@ -48,7 +48,7 @@ def _matters(recipe: Recipe, stage: str) -> dict[str, Any]:
     # Of one source both halves have the labels that are given for measuring.
     scored = data.get("labels") if held["images"] else held["labels"] or data.get("labels")
     if stage == "trace":
-        weights = None
+        weights = f"drawn from {recipe.seed}"
         if recipe.model.checkpoint is not None:
             weights = hashlib.sha256(checkpoint_path(str(recipe.model.checkpoint)).read_bytes()).hexdigest()
         depth = {"depth": True} if recipe.plan.depth else {}
@@ -98,6 +98,37 @@ def _labels(given: str | None) -> str | list[str] | None:
     if given is None or path is None or not path.is_file():
         return given
     return [given, hashlib.sha256(path.read_bytes()).hexdigest()]
+
+
+def lacking(folder: Path, stage: str) -> list[str]:
+    """Files that a stage leaves and that are not in a run's folder; of a saved model those that loading reads."""
+    if stage not in PRODUCTS:
+        return []
+    product = Path(PRODUCTS[stage])
+    files = [product.with_name(name) for name in (WEIGHTS, PLAN, ABOUT)] if product.name == ABOUT else [product]
+    return [str(file) for file in files if not (folder / file).is_file()]
+
+
+def refuse_finished(folder: Path, stage: str, same: bool) -> None:
+    """Leave a finished model as it is where a stage before it would be done again.
+
+    Args:
+        folder: of the run.
+        stage: the first one that is not done.
+        same: whether it was done with the same settings, and lacks a file.
+
+    Raises:
+        RecipeError: always; says what is to be done.
+    """
+    if same:
+        raise RecipeError(
+            f"{folder} holds a finished model and lacks {lacking(folder, stage)[0]} of its stage {stage}; put the file "
+            "back, or give another --out"
+        )
+    raise RecipeError(
+        f"{folder} holds a finished model of other settings or images ({stage} would change); give another --out (what "
+        "is still valid is taken along), or delete the folder"
+    )
 
 
 def one_line(told: dict[str, Any]) -> str:

@@ -286,7 +286,13 @@ def _measured(small: nn.Module, answers: Answers, batches: Iterable[Batch], prog
     metrics, samples = {"now": {"kl": 0.0}}, 0
     if process()[1] == 1 or next(iter(batches), None) is not None:
         metrics, samples = compare(
-            {"now": small}, answers.model, batches, output=answers.output, kept=answers, progress=progress
+            {"now": small},
+            answers.model,
+            batches,
+            output=answers.output,
+            kept=answers,
+            labelled=False,
+            progress=progress,
         )
     found = of_all((metrics["now"].get("kl"), samples))
     told = [(kl, count) for kl, count in found if kl is not None]

@@ -23,7 +23,7 @@ from tpvprune.card import write_card
 from tpvprune.checkpoint import ABOUT, load, save
 from tpvprune.deploy.page import write_page
 from tpvprune.deploy.story import EXAMPLES
-from tpvprune.errors import ModelError, RecipeError
+from tpvprune.errors import ModelError
 from tpvprune.files import sweep, write_text
 from tpvprune.inputs import Inputs
 from tpvprune.lock import only_run
@@ -40,8 +40,10 @@ from tpvprune.runfolder import (
     RECIPE,
     STAGES,
     check_folder,
+    lacking,
     one_line,
     read_state,
+    refuse_finished,
     stage_keys,
     write_state,
 )
@@ -118,10 +120,7 @@ class Run:
         stages = list(keys)
         undone = [s for s in stages if state.get(s, {}).get("key") != keys[s] or not self._has(s)]
         if undone and "recover" in state and self._has("recover") and undone[0] in STAGES[: STAGES.index("eval")]:
-            raise RecipeError(
-                f"{self.folder} holds a finished model of other settings or images ({undone[0]} would change); give "
-                "another --out (what is still valid is taken along), or delete the folder"
-            )
+            refuse_finished(self.folder, undone[0], state.get(undone[0], {}).get("key") == keys[undone[0]])
         return stages[stages.index(undone[0]) :] if undone else []
 
     def _do(self, keys: dict[str, str]) -> None:
@@ -193,7 +192,7 @@ class Run:
         return self.folder / PRODUCTS[stage]
 
     def _has(self, stage: str) -> bool:
-        return stage not in PRODUCTS or self._path(stage).is_file()
+        return not lacking(self.folder, stage)
 
     @property
     def graph(self) -> Graph:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import tpvprune as tp
 from tests import tolerances
 from tests.cases import randomise
-from tests.helpers import assert_same_state, gap
+from tests.helpers import assert_same_state, gap, plan_without
 from tests.recovery.test_reconstruct import cut, data
 from tpvprune.batches import evaluation_mode, plain_attention
 from tpvprune.plan import plan_of
@@ -416,3 +416,26 @@ def test_checkpointing_is_off_during_the_refit_alone() -> None:
     model = randomise(Checkpointed("none"))
     with pytest.raises(tp.ModelError, match="switch that off for the refit"):
         tp.refine(cut(model, data(20, 5)[0], {"a": [1, 4]}), data(20, 5), model)
+
+
+def bent(dtype: torch.dtype) -> tuple[nn.Module, nn.Module, list[Tensor]]:
+    """A network whose inputs differ little, so that their second moments are singular but for the damping."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(400, 12), nn.Tanh(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 4)]
+    model = nn.Sequential(*layers).eval().to(dtype)
+    batches = [(1 + 0.3 * torch.randn(32, 400)).to(dtype) for _ in range(2)]
+    return model, tp.apply(model, plan_without(tp.trace(model, batches[0]), {"0": [0, 3, 5]})), batches
+
+
+def test_second_moments_of_half_precision_are_taken_in_single() -> None:
+    model, small, batches = bent(torch.bfloat16)
+    told: list[dict[str, float]] = []
+    found = tp.refine(small, batches, model, tp.GaussNewton(steps=1, iterations=3), log=told.append)
+    assert found[0].weight.dtype == torch.bfloat16
+    assert told[0]["after"] < told[0]["before"]
+
+
+def test_a_damping_that_bears_nothing_up_is_told() -> None:
+    model, small, batches = bent(torch.float32)
+    with pytest.raises(tp.InputError, match=r"layer '0' cannot be inverted with damping=1e-40; give a larger damping"):
+        tp.refine(small, batches, model, tp.GaussNewton(steps=1, iterations=3, damping=1e-40))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import tpvprune as tp
 from tests.helpers import assert_same_state, plan_without
@@ -129,3 +131,66 @@ def test_a_refit_is_not_made_anew_where_a_distillation_goes_on(tmp_path: Path, m
                 tp.recover(batches=batches, **given)
     with pytest.raises(CheckpointError, match="another plan"):
         tp.recover(other, batches, teacher=model, finetune_with=settings, save=tmp_path)
+
+
+class Redrawn:
+    """Batches that are other ones each time, as augmentation makes them."""
+
+    def __init__(self, batches: list[Tensor]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter([batch + 0.1 * torch.randn(()) for batch in self.batches])
+
+
+@pytest.mark.parametrize("refits", [{}, {"refine_with": tp.GaussNewton(steps=1, iterations=2)}, {"batchnorm": True}])
+@pytest.mark.parametrize("settings", [None, tp.Finetune(epochs=1, lr=1e-2)])
+def test_refits_are_kept_and_are_of_the_images_that_are_given(
+    settings: tp.Finetune | None, refits: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    one, other = ([torch.randn(16, 6) for _ in range(3)] for _ in range(2))
+    small = tp.apply(model, plan_without(tp.trace(model, one[0]), {"0": [1, 5]}))
+    given = {"teacher": model, "finetune_with": settings, **refits}
+    first = tp.recover(small, one, save=tmp_path, **given)
+    assert_same_state(first.state_dict(), tp.recover(small, one, **given).state_dict())
+    assert (tmp_path / "refitted.safetensors").is_file()
+    with pytest.raises(CheckpointError, match="refitted on other images; give another folder"):
+        tp.recover(small, other, save=tmp_path, **given)
+
+    def never(*args: object, **kwargs: object) -> nn.Module:
+        raise AssertionError("refitted again")
+
+    for verb in ("reconstruct", "refine", "reestimate_batchnorm"):
+        monkeypatch.setattr(importlib.import_module("tpvprune.recovery.recover"), verb, never)
+    again = tp.recover(small, one[::-1] if settings is None else one, save=tmp_path, **given)
+    assert_same_state(again.state_dict(), first.state_dict())
+
+
+def test_images_that_are_others_each_time_are_not_compared(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    batches = [torch.randn(16, 6) for _ in range(3)]
+    small = tp.apply(model, plan_without(tp.trace(model, batches[0]), {"0": [1, 5]}))
+    first, again = (
+        tp.recover(small, Redrawn(batches), teacher=model, finetune_with=None, save=tmp_path) for _ in range(2)
+    )
+    assert_same_state(again.state_dict(), first.state_dict())
+    with pytest.raises(CheckpointError, match="refitted on other images"):
+        tp.recover(small, batches, teacher=model, finetune_with=None, save=tmp_path)
+
+
+def test_comparing_images_draws_nothing(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    data = TensorDataset(torch.randn(48, 6))
+    small = tp.apply(model, plan_without(tp.trace(model, data[:16][0]), {"0": [1, 5]}))
+    found = []
+    for save in (None, tmp_path):
+        torch.manual_seed(1)
+        read = DataLoader(data, 16, shuffle=True, generator=torch.Generator().manual_seed(2))
+        small_again = tp.recover(small, read, teacher=model, finetune_with=tp.Finetune(epochs=2), save=save)
+        found.append((small_again, torch.rand(1)))
+    assert_same_state(found[0][0].state_dict(), found[1][0].state_dict())
+    assert torch.equal(found[0][1], found[1][1])

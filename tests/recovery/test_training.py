@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import tpvprune as tp
 from tests.helpers import Versioned, assert_same_state, gap, outputs, plan_without
@@ -50,9 +53,12 @@ SETTINGS = {
     "mixup": {"mixup": 0.4, "cutmix": 0.0},
     "accumulated": {"accumulate": 2},
     "momentum": {"optimizer": "momentum", "schedule": "step"},
+    "kinds of numbers in its state": {"optimizer": "adafactorbv"},
+    "a stream of its own in its state": {"optimizer": "kron"},
 }
 
 
+@pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum'")
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("stop", [4, 6, 7, 11])
 def test_a_stopped_run_goes_on_to_the_same_result(
@@ -91,6 +97,40 @@ def test_a_stopped_run_goes_on_to_the_same_result(
     assert losses == first + rest
     assert 18 - stop <= len(learnt) <= 18 - stop + settings.accumulate
     assert gap(whole.a.weight, small.a.weight) > 1e-3
+
+
+@pytest.mark.parametrize("stop", [4, 6])
+@pytest.mark.parametrize("batched", [False, True])
+def test_orders_that_samplers_draw_are_drawn_again(batched: bool, stop: int, tmp_path: Path) -> None:
+    model, small, batches = noisy()
+    data = TensorDataset(torch.cat(batches))
+
+    def once(save: Path | None, stop: int = 0) -> nn.Module:
+        torch.manual_seed(7)
+        sampler = RandomSampler(data, generator=torch.Generator().manual_seed(3))
+        read = DataLoader(data, batch_sampler=BatchSampler(sampler, 8, False)) if batched else None
+        read = read or DataLoader(data, 8, sampler=sampler)
+
+        def tell(stage: str, done: int, total: int | None) -> None:
+            if done == stop:
+                raise KeyboardInterrupt
+
+        return tp.finetune(small, read, model, tp.Finetune(epochs=2, lr=1e-2), save=save, save_every=1, progress=tell)
+
+    with pytest.raises(KeyboardInterrupt):
+        once(tmp_path, stop + 1)
+    assert_same_state(once(tmp_path).state_dict(), once(None).state_dict())
+    with pytest.raises(CheckpointError, match="had 1 generators of their own, and these have 0"):
+        tp.finetune(small, DataLoader(data, 8), model, tp.Finetune(epochs=2, lr=1e-2), save=tmp_path)
+
+
+def test_workers_that_persist_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, small, batches = noisy()
+    read = DataLoader(TensorDataset(torch.cat(batches)), 8, num_workers=1, persistent_workers=True)
+    tp.finetune(small, read, model, tp.Finetune(epochs=1))
+    assert "persistent_workers" not in caplog.text
+    tp.finetune(small, read, model, tp.Finetune(epochs=1), save=tmp_path)
+    assert "persistent_workers=False where the result has to be the same" in caplog.text
 
 
 @pytest.mark.parametrize("settings", [{"ema": 0.9}, {"patience": 2}])
@@ -278,12 +318,13 @@ def test_settings_out_of_range_are_refused(change: dict[str, Any]) -> None:
 def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
     state = {
         "a": [1, 2.5, None, "x", True], "b": {3: torch.arange(4), "c": {"d": torch.zeros(2, dtype=torch.bfloat16)}},
-        "inf": float("inf"), "random": random_state(),
+        "inf": float("inf"), "random": random_state(), "kinds": (torch.bfloat16, (1, [2, ()])),
     }  # fmt: skip
     save_state(tmp_path / "s.safetensors", state)
     found = load_state(tmp_path / "s.safetensors")
     assert found["a"] == state["a"]
     assert found["inf"] == float("inf")
+    assert found["kinds"] == state["kinds"]
     assert torch.equal(found["b"][3], state["b"][3])
     assert found["b"]["c"]["d"].dtype == torch.bfloat16
     import random
@@ -322,6 +363,26 @@ def test_models_given_are_untouched() -> None:
     tp.finetune(small, batches, model, tp.Finetune(epochs=1, ema=0.9, mixup=0.2, features=("fc",), feature_weight=1.0))
     for m, state in zip((model, small), states, strict=True):
         assert_same_state(m.state_dict(), state)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_accelerator_of_the_caller_stays_as_it_was(fails: bool) -> None:
+    model, small, batches = noisy()
+    theirs = Accelerator(mixed_precision="bf16", gradient_accumulation_steps=4, cpu=True)
+    before = dict(theirs.state.__dict__), dict(theirs.gradient_state.__dict__)
+
+    def stop(stage: str, done: int, total: int | None) -> None:
+        if fails:
+            raise KeyboardInterrupt
+
+    try:
+        with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
+            tp.finetune(small, batches, model, tp.Finetune(epochs=1), held_out=batches, progress=stop)
+        assert (theirs.state.__dict__, theirs.gradient_state.__dict__) == before
+        assert (theirs.mixed_precision, theirs.gradient_accumulation_steps) == ("bf16", 4)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
 
 
 def test_half_precision_is_of_both_models() -> None:

@@ -23,6 +23,18 @@ def test_names_build_models_in_eval_mode() -> None:
         assert model.num_classes == 5
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "cifar_resnet20"])
+def test_random_weights_are_those_of_a_seed_and_leave_the_callers_stream_alone(name: str) -> None:
+    torch.manual_seed(0)
+    wanted = torch.rand(3)
+    torch.manual_seed(0)
+    first = create_model(name)
+    assert torch.equal(torch.rand(3), wanted)
+    assert_same_state(first.state_dict(), create_model(name).state_dict())
+    other = create_model(name, seed=1)
+    assert not torch.equal(next(first.parameters()), next(other.parameters()))
+
+
 @pytest.mark.parametrize(("name", "near"), [("test_resnett", "test_resnet"), ("cifar_resnet21", "cifar_resnet20")])
 def test_unknown_names_come_with_near_ones(name: str, near: str) -> None:
     with pytest.raises(tp.ModelError, match=f"no model '{name}'; did you mean .*{near}"):

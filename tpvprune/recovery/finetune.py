@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -38,6 +36,7 @@ from tpvprune.errors import DataError, InputError, NonFiniteError
 from tpvprune.held import plans_in
 from tpvprune.kinds import as_verb
 from tpvprune.processes import from_first, of_all, process
+from tpvprune.recovery.accelerating import accelerator_for, state_kept
 from tpvprune.recovery.classes import class_labels
 from tpvprune.recovery.distance import Features, distillation_loss
 from tpvprune.recovery.judge import Judge
@@ -94,7 +93,8 @@ def finetune(
             `label_weight` asks for labels, cross-entropy has its share there too.
         save: a folder for the state after every `save_every` steps and every epoch (`last.safetensors`), and the
             model of the best epoch, if it is closer than the one given (`best.safetensors`). A run found there is gone
-            on with, to the same result. What the images are is not compared: they may be other draws each time.
+            on with, to the same result (not where a DataLoader's workers are persistent). What the images are is not
+            compared: they may be other draws each time.
         save_every: steps of the optimiser between two states.
         progress: called as `progress("finetune", steps_done, steps_to_do)`.
         log: receives `{"epoch", "loss", "lr", "samples_per_second", "seconds_left"}` after every epoch, and with
@@ -113,7 +113,7 @@ def finetune(
         repeatable(held_out, "every epoch is measured on them")
     if settings.patience is not None and held_out is None:
         raise InputError(f"finetune: patience={settings.patience} is counted on held-out batches; give held_out")
-    with evaluation_mode(teacher):
+    with evaluation_mode(teacher), state_kept():
         training = _Training(model, batches, teacher, settings, output, held_out)
         return training.run(None if save is None else Path(save), save_every, progress, log)
 
@@ -138,7 +138,7 @@ class _Training:
         self.device = device_of(self.student)
         if settings.precision == "fp16" and any(p.dtype == torch.float16 for p in self.student.parameters()):
             raise InputError(f"finetune: precision='fp16' keeps weights in float32, and {HALF}")
-        self.accelerator = _accelerator(settings.precision, self.device)
+        self.accelerator = accelerator_for(settings.precision, self.device)
         if self.accelerator.num_processes != process()[1]:
             raise InputError(
                 f"finetune: accelerate sees {self.accelerator.num_processes} processes where there are {process()[1]}; "
@@ -172,6 +172,8 @@ class _Training:
         self.saved_by_all = all(given)
         if any(given):
             self.origin = from_first(self._origin() if process()[0] == 0 else {})
+        if folder is not None:
+            self.replay.tell_inexact()
         if folder is not None and (folder / LAST).is_file():
             self._restore(load_state(folder / LAST))
         elif self.judge is not None:
@@ -341,16 +343,3 @@ class _Training:
             module.training = old.training
         found: nn.Module = student
         return found
-
-
-def _accelerator(precision: str, device: torch.device) -> Accelerator:
-    """A fresh Accelerator: its shared state remembers the precision and device of an earlier one.
-
-    Raises:
-        InputError: the device does not do this precision.
-    """
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        return Accelerator(mixed_precision=precision, cpu=device.type == "cpu", device_placement=False)
-    except ValueError as error:
-        raise InputError(f"finetune: precision={precision!r} cannot be used on {device.type}: {error}") from error

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tpvprune.errors import InputError
 from tpvprune.patches import patches, some_of
 from tpvprune.reads import read_by
 from tpvprune.recovery.fits import COLUMNS
@@ -70,7 +71,7 @@ class Factors:
         for part in value.split(max(1, COLUMNS // reads)):
             columns = patches(layer, part)
             columns = columns[..., some_of(columns.shape[3], self._settings.positions)]
-            rows = columns.permute(1, 2, 0, 3).flatten(2)  # (groups, inputs, rows)
+            rows = _wide(columns.permute(1, 2, 0, 3).flatten(2))  # (groups, inputs, rows)
             wide = rows.shape[1] > WIDEST
             moments = rows.square().sum(2) if wide else rows @ rows.mT
             self._read[name] = self._read.get(name, 0) + moments.double()
@@ -78,7 +79,7 @@ class Factors:
 
     def _add_gradients(self, name: str, layer: Any, gradient: Tensor) -> None:
         flat = gradient.reshape(-1, gradient.shape[-1]).T if isinstance(layer, nn.Linear) else gradient.transpose(0, 1)
-        grouped = flat.reshape(int(getattr(layer, "groups", 1)), -1, gradient.numel() // len(flat))
+        grouped = _wide(flat.reshape(int(getattr(layer, "groups", 1)), -1, gradient.numel() // len(flat)))
         self._told[name] = self._told.get(name, 0) + (grouped @ grouped.mT).double()
 
     def add(self, gradients: Vector) -> None:
@@ -92,6 +93,9 @@ class Factors:
 
         Args:
             times: how many times more samples there are than were looked at.
+
+        Raises:
+            InputError: the damping does not bear second moments up that are singular but for rounding.
         """
         share = self._settings.damping
         for name in self._layers:
@@ -102,8 +106,14 @@ class Factors:
             if not min(middle) > 0:
                 continue
             self._damping[f"{name}.weight"] = share * middle[0] * middle[1]
-            dtype = self._layers[name].weight.dtype
-            inverse = [_inverted(m, share**0.5 * mean).to(dtype) for m, mean in zip((read, told), middle, strict=True)]
+            dtype = torch.promote_types(self._layers[name].weight.dtype, torch.float32)
+            try:
+                inverse = [_inverted(m, share**0.5 * f).to(dtype) for m, f in zip((read, told), middle, strict=True)]
+            except torch.linalg.LinAlgError as error:
+                raise InputError(
+                    f"refine: second moments of layer {name!r} cannot be inverted with damping={share:g}; give a "
+                    "larger damping, as GaussNewton(damping=1e-3)"
+                ) from error
             self._inverse[f"{name}.weight"] = inverse[0], inverse[1]
         means = {name: float(square.mean()) * times for name, square in self._squares.items()}
         least = LEAST_BENT * max(means.values(), default=0.0)
@@ -121,10 +131,10 @@ class Factors:
                 found[name] = torch.zeros_like(value)
             elif name in self._inverse:
                 read, told = self._inverse[name]
-                rows = value.reshape(len(told), told.shape[-1], -1)  # (groups, outputs, inputs)
+                rows = value.to(told.dtype).reshape(len(told), told.shape[-1], -1)  # (groups, outputs, inputs)
                 moved = told @ rows
                 moved = moved * read.unsqueeze(1) if read.ndim == 2 else moved @ read
-                found[name] = moved.reshape(value.shape)
+                found[name] = moved.reshape(value.shape).to(value.dtype)
             else:
                 found[name] = value / self._squares[name].to(value.dtype)
             if name in self._masks:
@@ -138,6 +148,11 @@ class Factors:
     def _of_layer(self, name: str) -> bool:
         layer, _, last = name.rpartition(".")
         return last == "weight" and layer in self._layers
+
+
+def _wide(value: Tensor) -> Tensor:
+    """In single precision at least: sums of squares in half precision are not positive definite."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def _inverted(moments: Tensor, damping: float) -> Tensor:

@@ -17,7 +17,7 @@ from tpvprune.held import plans_in
 from tpvprune.plan import Plan, plan_of
 from tpvprune.recovery.settings import Finetune
 
-STATE_FORMAT = 5
+STATE_FORMAT = 6
 OTHERS = {
     "format": "an older version of tpvprune",
     "settings": "other settings",

@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from tpvprune.batches import Batch, Progress, Selector, repeatable
+from tpvprune.batches import Batch, Progress, Selector, inputs_of, repeatable
 from tpvprune.copies import check_bare, copied
+from tpvprune.digests import samples_digest
+from tpvprune.errors import CheckpointError
 from tpvprune.kinds import as_verb
 from tpvprune.processes import process
 from tpvprune.recovery.batchnorm import reestimate_batchnorm
@@ -19,6 +21,7 @@ from tpvprune.recovery.finetune import Log, finetune
 from tpvprune.recovery.gaussnewton import refine
 from tpvprune.recovery.origin import began_with
 from tpvprune.recovery.reconstruct import Reconstruct, reconstruct
+from tpvprune.recovery.replay import draws_kept
 from tpvprune.recovery.settings import Finetune, GaussNewton
 from tpvprune.recovery.state import load_state, save_state
 from tpvprune.statedicts import fill
@@ -63,7 +66,8 @@ def recover(
         finetune_batches: other (more, or augmented) batches for the distillation.
         held_out: other batches, which the distillation's best model is chosen and its `patience` counted on.
         save: a folder for the refitted model and the distillation's state; what is found there of the same refits of
-            the same model is gone on with. See `finetune`.
+            the same model on the same images is gone on with. Images that come out different each time they are read,
+            as augmented ones do, cannot be told from others: refits on such are taken to be of these. See `finetune`.
         output: which part of what the models return the distillation compares; see `finetune`.
         progress: called as `progress(stage, done, total)`.
         log: receives what the closed form and the Gauss-Newton refit cost, and the distillation's loss per epoch.
@@ -71,13 +75,19 @@ def recover(
     Raises:
         PlanError: the model carries no plan, or the teacher is another model.
         DataError: the batches are empty, or can be read once only and must be read more often.
+        CheckpointError: the folder holds the same refits on other images, or another distillation.
     """
     repeatable(batches, "recovery reads them several times")
     if refine_with is not None or finetune_with is not None:
         check_bare(model, "recover")
     way = (fold, reconstruct_with, refine_with, batchnorm)
-    kept = None if save is None or finetune_with is None else Path(save) / REFITTED
-    began = {} if kept is None else {"refits": repr(way), **began_with(model, teacher)}
+    chosen = batches if refine_batches is None else refine_batches
+    direct = fold or reconstruct_with is not None or batchnorm
+    read = ([batches] if direct else []) + ([] if refine_with is None or (direct and chosen is batches) else [chosen])
+    kept = None if save is None or not read else Path(save) / REFITTED
+    began: dict[str, Any] = {}
+    if kept is not None:
+        began = {"refits": repr(way), **began_with(model, teacher), "images": [_images(source) for source in read]}
     small = None if kept is None else _refitted(kept, began, model)
     if small is None:
         small = model
@@ -86,7 +96,6 @@ def recover(
         if reconstruct_with is not None:
             small = reconstruct(small, batches, teacher, reconstruct_with, progress=progress, log=log)
         if refine_with is not None:
-            chosen = batches if refine_batches is None else refine_batches
             small = refine(small, chosen, teacher, refine_with, progress=progress, log=log)
         if batchnorm:
             small = reestimate_batchnorm(small, batches, progress=progress)
@@ -108,17 +117,36 @@ def recover(
     return small
 
 
+def _images(batches: Iterable[Batch]) -> str | None:
+    """A fingerprint of the images, in any order; None where they are others each time, or shares of one process."""
+    if getattr(batches, "shared", False):
+        return None
+    with draws_kept(batches):
+        times = 1 if isinstance(batches, (list, tuple)) else 2
+        found = {sum(samples_digest(inputs_of(batch)) for batch in batches) for _ in range(times)}
+    return f"{found.pop():x}" if len(found) == 1 else None
+
+
 def _refitted(kept: Path, began: dict[str, Any], model: nn.Module) -> nn.Module | None:
     """What the same refits made of the same model before; None if there is nothing of the kind.
 
     Made anew it would differ in its last bits with other threads or on another machine, and a distillation goes on with
     what it began with alone.
+
+    Raises:
+        CheckpointError: they were made on other images.
     """
     if not kept.is_file():
         return None
     state = load_state(kept)
-    if state["began"] != began:
+    had = state["began"]
+    if "images" not in had or {**had, "images": None} != {**began, "images": None}:
         return None
+    if had["images"] != began["images"]:
+        raise CheckpointError(
+            f"recover: {kept} holds what was refitted on other images; give another folder, delete it, or give the "
+            "images that it was refitted on"
+        )
     small = copied(model)
     fill(small, state["model"])
     return small

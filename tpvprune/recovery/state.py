@@ -17,7 +17,8 @@ from torch import Tensor
 from tpvprune.errors import CheckpointError
 from tpvprune.files import write_bytes
 
-FORMAT = 1
+FORMAT = 2
+READ = (1, FORMAT)  # in the first, tuples are lists
 
 
 def save_state(path: str | PathLike[str], state: dict[str, Any]) -> None:
@@ -38,7 +39,7 @@ def load_state(path: str | PathLike[str]) -> dict[str, Any]:
         with safe_open(str(path), "pt") as file:
             about = json.loads((file.metadata() or {})["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
-        if about["format"] != FORMAT:
+        if about["format"] not in READ:
             raise KeyError(f"format {about['format']}")
         state: dict[str, Any] = _unpacked(about["tree"], tensors)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
@@ -78,7 +79,9 @@ def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, dict):
         return {"dict": [[key, _packed(item, tensors)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
-        return {"list": [_packed(item, tensors) for item in value]}
+        return {"tuple" if isinstance(value, tuple) else "list": [_packed(item, tensors) for item in value]}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
     if value is None or isinstance(value, (bool, int, float, str)):
         return {"value": value}
     if isinstance(value, (np.integer, np.floating)):
@@ -92,6 +95,12 @@ def _unpacked(packed: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
         return tensors[content]
     if kind == "dict":
         return {key: _unpacked(item, tensors) for key, item in content}
-    if kind == "list":
-        return [_unpacked(item, tensors) for item in content]
+    if kind in ("list", "tuple"):
+        items = [_unpacked(item, tensors) for item in content]
+        return items if kind == "list" else tuple(items)
+    if kind == "dtype":
+        found = getattr(torch, content, None)
+        if not isinstance(found, torch.dtype):
+            raise ValueError(f"torch has no type {content!r}")
+        return found
     return content

@@ -8,7 +8,8 @@ import pickle
 import pickletools
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,9 @@ _UNREADABLE = (
 _SOURCE = "_tpvprune_source"
 
 
-def create_model(name: str, checkpoint: str | Path | None = None, args: Mapping[str, Any] | None = None) -> nn.Module:
+def create_model(
+    name: str, checkpoint: str | Path | None = None, args: Mapping[str, Any] | None = None, seed: int = 0
+) -> nn.Module:
     """Build a timm model or a CIFAR ResNet (`cifar_resnet20`), in eval mode.
 
     Args:
@@ -47,6 +50,7 @@ def create_model(name: str, checkpoint: str | Path | None = None, args: Mapping[
         checkpoint: `.safetensors`, `.pth` or `.pth.tar`, read as timm does and without running any code
             from it; `builtin:NAME` for one that ships with the package. None leaves random weights.
         args: further keyword arguments of the model.
+        seed: of random weights, which are the same each time; the caller's stream of random numbers stays where it is.
 
     Raises:
         ModelError: no such model (with near names), or wrong arguments.
@@ -57,12 +61,13 @@ def create_model(name: str, checkpoint: str | Path | None = None, args: Mapping[
     if refused:
         raise ModelError(f"model argument {refused[0]!r} is not taken; give weights as the checkpoint")
     try:
-        if name in CIFAR_RESNETS:
-            model: nn.Module = CifarResNet(CIFAR_RESNETS[name], **args)
-        elif is_model(name):
-            model = timm.create_model(name, pretrained=False, **args)
-        else:
-            raise ModelError(f"there is no model {name!r}{near_models(name)}")
+        with _drawn_from(seed):
+            if name in CIFAR_RESNETS:
+                model: nn.Module = CifarResNet(CIFAR_RESNETS[name], **args)
+            elif is_model(name):
+                model = timm.create_model(name, pretrained=False, **args)
+            else:
+                raise ModelError(f"there is no model {name!r}{near_models(name)}")
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
         if isinstance(error, ModelError):
             raise
@@ -71,6 +76,14 @@ def create_model(name: str, checkpoint: str | Path | None = None, args: Mapping[
         load_weights(model, checkpoint)
     remember_source(model, {"timm" if name not in CIFAR_RESNETS else "tpvprune": name, "args": args})
     return model.eval()
+
+
+@contextmanager
+def _drawn_from(seed: int) -> Iterator[None]:
+    """Torch's random numbers on the CPU from a seed; afterwards they go on as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would move those of GPUs too
+        yield
 
 
 def remember_source(model: nn.Module, source: Mapping[str, Any]) -> None:
