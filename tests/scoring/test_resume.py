@@ -29,6 +29,8 @@ class Counted(nn.Module):
         self.inner, self.calls, self.fails_at = inner, 0, fails_at
 
     def forward(self, x: Tensor) -> Tensor:
+        if len(x) == 3:  # so many are run to see where samples lie
+            return self.inner(x)
         self.calls += 1
         if self.calls == self.fails_at:
             raise RuntimeError("the machine went away")
@@ -39,7 +41,7 @@ def data(count: int = 5, seed: int = 0, name: str = "mlp") -> list[tuple[Tensor,
     """Batches of different sizes, with labels."""
     generator = torch.Generator().manual_seed(seed)
     shape = built(name).inputs.shape[1:]
-    sizes = [4, 3, 1, 5, 2, 4, 3][:count]
+    sizes = [4, 6, 1, 5, 2, 4, 6][:count]
     return [
         (torch.randn(n, *shape, generator=generator, dtype=torch.float64), torch.randint(4, (n,), generator=generator))
         for n in sizes
