@@ -24,6 +24,9 @@ from tpvprune.stepping import drift_told
 NETS = ("mlp", "conv_bn", "residual", "vit", "grouped")
 
 
+SHRINKAGE = 0.4  # where it is not said, it is chosen by measuring
+
+
 def batches(name: str, count: int = 2) -> list[torch.Tensor]:
     return list(example(8 * count, *built(name).inputs.shape[1:], seed=3).split(8))
 
@@ -37,7 +40,7 @@ def by_hand(name: str, criterion: Any, budget: tp.Budget, shares: list[float]) -
         again = criterion if plan is None else dataclasses.replace(criterion, reference=b.model)
         scores = tp.score(small, batches(name), now, again)
         limit = dataclasses.replace(budget, macs=int(share * b.graph.macs() + 1e-6))
-        small = tp.apply(small, tp.allocate(scores, now, limit, after=plan))
+        small = tp.apply(small, tp.allocate(scores, now, limit, after=plan, shrinkage=SHRINKAGE))
         plan = plan_of(small)
     return small
 
@@ -48,7 +51,7 @@ def by_hand(name: str, criterion: Any, budget: tp.Budget, shares: list[float]) -
 @pytest.mark.parametrize("name", NETS)
 def test_a_schedule_is_the_loop_over_the_verbs(name: str, spacing: Any, shares: list[float]) -> None:
     b, budget = built(name), tp.Budget(macs=0.7, round_to=1, min_keep=0.2)
-    planning = tp.Planning(steps=3, spacing=spacing)
+    planning = tp.Planning(steps=3, spacing=spacing, shrinkage=SHRINKAGE)
     plan = tp.plan_for(b.model, batches(name), b.graph, budget, criterion=tp.TPV(seed=4), planning=planning)
     wanted = by_hand(name, tp.TPV(seed=4), budget, shares)
     assert_same_state(tp.apply(b.model, plan).state_dict(), wanted.state_dict())
@@ -395,7 +398,7 @@ def test_a_drift_that_is_measured_above_the_bound_is_refused_and_what_was_scored
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     b, data, save = built("residual"), batches("residual"), tmp_path / "plan.json"
-    budget, planning = tp.Budget(macs=0.5, drift=0.1, round_to=1), tp.Planning(steps=2)
+    budget, planning = tp.Budget(macs=0.5, drift=0.1, round_to=1), tp.Planning(steps=2, shrinkage=SHRINKAGE)
     whole = tp.plan_for(b.model, data, b.graph, budget, planning=planning)
     with monkeypatch.context() as patched:
         found = iter([0.04, 0.2])
