@@ -135,12 +135,12 @@ def _follows(one: Tensor, moved: Tensor, axis: int) -> bool:
     if one.shape != moved.shape or one.ndim < axis + 2 or one.shape[axis] % len(ORDER):
         return False
     one, moved = (value.unflatten(axis, (len(ORDER), -1)).movedim(axis, 0) for value in (one, moved))
-    wanted = one[list(ORDER)]
-    if not one.is_floating_point():
-        return torch.equal(moved, wanted)
+    pairs = [(there, one[n]) for there, n in zip(moved, ORDER, strict=True)]
+    if all(torch.equal(there, here) for there, here in pairs):
+        return True
     # The same numbers at another place in a batch may be summed in another order.
-    size = float(torch.nan_to_num(one.abs(), 0.0, 0.0).max())
-    return bool(torch.isclose(moved, wanted, rtol=0.0, atol=ALIKE * size, equal_nan=True).all())
+    size = float(torch.nan_to_num(one, 0.0, 0.0, 0.0).abs().max())
+    return all(torch.allclose(there, here, rtol=0.0, atol=ALIKE * size, equal_nan=True) for there, here in pairs)
 
 
 def _disordered(place: str) -> UnseenError:
