@@ -512,6 +512,27 @@ def test_samples_in_an_order_of_their_own_are_scored_by_gradients() -> None:
     assert "batched" not in alone.criterion
 
 
+class Fixed(nn.Module):
+    """Knows how many samples a batch has."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        self.batch, (self.first, self.last) = batch, linears((5, 6), (6, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).tanh()).reshape(self.batch, 3)
+
+
+def test_models_of_one_size_of_batch_are_looked_at_as_they_are() -> None:
+    model = randomise(Fixed(8))
+    graph = tp.trace(model, example(8, 5))
+    scores = tp.score(model, [example(8, 5)], graph, tp.TPV(probes="exact"))
+    assert "batched" not in scores.criterion
+    free = nn.Sequential(model.first, nn.Tanh(), model.last)
+    wanted = tp.score(free, [example(8, 5)], tp.trace(free, example(1, 5)), tp.TPV(probes="exact"))
+    assert torch.equal(scores.values["first"], wanted.values["0"])
+
+
 class Routed(nn.Module):
     """Two experts; each token goes to one of them, and an expert without tokens is not called."""
 

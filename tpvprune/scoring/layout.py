@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from tpvprune.reads import ThroughLayers, read_by
 Places = Mapping[str, tuple[nn.Module, bool]]
 """By name a module, and whether its output is meant or its input."""
 
-ORDER = (1, 0, 0)  # of the three samples that are looked at, the second time
+LOOKED_AT = 3  # samples
 ALIKE = 2e-2  # of the largest: rounding, also in half precision
 
 
@@ -42,8 +43,8 @@ class Layout:
     def look(self, inputs: Tensor) -> None:
         """Find the axes, unless inputs of this shape have been met. Batches of one say nothing, and need not.
 
-        Three samples are run, `a b c`, and then `b a a`: what a layer is given of each must be where that sample is,
-        and stay the same.
+        Three samples are run, `a b c`, and then `c b b`: what a layer is given of each must be where that sample is,
+        and stay the same. A model that does not run on three runs on all.
 
         Args:
             inputs: `(batch, ...)`, of the pass to come.
@@ -53,22 +54,30 @@ class Layout:
         """
         if len(inputs) < 2 or inputs.shape[1:] in self._rows:
             return
-        others = [n for n in range(1, len(inputs)) if not torch.equal(inputs[n], inputs[0])] or [1]
-        a, b, c = 0, others[0], others[1 % len(others)]
+        differ = (n for n in range(1, len(inputs)) if not torch.equal(inputs[n], inputs[0]))
+        others = [*islice(differ, LOOKED_AT - 1)] or [1]
+        few = inputs[[0, others[0], others[-1]]]
         self.looking = True
         try:
-            one, again = (_seen(self._model, self._places, inputs[order]) for order in ([a, b, c], [b, a, a]))
+            one, again, order = self._both(few)
+        except Exception:  # as of a model that wants pairs, or always as many
+            one, again, order = self._both(inputs)
         finally:
             self.looking = False
         rows = self._rows[inputs.shape[1:]] = {}
         for place, calls in one.items():
             moved = again.get(place, [])
             alike = len(moved) == len(calls)  # one that is called as often as the samples ask for mixes them
-            fits = [n for n in (0, 1) if alike and all(_follows(*pair, n) for pair in zip(calls, moved, strict=True))]
+            fits = [n for n in (0, 1) if alike and all(_follows(*p, order, n) for p in zip(calls, moved, strict=True))]
             if not fits:
                 raise _disordered(place)
             self.axes[place] = fits[0]
-            rows[place] = {Fraction(call.shape[fits[0]], len(ORDER)) for call in calls}
+            rows[place] = {Fraction(call.shape[fits[0]], len(order)) for call in calls}
+
+    def _both(self, inputs: Tensor) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]], list[int]]:
+        """What the places hold of samples, and of the same in another order, the first of them left out; and that order."""
+        order = [*range(len(inputs) - 1, 0, -1), 1]
+        return _seen(self._model, self._places, inputs), _seen(self._model, self._places, inputs[order]), order
 
     def check(self, seen: Iterable[tuple[str, torch.Size]], inputs: Tensor) -> None:
         """Refuse places that have not as many rows a sample as was found.
@@ -130,12 +139,12 @@ def _seen(model: nn.Module, places: Places, inputs: Tensor) -> dict[str, list[Te
     return found
 
 
-def _follows(one: Tensor, moved: Tensor, axis: int) -> bool:
+def _follows(one: Tensor, moved: Tensor, order: list[int], axis: int) -> bool:
     """Whether what lies along an axis has moved as the samples have."""
-    if one.shape != moved.shape or one.ndim < axis + 2 or one.shape[axis] % len(ORDER):
+    if one.shape != moved.shape or one.ndim < axis + 2 or one.shape[axis] % len(order):
         return False
-    one, moved = (value.unflatten(axis, (len(ORDER), -1)).movedim(axis, 0) for value in (one, moved))
-    pairs = [(there, one[n]) for there, n in zip(moved, ORDER, strict=True)]
+    one, moved = (value.unflatten(axis, (len(order), -1)).movedim(axis, 0) for value in (one, moved))
+    pairs = [(there, one[n]) for there, n in zip(moved, order, strict=True)]
     if all(torch.equal(there, here) for there, here in pairs):
         return True
     # The same numbers at another place in a batch may be summed in another order.
