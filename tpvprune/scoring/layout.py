@@ -75,7 +75,7 @@ class Layout:
             rows[place] = {Fraction(call.shape[fits[0]], len(order)) for call in calls}
 
     def _both(self, inputs: Tensor) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]], list[int]]:
-        """What the places hold of samples, and of the same in another order, the first of them left out; and that order."""
+        """What the places hold of samples, and of the same in another order, without the first; and that order."""
         order = [*range(len(inputs) - 1, 0, -1), 1]
         return _seen(self._model, self._places, inputs), _seen(self._model, self._places, inputs[order]), order
 
