@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -158,7 +158,8 @@ def plan_for(
     by = name_of(criterion) if scores is None else scores.criterion
     finals = check_reachable(graph, budget, latency=latency, criterion=by)
     state, kept = None if save is None else Path(save), None
-    measurable = budget.drift is None or planning.steps > 1 or _measurable(model, batches, criterion)
+    told = cache(partial(_measurable, model, batches, criterion))  # which a pass has to tell, once
+    measurable = budget.drift is None or planning.steps > 1 or told()
     answers = Answers(model, getattr(criterion, "output", None))
     on_first = partial(_measured, answers=answers, batches=First(batches), progress=progress)
     if planning.steps == 1 and (budget.drift is None or not measurable):
@@ -170,7 +171,7 @@ def plan_for(
         if scores is None:
             kept = _kept(state, model, "step1")
             scores = score(model, batches, graph, criterion, progress=progress, save=kept, exact=True)
-        if measurable and may_doubt(scores, choice) and _measurable(model, batches, criterion):
+        if measurable and may_doubt(scores, choice) and told():
             choice["shrinkage"] = trusted_shrinkage(model, scores, graph, budget, choice, on_first)
         plan = from_first(allocate(scores, graph, budget, **choice))
         _forget(kept)
@@ -233,7 +234,7 @@ def plan_for(
             warn_of_few(found)
         limit = _limit_of(budget, {name: way[step] for name, way in ways.items()})
         how = dict(choice)
-        if refit is None and may_doubt(found, choice) and _measurable(model, batches, criterion):
+        if refit is None and may_doubt(found, choice) and told():
             after = None if first else plan
             how["shrinkage"] = trusted_shrinkage(small, found, now, limit, choice, on_first, after)
         taken = Step(step, asked, plan, small, now, found, limit, how, refit, measure)

@@ -18,7 +18,7 @@ from tpvprune.budget import Budget
 from tpvprune.errors import BudgetError
 from tpvprune.plan import Plan
 from tpvprune.planning.allocate import allocate
-from tpvprune.planning.joint import estimated_shrinkage
+from tpvprune.planning.joint import shrinkage_for
 from tpvprune.processes import from_first
 from tpvprune.scores import Scores
 from tpvprune.surgery.removal import apply
@@ -89,7 +89,7 @@ def trusted_shrinkage(
         return None
     # Plans that may drift as far would cost other things: what is compared costs the same.
     same = limit.only(**(costs or {"macs": str(plan.macs)}))
-    estimated = estimated_shrinkage(scores.sensitivities)
+    estimated = shrinkage_for(graph, scores.sensitivities)
     best, least = None, measure(apply(model, plan))
     first = least
     for share in SHARES:

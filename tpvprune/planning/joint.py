@@ -56,7 +56,7 @@ class Joint:
             raise PlanError("the sensitivities are of other groups than the graph's; score again")
         self.widths, self.dearest_first, self._exchange = widths, True, exchange
         if shrinkage is None:
-            shrinkage = estimated_shrinkage(_of_small_units(graph, sensitivities))
+            shrinkage = shrinkage_for(graph, sensitivities)
         self.shrinkage = shrinkage
         # A row a unit: they are read unit by unit.
         self._effects = torch.empty(sensitivities.rows.shape[::-1])
@@ -183,6 +183,11 @@ class Joint:
                 adds += 2 * (1 - self.shrinkage) * self._inside[name][unit]
             adds[unit] = torch.inf
         return torch.tensor(units) + span.start, total
+
+
+def shrinkage_for(graph: Graph, sensitivities: Sensitivities) -> float:
+    """How much of the products of a graph's units is taken away where nobody says."""
+    return estimated_shrinkage(_of_small_units(graph, sensitivities))
 
 
 def _of_small_units(graph: Graph, sensitivities: Sensitivities) -> Sensitivities:
