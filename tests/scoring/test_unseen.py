@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -488,27 +489,51 @@ def test_batches_in_parts_are_scored_by_gradients() -> None:
     assert "engine=batched" in tp.score(model, [inputs], graph).criterion
 
 
-class Sorted(nn.Module):
+ORDERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "backwards": lambda x: torch.arange(len(x)).flip(0),
+    "on by one": lambda x: torch.arange(len(x)).roll(1),
+    "back by one": lambda x: torch.arange(len(x)).roll(-1),
+    "first two": lambda x: torch.cat([torch.tensor([1, 0]), torch.arange(2, len(x))]),
+    "last two": lambda x: torch.cat([torch.arange(2, len(x)), torch.tensor([1, 0])]) if len(x) > 2 else torch.arange(2),
+    "odd ones last": lambda x: torch.cat([torch.arange(0, len(x), 2), torch.arange(1, len(x), 2)]),
+    "sorted": lambda x: x[:, 0].argsort(),
+    "largest first": lambda x: x[:, 0].argsort(descending=True),
+    "by sign": lambda x: (x[:, 0] > 0).long().argsort(stable=True),
+    "by size": lambda x: (x[:, 0].abs() / 0.3).long().argsort(stable=True),
+}
+
+
+class Ordered(nn.Module):
     """Runs one of its branches on the samples in an order of its own, as for packed sequences."""
 
-    def __init__(self) -> None:
+    def __init__(self, order: str) -> None:
         super().__init__()
+        self.order = ORDERS[order]
         self.first, self.one, self.other, self.last = linears((5, 6), (6, 4), (6, 4), (4, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden, order = self.first(x).tanh(), x.sum(1).argsort()
+        hidden, order = self.first(x).tanh(), self.order(x) if len(x) > 1 else torch.zeros(1, dtype=torch.long)
         return self.last(self.one(hidden[order]).tanh()[order.argsort()] + self.other(hidden).tanh())
 
 
-def test_samples_in_an_order_of_their_own_are_scored_by_gradients() -> None:
-    model, inputs = randomise(Sorted()), example(6, 5)
-    graph = tp.trace(model, inputs[:1])
-    for seed in range(4):  # the samples that are looked at may be in order
-        drawn = example(6, 5, seed=seed)
-        assert "engine=batched" in tp.score(model, [drawn], graph).criterion
-        with pytest.raises(tp.ModelError, match="'one' has the samples of a batch in an order of its own"):
-            tp.score(model, [drawn], graph, tp.Wanda())
-    alone = tp.score(model, inputs.split(1), graph, tp.TPV(probes="exact"))
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("batch", [2, 3, 4, 7])
+def test_no_order_of_samples_is_taken_for_theirs(batch: int, order: str) -> None:
+    model = randomise(Ordered(order))
+    graph, moved = tp.trace(model, example(1, 5)), 0
+    for seed in range(8):
+        inputs = example(batch, 5, seed=seed)
+        if seed > 5 and batch > 3:
+            inputs[1] = inputs[0]
+        if torch.equal(inputs[model.order(inputs)], inputs):  # which the next batch need not be
+            continue
+        moved += 1
+        assert "engine=batched" in tp.score(model, [inputs], graph).criterion
+        for scored in ((graph, tp.Wanda()), (tp.weight_graph(model), tp.TPV(engine="per_sample"))):
+            with pytest.raises(tp.ModelError, match="'one' has the samples of a batch in an order of its own"):
+                tp.score(model, [inputs], *scored)
+    assert moved or (batch, order) in ((2, "last two"), (2, "odd ones last"))
+    alone = tp.score(model, example(batch, 5).split(1), graph, tp.TPV(probes="exact"))
     assert "batched" not in alone.criterion
 
 

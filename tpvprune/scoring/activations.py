@@ -131,9 +131,7 @@ class Tapped:
         device = device_of(model)
         self._parts = {group.id: self._parts_of(group, device) for group in graph.groups}
         self._through, self._by_hand = ThroughLayers(model), True
-        places = {f"in:{name}": (module, False) for name, module in self.inputs.items()}
-        places |= {f"out:{name}": (module, True) for name, module in self.outputs.items()}
-        self.layout = Layout(model, places | {f"block:{name}": (module, True) for name, module in self.blocks.items()})
+        self.layout = Layout(model)
         self.sink.axes = self.layout.axes
 
     @contextmanager
@@ -193,7 +191,6 @@ class Tapped:
         if not torch.is_grad_enabled():
             self._blind.append(key.partition(":")[2])
             return value
-        self._shapes.append((key, value.shape))
         if value.requires_grad and (self.roots or self.whole):
             return value
         root = value.detach().requires_grad_(True)
@@ -202,9 +199,9 @@ class Tapped:
 
     def _on_input(self, key: str, axis: int, copy: bool = False) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if self.layout.looking:
-                return None
             value = read_by(args, kwargs)
+            if self.layout.met(key, value):
+                return None
             if self._copies:
                 value = value.clone()
             tapped = Tap.apply(self._root(key, value), self.sink, key, axis, copy or self._copies)
@@ -214,7 +211,7 @@ class Tapped:
 
     def _on_output(self, key: str, axis: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            if self.layout.looking:
+            if self.layout.met(key, output):
                 return output
             root = self._root(key, output)
             # A copy, because an in-place activation may follow.
@@ -226,7 +223,7 @@ class Tapped:
 
     def _on_block(self, key: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            if self.layout.looking:
+            if self.layout.met(key, output):
                 return output
             tapped: Tensor = Tap.apply(self._root(key, output), self.sink, key, None, True, args[0].detach())
             return tapped
@@ -250,7 +247,6 @@ class Tapped:
         if self._raw:
             check_raw(self, self._raw, inputs[:1], select)
             self._raw = {}
-        self.layout.look(inputs)
         self.sink.numbers = range(first, first + len(inputs))
         output, idle = self.passed(inputs, select)
         if idle is not None and not self._by_hand:  # this batch goes another way than the first
@@ -268,17 +264,17 @@ class Tapped:
             )
         if not any(value.requires_grad for value in tensors(output)):
             raise ModelError("no layer of the graph is on the way to the model's output")
-        self.layout.check(self._shapes, inputs)
+        self.layout.end()
         return output
 
     def passed(self, inputs: Tensor, select: Selector) -> tuple[Outputs, str | None]:
         """Outputs, and the name of a layer that reads units and was not called."""
         self.roots: list[Tensor] = []
         self._blind: list[str] = []
-        self._shapes: list[tuple[str, torch.Size]] = []
+        self.layout.begin(inputs)
         with torch.enable_grad(), self._through if self._by_hand else nullcontext():
             output = finite_outputs(self.model, inputs.detach(), select)
-        reached = {key for key, _ in self._shapes}
+        reached = {key for key, _ in self.layout.shapes}
         return output, next((name for name in self.inputs if f"in:{name}" not in reached), None)
 
     def backward(self, output: Outputs, cotangent: Outputs, keep_graph: bool) -> dict[str, list[Tensor]]:
@@ -290,7 +286,7 @@ class Tapped:
         """
         self.sink.sums = {}
         backward(output, cotangent, self.roots, keep_graph)
-        lost = sorted({key.partition(":")[2] for key, _ in self._shapes if key not in self.sink.sums})
+        lost = sorted({key.partition(":")[2] for key, _ in self.layout.shapes if key not in self.sink.sums})
         if lost and not self._told:
             self._told = True
             logger.warning(

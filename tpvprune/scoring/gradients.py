@@ -184,10 +184,10 @@ class Captured:
         self.outputs: dict[str, list[Tensor]] = {}
         self.users = with_sharing(model, layers)
         self._keys = {id(module): f"{number}:{name}" for number, (name, module) in enumerate(self.users)}
-        self._layout = Layout(model, {self._keys[id(module)]: (module, False) for _, module in self.users})
+        self._layout = Layout(model)
         self._through = ThroughLayers(model)
         self._blind: list[str] = []
-        self._ended = False
+        self._ended = self._many = False
         self._mixing = mixes_samples(model)
         for name, module in self.users:
             if not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
@@ -197,8 +197,14 @@ class Captured:
                 )
 
     @contextmanager
-    def __call__(self) -> Iterator[Captured]:
-        """Hooks on; what they held is let go at the end."""
+    def __call__(self, inputs: Tensor) -> Iterator[Captured]:
+        """Hooks on for a pass; what they held is let go at the end.
+
+        Args:
+            inputs: `(batch, ...)`, of the pass.
+        """
+        self._many = len(inputs) > 1
+        self._layout.begin(inputs)
         self.calls = {name: [] for name in self.layers}
         self.inputs = {name: [] for name in self.layers}
         self.outputs = {name: [] for name in self.layers}
@@ -219,7 +225,8 @@ class Captured:
 
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            if self._layout.looking:
+            value = read_by(args, kwargs).detach()
+            if not self._ended and self._layout.met(self._keys[id(module)], value):
                 return output
             if not torch.is_grad_enabled():
                 self._blind.append(name)
@@ -228,7 +235,7 @@ class Captured:
             if self._ended:  # a checkpoint runs the layer again in the backward pass
                 return output.clone()
             self.calls[name].append(module)
-            self.inputs[name].append(read_by(args, kwargs).detach())
+            self.inputs[name].append(value)
             self.outputs[name].append(output)
             return output.clone()  # an in-place activation may follow
 
@@ -238,18 +245,14 @@ class Captured:
         """The axis that samples lie along in what a layer reads and gives."""
         return self._layout.axes.get(self._keys[id(module)], 0)
 
-    def ends(self, inputs: Tensor) -> tuple[list[str], list[Tensor]]:
+    def ends(self) -> tuple[list[str], list[Tensor]]:
         """Layer and output of every call, in order.
-
-        Args:
-            inputs: `(batch, ...)`, of the pass.
 
         Raises:
             ModelError: a layer was not called: it is not used, or its weight is used without it; or its weight is made
                 another one before it is used; or it runs without gradients, or has the samples in an order of its own.
         """
-        self._ended = True
-        if self._mixing is not None and len(inputs) > 1:
+        if self._mixing is not None and self._many:
             raise mixed(self._mixing)
         idle = next((name for name in self.layers if not self.outputs[name]), None)
         if idle is not None:
@@ -262,9 +265,8 @@ class Captured:
                     f"the weight of {name!r} goes into more than a product with what the layer reads, as where it is "
                     "normalised first; use engine='batched'"
                 )
-        pairs = [p for name in self.layers for p in zip(self.calls[name], self.inputs[name], strict=True)]
-        self._layout.look(inputs)
-        self._layout.check([(self._keys[id(m)], x.shape) for m, x in pairs], inputs)
+        self._layout.end()
+        self._ended = True
         for name in self.layers:
             values = zip(self.calls[name], self.inputs[name], strict=True)
             self.inputs[name] = [outermost(value, self.axis(module)) for module, value in values]

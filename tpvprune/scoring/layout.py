@@ -2,97 +2,131 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from fractions import Fraction
-from itertools import islice
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tpvprune.batches import evaluation_mode
 from tpvprune.errors import ModelError, UnseenError
-from tpvprune.reads import ThroughLayers, read_by
+from tpvprune.reads import ThroughLayers
 
-Places = Mapping[str, tuple[nn.Module, bool]]
-"""By name a module, and whether its output is meant or its input."""
-
-LOOKED_AT = 3  # samples
 ALIKE = 2e-2  # of the largest: rounding, also in half precision
+
+Call = tuple[Tensor | None, Tensor | None]
+"""Some samples of what a layer was given, `(samples, ...)`, if they lie along the first axis, or the second."""
 
 
 class Layout:
-    """The axes that samples lie along, found before the first pass over inputs of a shape.
+    """The axes that samples lie along in what layers are given, found in the first pass over inputs of a shape.
+
+    Whoever has hooks on calls `begin`, the model and `end`; the hooks call `met`. Samples of the pass, `a b ...`, are
+    run once more, as `b b a`: what a layer is given of each must be where that sample is, and stay the same.
 
     Args:
-        model: any module; its hooks run.
-        places: where samples may lie.
+        model: any module.
 
     Attributes:
         axes: by place; 0, in which each sample may have several rows, or 1.
-        looking: whether a pass is under way that hooks of others have nothing to do with.
+        shapes: places, and the shapes of what they were given since `begin`.
+        fits: whether samples could lie along the axis that is known, or the first, of what was met last.
     """
 
-    def __init__(self, model: nn.Module, places: Places) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.axes: dict[str, int] = {}
-        self.looking = False
-        self._model, self._places = model, places
-        self._rows: dict[torch.Size, dict[str, set[Fraction]]] = {}  # that a sample has, by shape of the inputs
+        self.shapes: list[tuple[str, torch.Size]] = []
+        self.fits = True
+        self._model, self._inputs, self._own = model, torch.empty(0), False
+        self._rows: dict[torch.Size, dict[str, set[int]]] = {}  # that a sample has, by shape of the inputs
+        self._kept: dict[str, list[Call]] = {}
+        self._which: list[int] = []  # samples to keep
+        self._lost: str | None = None  # whose rows are not as many a sample as was found
+        self._drawn: list[Tensor] = []  # states of random numbers
 
-    def look(self, inputs: Tensor) -> None:
-        """Find the axes, unless inputs of this shape have been met. Batches of one say nothing, and need not.
-
-        Three samples are run, `a b c`, and then `c b b`: what a layer is given of each must be where that sample is,
-        and stay the same. A model that does not run on three runs on all.
+    def begin(self, inputs: Tensor) -> None:
+        """Say that a pass begins. Batches of one say nothing, and need not.
 
         Args:
-            inputs: `(batch, ...)`, of the pass to come.
+            inputs: `(batch, ...)`.
+        """
+        self._inputs, self.shapes, self._lost, self._which = inputs, [], None, []
+        if len(inputs) > 1 and inputs.shape[1:] not in self._rows:
+            last = len(inputs) - 1  # whatever puts a sample before another one moves it, or the first
+            other = next((n for n in range(last, 0, -1) if not torch.equal(inputs[n], inputs[0])), last)
+            self._kept, self._which = {}, [other, other, 0]
+            self._drawn = [torch.get_rng_state()]
+            if inputs.device.type == "cuda":
+                self._drawn.append(torch.cuda.get_rng_state(inputs.device))
+
+    def met(self, place: str, value: Tensor) -> bool:
+        """Say what a layer is given.
+
+        Args:
+            place: a name for where.
+            value: what.
+
+        Returns:
+            Whether the pass is one of the layout's own, which the hook has nothing else to do with.
+        """
+        if self._which:
+            first, second = (_samples(value, axis, len(self._inputs), self._which) for axis in (0, 1))
+            self._kept.setdefault(place, []).append((first, second))
+        if self._own:
+            return True
+        self.shapes.append((place, value.shape))
+        size, batch = value.shape[self.axes.get(place, 0)], len(self._inputs)
+        self.fits = size % batch == 0
+        if not self._which and batch > 1:
+            self.fits = self.fits and size // batch in self._rows[self._inputs.shape[1:]].get(place, ())
+            if not self.fits:
+                self._lost = place
+        return False
+
+    def end(self) -> bool:
+        """Find the axes, unless inputs of this shape have been met. Hooks are on.
+
+        Returns:
+            Whether an axis is another one than hooks were told during the pass.
 
         Raises:
-            UnseenError: a layer has its samples in another order, or what it reads of one depends on others.
+            UnseenError: a layer has its samples in another order, or what it reads of one depends on others; or how
+                many rows each has does, and nobody knows whose they are.
         """
-        if len(inputs) < 2 or inputs.shape[1:] in self._rows:
-            return
-        differ = (n for n in range(1, len(inputs)) if not torch.equal(inputs[n], inputs[0]))
-        others = [*islice(differ, LOOKED_AT - 1)] or [1]
-        few = inputs[[0, others[0], others[-1]]]
-        self.looking = True
+        if self._lost is not None:
+            raise _disordered(self._lost)
+        if not self._which:
+            return False
+        inputs, kept, which, self._which = self._inputs, self._kept, self._which, []
         try:
-            one, again, order = self._both(few)
+            again = self._run(inputs[which], [*range(len(which))])
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # as of a model that wants pairs, or always as many
-            one, again, order = self._both(inputs)
-        finally:
-            self.looking = False
-        rows = self._rows[inputs.shape[1:]] = {}
-        for place, calls in one.items():
+            again = self._run(inputs[(which * len(inputs))[: len(inputs)]], [*range(min(len(which), len(inputs)))])
+        rows, told = self._rows.setdefault(inputs.shape[1:], {}), dict(self.axes)
+        for place, calls in kept.items():
             moved = again.get(place, [])
             alike = len(moved) == len(calls)  # one that is called as often as the samples ask for mixes them
-            fits = [n for n in (0, 1) if alike and all(_follows(*p, order, n) for p in zip(calls, moved, strict=True))]
+            fits = [n for n in (0, 1) if alike and all(_same(a[n], b[n]) for a, b in zip(calls, moved, strict=True))]
             if not fits:
                 raise _disordered(place)
             self.axes[place] = fits[0]
-            rows[place] = {Fraction(call.shape[fits[0]], len(order)) for call in calls}
+            rows[place] = {call[fits[0]].shape[fits[0] + 1] for call in calls}  # type: ignore[union-attr]
+        return any(axis != told.get(place, 0) for place, axis in self.axes.items())
 
-    def _both(self, inputs: Tensor) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]], list[int]]:
-        """What the places hold of samples, and of the same in another order, without the first; and that order."""
-        order = [*range(len(inputs) - 1, 0, -1), 1]
-        return _seen(self._model, self._places, inputs), _seen(self._model, self._places, inputs[order]), order
-
-    def check(self, seen: Iterable[tuple[str, torch.Size]], inputs: Tensor) -> None:
-        """Refuse places that have not as many rows a sample as was found.
-
-        Args:
-            seen: place and shape of what a pass met.
-            inputs: `(batch, ...)`, of the pass.
-
-        Raises:
-            UnseenError: how many there are depends on the samples, so that nobody knows whose they are.
-        """
-        rows = self._rows.get(inputs.shape[1:])
-        for place, shape in seen if rows is not None and len(inputs) > 1 else ():
-            if Fraction(shape[self.axes.get(place, 0)], len(inputs)) not in rows.get(place, ()):  # type: ignore[union-attr]
-                raise _disordered(place)
+    def _run(self, inputs: Tensor, which: list[int]) -> dict[str, list[Call]]:
+        """What layers are given of some samples in a pass of its own."""
+        saved = self._inputs, self._which
+        self._inputs, self._which, self._kept, self._own = inputs, which, {}, True
+        devices, model = [inputs.device] * (len(self._drawn) - 1), self._model
+        try:
+            with evaluation_mode(model), torch.no_grad(), ThroughLayers(model), torch.random.fork_rng(devices):
+                torch.set_rng_state(self._drawn[0])  # what is drawn is the same each time
+                if devices:
+                    torch.cuda.set_rng_state(self._drawn[1], inputs.device)
+                model(inputs)
+            return self._kept
+        finally:
+            (self._inputs, self._which), self._own = saved, False
 
 
 def mixes_samples(model: nn.Module) -> str | None:
@@ -117,39 +151,23 @@ def without_gradients(name: str) -> ModelError:
     )
 
 
-def _seen(model: nn.Module, places: Places, inputs: Tensor) -> dict[str, list[Tensor]]:
-    found: dict[str, list[Tensor]] = {}
-
-    def hook(name: str, after: bool) -> Any:
-        def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            value = output if after else read_by(args, kwargs)
-            found.setdefault(name, []).append(value.detach().clone())  # it may be written into later
-
-        return keep
-
-    handles = [m.register_forward_hook(hook(n, after), with_kwargs=True) for n, (m, after) in places.items()]
-    try:
-        drawn = [inputs.device] if inputs.device.type == "cuda" else []
-        with evaluation_mode(model), torch.no_grad(), ThroughLayers(model), torch.random.fork_rng(drawn):
-            torch.manual_seed(0)  # what is drawn is the same each time
-            model(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+def _samples(value: Tensor, axis: int, batch: int, which: list[int]) -> Tensor | None:
+    """Copies of them, if they lie along an axis; what is given may be written into later."""
+    if value.ndim < axis + 2 or value.shape[axis] % batch:
+        return None
+    return value.detach().unflatten(axis, (batch, -1)).movedim(axis, 0)[which]
 
 
-def _follows(one: Tensor, moved: Tensor, order: list[int], axis: int) -> bool:
-    """Whether what lies along an axis has moved as the samples have."""
-    if one.shape != moved.shape or one.ndim < axis + 2 or one.shape[axis] % len(order):
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether samples are what they were."""
+    if one is None or other is None or one.shape[1:] != other.shape[1:]:
         return False
-    one, moved = (value.unflatten(axis, (len(order), -1)).movedim(axis, 0) for value in (one, moved))
-    pairs = [(there, one[n]) for there, n in zip(moved, order, strict=True)]
-    if all(torch.equal(there, here) for there, here in pairs):
+    one = one[: len(other)]
+    if torch.equal(one, other):
         return True
     # The same numbers at another place in a batch may be summed in another order.
     size = float(torch.nan_to_num(one, 0.0, 0.0, 0.0).abs().max())
-    return all(torch.allclose(there, here, rtol=0.0, atol=ALIKE * size, equal_nan=True) for there, here in pairs)
+    return torch.allclose(one, other, rtol=0.0, atol=ALIKE * size, equal_nan=True)
 
 
 def _disordered(place: str) -> UnseenError:

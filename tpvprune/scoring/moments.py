@@ -106,29 +106,27 @@ def watch(
         UnseenError: they cannot be.
     """
     numbers, seen, layers, parts = range(0), 0, list(layers), Parts()
-    whole = torch.empty(0)  # the inputs of the pass
-    places = {f"{number}:{name}": (module, False) for number, (name, module) in enumerate(layers)}
-    layout = Layout(model, places)
+    layout = Layout(model)
 
-    def hook(name: str, place: str) -> Any:
-        def given(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def given(name: str, place: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             value = read_by(args, kwargs).detach()
-            if apart:
-                layout.check([(place, value.shape)], whole)
+            if apart and (layout.met(place, value) or not layout.fits):
+                return
             see(name, module, outermost(value, layout.axes.get(place, 0)), numbers)
 
-        return given
+        return hook
 
-    def passed(inputs: Tensor) -> None:
-        nonlocal whole
-        whole = inputs
-        if apart:
-            layout.look(inputs)
+    def passed(inputs: Tensor) -> bool:
         # Hooks are on for the pass alone: what gives the batches may use the model too.
         with evaluation_mode(model), torch.no_grad(), ThroughLayers(model), ExitStack() as hooks:
-            for (name, module), place in zip(layers, places, strict=True):
-                hooks.enter_context(module.register_forward_pre_hook(hook(name, place), with_kwargs=True))
+            for number, (name, module) in enumerate(layers):
+                hook = given(name, f"{number}:{name}")
+                hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+            if apart:
+                layout.begin(inputs)
             model(inputs)
+            return apart and layout.end()
 
     for local, batch in enumerate(batches):
         inputs, first = inputs_of(batch).to(device_of(model)), global_number(local)
@@ -137,11 +135,17 @@ def watch(
             nonlocal numbers
             numbers = range(first + part.start, first + part.stop)
             before = [copy.copy(moments) for moments in held]
-            try:
-                passed(inputs[part])
-            except RuntimeError:
+
+            def back() -> None:
                 for moments, saved in zip(held, before, strict=True):
                     moments.back_to(saved)
+
+            try:
+                if passed(inputs[part]):  # where samples lie is known now
+                    back()
+                    passed(inputs[part])
+            except RuntimeError:
+                back()
                 raise
 
         parts(len(inputs), run)

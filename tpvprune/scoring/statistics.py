@@ -32,27 +32,25 @@ UNSEEN = "is not seen; take a criterion of gradients, as TPV(engine='batched'), 
 @contextmanager
 def _inputs(
     model: nn.Module, users: Iterable[tuple[str, nn.Module]], layout: Layout
-) -> Iterator[tuple[dict[str, list[Tensor]], list[tuple[str, torch.Size]]]]:
-    """Moments of inputs of one pass, and their shapes.
+) -> Iterator[dict[str, list[Tensor]]]:
+    """Moments of inputs of one pass.
 
     Args:
         model: any module.
         users: layers, and those that share a weight with one under its name.
-        layout: of the places `name`, a layer each.
+        layout: told of each layer.
 
     Yields:
-        Per name `(samples, 3, channels)`, of each call: sums of 1, x and x^2 over positions. And see `Layout.check`.
+        Per name `(samples, 3, channels)`, of each call: sums of 1, x and x^2 over positions.
     """
     found: dict[str, list[Tensor]] = {}
-    shapes: list[tuple[str, torch.Size]] = []
     handles = []
 
     def hook(name: str, place: str) -> Any:
         def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if layout.looking:
-                return
             value, axis = read_by(args, kwargs).detach(), channel_axis(module)
-            shapes.append((place, value.shape))
+            if layout.met(place, value):
+                return
             value = outermost(value, layout.axes.get(place, 0))
             # The spread of channels far from zero is lost in single precision.
             rows = value.movedim(axis, -1).reshape(len(value), -1, value.shape[axis]).double()
@@ -68,7 +66,7 @@ def _inputs(
     through = ThroughLayers(model)
     try:
         with through:
-            yield found, shapes
+            yield found
         beside = next((name for name, module in users if module in through.beside), None)
         if beside is not None:
             raise ModelError(f"the model uses the weight of {beside!r} without calling it, and what it reads {UNSEEN}")
@@ -101,17 +99,19 @@ class _FromActivations:
         refuse_blocks(graph, f"criterion {self.label}")
         layers = [member.layer for group in graph.groups for member in group.of_role("consume")]
         users, parts = with_sharing(model, dict.fromkeys(layers)), Parts()
-        layout = Layout(model, {f"{number}:{name}": (module, False) for number, (name, module) in enumerate(users)})
+        layout = Layout(model)
         for inputs in model_inputs(model, batches, "score", progress):
 
             def run(part: slice, inputs: Tensor = inputs) -> dict[str, Tensor]:
                 batch = len(inputs[part])
-                layout.look(inputs[part])
-                with evaluation_mode(model), torch.no_grad(), _inputs(model, users, layout) as (found, shapes):
+                with evaluation_mode(model), torch.no_grad(), _inputs(model, users, layout) as found:
+                    layout.begin(inputs[part])
                     model(inputs[part])
+                    again = layout.end()
+                if again:  # where samples lie is known now
+                    return run(part, inputs)
                 if not found:
                     raise ModelError("no layer of the graph is used in the forward pass")
-                layout.check(shapes, inputs[part])
                 sums = {
                     name: sum(m.reshape(batch, -1, *m.shape[1:]).sum(1) for m in calls) for name, calls in found.items()
                 }

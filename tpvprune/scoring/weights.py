@@ -169,10 +169,10 @@ def _per_sample(
     many = any(side.member.dim is None for own in parts.values() for side in own)
     kind = torch.float32 if many and like.dtype != torch.float64 else torch.float64
     probes = list[dict[str, list[Tensor]]]()
-    with only(model, []), captured() as seen, torch.enable_grad():
+    with only(model, []), captured(inputs) as seen, torch.enable_grad():
         output = finite_outputs(model, inputs, probing.output)
         _check_reached(output)
-        names, ends = seen.ends(inputs)
+        names, ends = seen.ends()
         for cotangent, last in probing.cotangents(detached(output), generators):
             slopes: dict[str, list[Tensor]] = {name: [] for name in layers}
             found = backward(output, cotangent, ends, keep_graph=not last)
@@ -226,10 +226,10 @@ def _factored(
     def add(key: str, value: Tensor) -> None:
         sums[key] = sums[key] + value if key in sums else value
 
-    with only(model, []), captured() as seen, torch.enable_grad():
+    with only(model, []), captured(inputs) as seen, torch.enable_grad():
         output = finite_outputs(model, inputs, probing.output)
         _check_reached(output)
-        names, ends = seen.ends(inputs)
+        names, ends = seen.ends()
         calls = [module for name in layers for module in seen.calls[name]]
         for name in layers:
             add(f"{layers[name]}#read", factor_of_inputs(seen.calls[name], seen.inputs[name], batch))
