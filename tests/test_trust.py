@@ -42,9 +42,11 @@ def test_plans_drift_less_and_never_more_for_the_same_cost() -> None:
         plan = tp.plan_for(model, batches, graph, budget, scores=scores)
         plain = tp.allocate(scores, graph, budget)
         assert plan.macs <= 0.6 * graph.macs()
+        assert (plan.made_by["shrinkage"] == plain.made_by["shrinkage"]) == (not plan.diff(plain))
         assert drift(model, plan, batches) <= drift(model, plain, batches) * (1 + 1e-9)
         if plan.diff(plain):
             better.append(drift(model, plan, others) / drift(model, plain, others))
+        assert plan.made_by["shrinkage"] >= plain.made_by["shrinkage"] > 0
     assert better
     assert max(better) < 1
 

@@ -163,7 +163,7 @@ def _drift(report: Mapping[str, Any]) -> str:
 
 def _made_by(plan: Plan) -> str:
     made = plan.made_by
-    told = [f"{key} {made[key]}" for key in ("criterion", "allocator", "rank") if key in made]
+    told = [f"{key} {made[key]}" for key in ("criterion", "allocator", "rank", "shrinkage") if key in made]
     return f"Pruned with tpvprune {__version__}" + (f": {', '.join(told)}." if told else ".")
 
 

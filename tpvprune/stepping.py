@@ -118,7 +118,8 @@ class Step:
         judged = None if self.refit is None else False
         choice = {**self.choice, "measured": True, "cross_validated": judged}
         part = from_first(allocate(self.scores, self.graph, limit, after=after, **choice))
-        steps = [*self.plan.made_by["steps"], {"got": part.made_by["got"]}]
+        own = {key: part.made_by[key] for key in ("got", "shrinkage") if key in part.made_by}
+        steps = [*self.plan.made_by["steps"], own]
         about = {**part.made_by, "asked": self.asked.bounds, "steps": steps}
         if self.asked.drift is None:
             about.pop("predicted_kl", None)  # of this step alone

@@ -257,7 +257,8 @@ class Run:
     def _plan(self) -> dict[str, Any]:
         graph, plan = self.graph, self._crew.together("plan", self._planned)
         plan.save(self._path("plan"))
-        by = plan.made_by.get("composed", [plan.made_by])[-1]
+        made = plan.made_by.get("composed", [plan.made_by])
+        by, chosen = made[-1], {"shrinkage": made[0]["shrinkage"]} if "shrinkage" in made[0] else {}
         zeros = {"zeros": plan.zeros, "sparsity": round(plan.sparsity, 4), "scored_by": by.get("criterion")}
         return {
             "removed": plan.removed,
@@ -266,6 +267,7 @@ class Run:
             "macs": plan.macs,
             "share_of_params": round(plan.params / graph.params(), 4),
             "share_of_macs": round(plan.macs / graph.macs(), 4),
+            **chosen,
             **drift_told(plan),
             **({**zeros, "images": by.get("samples", 0)} if plan.zeros else {}),
         }

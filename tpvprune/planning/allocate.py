@@ -76,8 +76,8 @@ def allocate(
         exact, and `made_by` says what was asked and what came out; `predicted_kl`, where there is one: with
         `optimism`, the nats by which it drifts further on other samples than on those that it was made by, it is the
         drift on others, and otherwise that on those, products of different units shrunk as the allocator counts
-        them; `understated`, under a bound on drift, the groups that are cut before a norm that pools over their
-        units, whose drift is more than is predicted.
+        them, by `shrinkage`; `understated`, under a bound on drift, the groups that are cut before a norm that pools
+        over their units, whose drift is more than is predicted.
 
     Raises:
         PlanError: the scores belong to another model or lack a group, or what the allocator or the budget needs is
@@ -129,6 +129,7 @@ def allocate(
         counted = max(0.0, steps.drift({name: ~mask for name, mask in keep.items()}) / 2)
         got = {name: cost.total for name, cost in spending.bounded.items()}
         about = {**made_by, "got": got, **({"predicted_kl": counted} if scores.in_nats else {})}
+        about |= {"shrinkage": round(steps.shrinkage, 4)} if isinstance(steps, Joint) else {}
         if judged and keep:
             # Milliseconds are sums of floats, which each plan takes in another order.
             alike = bounds or {str(per): costs_of(per or "macs", graph, keep, latency=latency).total * (1 + 1e-9)}
