@@ -120,6 +120,7 @@ def test_inspect_takes_recipes_and_folders_of_runs(place, run):
     ("words", "phrases"),
     [
         (["inspect", "tst_resnet"], ["'tst_resnet'", "nor is it a model", "test_resnet"]),
+        (["plan", "show", "plan.json"], ["there is no recipe 'show'", "for a plan that is there: tpvprune plans show"]),
         (["inspect", "test_resnet", "--macs", "half"], ["macs='half' is no amount"]),
         (["inspect", "test_resnet", "--checkpoint", "nowhere.pth"], ["no checkpoint at nowhere.pth"]),
         (["inspect", "test_resnet", "budget.protect=[layr1]", "budget.macs=0.5"], ["'layr1' matches no layer"]),

@@ -15,6 +15,8 @@ from tpvprune.recipe import Recipe, Suite, builtin_recipes, load_recipe, validat
 from tpvprune.runfolder import RECIPE, branch, stored_recipe
 from tpvprune.zoo.models import is_model, near_models
 
+OF_PLANS = ("show", "diff", "compose")  # commands of `plans`
+
 
 def flags(overrides: Sequence[str] | None, **given: str | None) -> list[str]:
     """Options as overrides, then the overrides; quoted as YAML strings, so that a path is never anything else."""
@@ -84,7 +86,8 @@ def resolve(
     except RecipeError as error:
         if path.suffix in (".yaml", ".yml") or path.exists() or target in builtin_recipes():
             raise
-        raise RecipeError(f"{error}; nor is it a model{near_models(target)}") from error
+        near = f"; for a plan that is there: tpvprune plans {target}" if target in OF_PLANS else near_models(target)
+        raise RecipeError(f"{error}; nor is it a model{near}") from error
     base = folder or Path("runs") / recipe.name
     if isinstance(recipe, Recipe):
         return [(recipe, base)]
