@@ -178,6 +178,27 @@ def test_widths_whose_numbers_cannot_be_kept_stay(kind: type[nn.Module], inputs:
     assert graph.skipped["embed"].startswith("the code of 'attn' makes a number of their width")
 
 
+class Remembered(Scaled):
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__(dim, heads)
+        self.scale = dim**-0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu() * self.scale)
+
+
+def test_numbers_of_classes_that_are_registered_follow(inputs: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tpvprune.layers._REGISTERED", {})
+
+    def anew(module: Remembered) -> None:
+        module.scale = module.up.in_features**-0.5
+
+    tp.register_layer(Remembered, anew)
+    net = randomise(Net(Remembered, nn.LayerNorm))
+    small = tp.apply(net, plan_without(tp.trace(net, inputs), {"embed": [1, 4, 8]}))
+    assert (small.attn.scale, type(small.attn)) == (9**-0.5, Remembered)
+
+
 def test_numbers_are_written_to_plan_files(inputs: Tensor) -> None:
     graph = tp.trace(randomise(Net()), inputs)
     data = graph.to_json()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tpvprune.copies import copied
 from tpvprune.elastic import calls_at
-from tpvprune.layers import cut
+from tpvprune.layers import cut, registered
 from tpvprune.members import Group, Opening
 from tpvprune.plan import Plan
 from tpvprune.planning.cost import tensors_of
@@ -159,6 +159,7 @@ class _Stage:
         self.limit = limit
         self.model, self.graph, self.args, self.kwargs = model, graph, args, kwargs
         self.scalars = Scalars(model)
+        self.free = {name for name, module in model.named_modules() if registered(module)}
         with self.scalars:
             self.dense = tensors_of(model(*args, **kwargs))
 
@@ -193,7 +194,7 @@ class _Stage:
             return _Failure(module, why, _site(self.model, error))
         if [t.shape for t in got] != [t.shape for t in self.dense]:
             return _Failure(None, "without them the outputs have another shape")
-        other = changed(self.scalars.used, scalars.used)
+        other = changed(self.scalars.used, scalars.used, self.free)
         if other is not None:
             used, number = other
             code = repr(used.module) if used.module else repr(type(self.model).__name__)

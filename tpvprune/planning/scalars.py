@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,13 +80,19 @@ class Scalars(TorchDispatchMode):
         return Used(name, numbers, self._names[id(owner)], site, places)
 
 
-def changed(dense: Iterable[Used], cut: Iterable[Used]) -> tuple[Used, int] | None:
-    """The first operation to which a cut network gives another number, and which; None as far as both do the same."""
+def changed(dense: Iterable[Used], cut: Iterable[Used], free: Collection[str] = ()) -> tuple[Used, int] | None:
+    """The first operation to which a cut network gives another number, and which; None as far as both do the same.
+
+    Args:
+        dense: the operations of the network as it is.
+        cut: those of the cut one.
+        free: modules whose numbers may follow their widths.
+    """
     for one, other in zip(dense, cut, strict=False):
         if one.name != other.name or len(one.numbers) != len(other.numbers):
             return None  # the code goes another way, and nothing can be told of what follows
         for number, (a, b) in enumerate(zip(one.numbers, other.numbers, strict=True)):
-            if a != b:
+            if a != b and one.module not in free:
                 return one, number
     return None
 
