@@ -191,7 +191,7 @@ def test_numbers_of_classes_that_are_registered_follow(inputs: Tensor, monkeypat
     monkeypatch.setattr("tpvprune.layers._REGISTERED", {})
 
     def anew(module: Remembered) -> None:
-        module.scale = module.up.in_features**-0.5
+        module.scale = module.up.weight.shape[1] ** -0.5
 
     tp.register_layer(Remembered, anew)
     net = randomise(Net(Remembered, nn.LayerNorm))
