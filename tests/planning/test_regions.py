@@ -98,3 +98,12 @@ def test_a_list_of_images_is_refused_with_the_next_step() -> None:
         tp.trace(randomise(Found(0.0)), (images,))
     with pytest.raises(tp.errors.ModelError, match=r"no tensor with a batch dimension$"):
         tp.trace(randomise(Found(0.0)), (1,))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantized_layers_are_refused_with_the_next_step() -> None:
+    net = nn.Sequential(nn.Linear(5, 8), torch.ao.nn.quantized.Linear(8, 3))
+    with pytest.raises(
+        tp.errors.ModelError, match="'1' is a quantized Linear.* prune the floating model, and quantize"
+    ):
+        tp.trace(net, example(2, 5))
