@@ -297,9 +297,14 @@ class Checks:
         self.record["differences"]["moved"] = difference(self.masked, self.outputs)
         if not differs <= TOLERANCE:  # rounding, perhaps: in float64 it would be gone, a wrong index would not
             self.model, self.two = self.model.double(), self.two.double()
-            differs = self._masked_and_cut(keep)
-            self.record["differences"]["mask_float64"] = differs
-            self.model, self.two = self.model.float(), self.two.float()
+            try:
+                differs = self._masked_and_cut(keep)
+                self.record["differences"]["mask_float64"] = differs
+            except Exception as error:
+                said = f"cut and masked differ by {differs:.1e} in float32, and in float64 the model does not run"
+                raise Failed(f"{said}: {brief(error)}") from error
+            finally:
+                self.model, self.two = self.model.float(), self.two.float()
             if differs <= TOLERANCE_64:
                 return f"cut and masked differ by {self.record['differences']['mask']:.1e} in float32 alone"
             names = list(keep)

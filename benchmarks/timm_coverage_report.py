@@ -96,7 +96,7 @@ INPUTS = {
         "Inputs are as small",
         "as the models take well. Detectors are checked without what chooses boxes, on the outputs of their heads, as",
         "the number of boxes is no function to compare; those of two stages look at boxes that are given, and RAFT",
-        "makes two updates. `quantized_*` are left out: not quantized, they are the same networks, and quantized",
+        "makes one update. `quantized_*` are left out: not quantized, they are the same networks, and quantized",
         "weights are no parameters.",
     ),
 }

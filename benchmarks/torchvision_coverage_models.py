@@ -42,7 +42,7 @@ SIZES: Mapping[str, tuple[int, ...]] = {
     "raft": (128,),
     "ssd300": (300,),
     "ssdlite320": (320,),
-    "mvit": (4, 64),
+    "mvit": (16, 224),
     "swin3d": (8, 64),
     "s3d": (14, 64),
     "r3d": (4, 32),
@@ -92,8 +92,8 @@ class Flow(nn.Module):
         self.flow = flow
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Images `(batch, 3, height, width)` to flows after two updates."""
-        return list(self.flow(images, images.roll(3, -1), num_flow_updates=2))
+        """Images `(batch, 3, height, width)` to the flow after one update: more of them make much of rounding."""
+        return list(self.flow(images, images.roll(3, -1), num_flow_updates=1))
 
 
 def names() -> list[str]:
@@ -131,8 +131,6 @@ def make(name: str) -> nn.Module:
     size, more = shape_of(name), dict[str, Any]()
     if name.startswith("vit_"):
         more = {"image_size": size[-1]}
-    elif name.startswith("mvit_"):
-        more = {"spatial_size": size[-2:], "temporal_size": size[1]}
     elif name in ("googlenet", "inception_v3"):
         more = {"init_weights": False}
     torch.manual_seed(0)

@@ -103,7 +103,5 @@ def test_a_list_of_images_is_refused_with_the_next_step() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_quantized_layers_are_refused_with_the_next_step() -> None:
     net = nn.Sequential(nn.Linear(5, 8), torch.ao.nn.quantized.Linear(8, 3))
-    with pytest.raises(
-        tp.errors.ModelError, match="'1' is a quantized Linear.* prune the floating model, and quantize"
-    ):
+    with pytest.raises(tp.errors.ModelError, match=r"'1' is a quantized Linear.* prune the floating model"):
         tp.trace(net, example(2, 5))
