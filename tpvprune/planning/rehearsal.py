@@ -7,7 +7,7 @@ gives something else; then the network is followed again under a stricter policy
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from traceback import walk_tb
 from typing import Any
 
@@ -15,18 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.copies import copied
-from tpvprune.elastic import base_of, calls_at, method_of, own_name, owner_of
-from tpvprune.layers import cut
+from tpvprune.elastic import calls_at
+from tpvprune.layers import cut, registered
 from tpvprune.members import Group, Opening
 from tpvprune.plan import Plan
 from tpvprune.planning.cost import tensors_of
 from tpvprune.planning.follower import Follower
+from tpvprune.planning.scalars import Scalars, changed, keeping
 from tpvprune.planning.seen import Limit, Policy, Reshaped, Site
+from tpvprune.source import base_of, functions, method_of, own_name, owner_of
 from tpvprune.types import Graph
 
 LEEWAY = 0.05  # of what the masks change: a wrong index changes about as much as they do
 NOISE = 1e-5  # of the largest output, for what rounding adds
 EXACT = 1e-7  # likewise in float64, where even networks that make much of rounding add less
+FOLLOWS = "the code of {} makes a number of their width, {:g} with all of them"
 DIFFERS = "without them the network does not give what it gives with them masked"
 
 
@@ -38,11 +41,13 @@ class _Failure:
         module: whose code failed; None if the outputs were wrong.
         why: in words.
         site: class, method and line of that code, if it is a module's own.
+        keeping: numbers that modules are to keep, so that it does not go wrong.
     """
 
     module: str | None
     why: str
     site: Site | None = None
+    keeping: Mapping[str, tuple[Opening, ...]] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -153,7 +158,10 @@ class _Stage:
     ) -> None:
         self.limit = limit
         self.model, self.graph, self.args, self.kwargs = model, graph, args, kwargs
-        self.dense = tensors_of(model(*args, **kwargs))
+        self.scalars = Scalars(model)
+        self.free = {name for name, module in model.named_modules() if registered(module)}
+        with self.scalars:
+            self.dense = tensors_of(model(*args, **kwargs))
 
     def outputs(self, groups: Sequence[Group], uneven: bool) -> list[Tensor]:
         """What the model gives with units cut, as `fails` cuts them."""
@@ -175,7 +183,8 @@ class _Stage:
             for name, module in small.named_modules():
                 module.register_forward_pre_hook(lambda *_, name=name: running.append(name))
                 module.register_forward_hook(lambda *_, name=name: self._left(running, name))
-            got = tensors_of(small(*self.args, **self.kwargs))
+            with Scalars() as scalars:
+                got = tensors_of(small(*self.args, **self.kwargs))
         except Exception as error:  # whatever a model's own code raises
             module = running[-1] if running else ""
             kind = type(self.model.get_submodule(module)).__name__
@@ -185,6 +194,12 @@ class _Stage:
             return _Failure(module, why, _site(self.model, error))
         if [t.shape for t in got] != [t.shape for t in self.dense]:
             return _Failure(None, "without them the outputs have another shape")
+        other = changed(self.scalars.used, scalars.used, self.free)
+        if other is not None:
+            used, number = other
+            code = repr(used.module) if used.module else repr(type(self.model).__name__)
+            kept = keeping(self.scalars.used, used, number)
+            return _Failure(None, FOLLOWS.format(code, used.numbers[number]), keeping=kept)
         if not all(g.exact_mask for g in groups) or self._same(
             self.model, plan, got, self.dense, self.args, self.kwargs, 0.0, NOISE
         ):
@@ -215,7 +230,7 @@ class _Stage:
         for name, mask in plan.as_masks().weights.items():
             masked.get_parameter(name).masked_fill_(~mask.to(masked.get_parameter(name).device), 0)
         for a, b, c in zip(got, tensors_of(masked(*args, **kwargs)), dense, strict=True):
-            if a.is_floating_point() and not bool(a.isnan().any()):
+            if a.is_floating_point() and a.numel() and not bool(a.isnan().any()):
                 bound = leeway * float((b - c).abs().max()) + noise * float(c.abs().max())
                 if float((a - b).abs().max()) > bound:
                     return False
@@ -239,26 +254,40 @@ def _doubled(value: Any) -> Any:
 
 
 def _site(model: nn.Module, error: BaseException) -> Site | None:
-    """The innermost line of a module's own methods that an error went through, and the class of that module."""
-    found = None
+    """The innermost line of a module's own methods that an error went through, and the class of that module.
+
+    Or of the functions that these call.
+    """
+    found: tuple[type[Any], str, int] | None = None
+    inner: dict[Any, str] = {}
     for frame, line in walk_tb(error.__traceback__):
         kind: type[Any] = type(owner_of(frame))
         method = method_of(kind, frame.f_code) if issubclass(kind, nn.Module) else None
         if method is not None and not kind.__module__.startswith("torch.nn."):
             found = base_of(kind), method, line
+            inner = {function.__code__: name for name, function in functions(kind).items()}
+        elif found is not None and frame.f_code in inner:
+            found = found[0], inner[frame.f_code], line
     same = [type(m) for m in model.modules() if found is not None and base_of(type(m)) is found[0]]
     return (same[0], *found[1:]) if found is not None and same else None
 
 
 def _opened(model: nn.Module, graph: Graph, follower: Follower, policy: Policy, failure: _Failure) -> Policy | None:
-    """The policy with the sizes left open that the class whose code failed writes out; None if none failed there."""
+    """The policy with the sizes left open that the class whose code failed writes out; None if none failed there.
+
+    Or with the numbers kept that went wrong.
+    """
+    if failure.keeping:
+        more = {name: (*policy.openings.get(name, ()), *kept) for name, kept in failure.keeping.items()}
+        return replace(policy, openings={**policy.openings, **more})
     if failure.site is None:
         return None
     kind = failure.site[0]
     alike = [name for name, m in model.named_modules() if type(m) is kind]
     counts = [name.rpartition(".") for name in graph.counts]
     own = own_name(kind, failure.site[1])
-    set_anew = {f"{own}.{key}" for around, _, key in counts if around in alike}
+    # A function is given them by the names that they have.
+    set_anew = {key if own is None else f"{own}.{key}" for around, _, key in counts if around in alike}
     done = policy.openings.get(alike[0], ())
     found: dict[Opening, bool] = {}  # and whether it is where the code failed
     for (other, method, line, call), seen in follower.sites.items():
