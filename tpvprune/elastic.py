@@ -40,8 +40,19 @@ class Unreadable(Exception):
 
 def method_of(kind: type[Any], code: CodeType) -> str | None:
     """Name of the method of a class that a code object belongs to; None if it is none, or one that is overridden."""
-    found = inspect.getattr_static(kind, code.co_name, None)
+    found = undecorated(inspect.getattr_static(kind, code.co_name, None))
     return code.co_name if isinstance(found, FunctionType) and found.__code__ is code else None
+
+
+def _own(base: type[Any], method: str) -> bool:
+    """Whether a method is the code that its source shows; decorators may have given back what they were given."""
+    found = inspect.getattr_static(base, method, None)
+    return undecorated(found) is found
+
+
+def undecorated(method: Any) -> Any:
+    """What decorators that keep to `functools.wraps` were given; what is decorated by others, or by none, as it is."""
+    return inspect.unwrap(method) if isinstance(method, FunctionType) else method
 
 
 def base_of(kind: type[Any]) -> type[Any]:
@@ -57,7 +68,7 @@ def owner_of(frame: FrameType) -> Any:
 
 def own_name(kind: type[Any], method: str) -> str:
     """What a method calls the module itself."""
-    found = inspect.getattr_static(base_of(kind), method)
+    found = undecorated(inspect.getattr_static(base_of(kind), method))
     return str(found.__code__.co_varnames[0]) if isinstance(found, FunctionType) else "self"
 
 
@@ -127,7 +138,7 @@ def _variables(part: ast.AST) -> set[str]:
 
 
 def _calls_at(base: type[Any], method: str, line: int) -> Iterable[tuple[str, tuple[str, ...]]]:
-    statement = _statement(base, method, line)
+    statement = _statement(base, method, line) if _own(base, method) else None
     calls = [] if statement is None else _calls(statement)
     return tuple((ast.unparse(call), tuple(ast.unparse(size) for size in _sizes(call))) for call in calls)
 
@@ -208,6 +219,8 @@ def _written(base: type[Any], method: str, openings: Iterable[Opening]) -> Funct
     """A method with sizes left open."""
     try:
         function, original = _source(base, method)
+        if not _own(base, method):
+            raise Unreadable("it is decorated")
     except Unreadable as error:
         raise ModelError(f"the source of {base.__name__}.{method} cannot be read ({error})") from None
     calls: dict[str, list[ast.Call]] = {}
@@ -236,6 +249,7 @@ def _written(base: type[Any], method: str, openings: Iterable[Opening]) -> Funct
     written.__defaults__, written.__kwdefaults__ = original.__defaults__, original.__kwdefaults__
     written.__qualname__, written.__doc__ = original.__qualname__, original.__doc__
     written.__module__ = original.__module__
+    written.__dict__.update(original.__dict__)  # marks that decorators left
     return written
 
 
@@ -250,8 +264,8 @@ def _open(call: ast.Call, opening: Opening) -> None:
 
 
 def _source(base: type[Any], method: str) -> tuple[ast.FunctionDef, FunctionType]:
-    """The syntax tree of a method, at the lines of its file, without annotations and defaults; and the method."""
-    original = next((vars(owner)[method] for owner in base.__mro__ if method in vars(owner)), None)
+    """The syntax tree of a method at the lines of its file, and the method; without annotations and the like."""
+    original = undecorated(next((vars(owner)[method] for owner in base.__mro__ if method in vars(owner)), None))
     if not isinstance(original, FunctionType):
         raise Unreadable("it is no plain function")
     if set(original.__code__.co_freevars) - {"__class__"}:
@@ -261,9 +275,10 @@ def _source(base: type[Any], method: str) -> tuple[ast.FunctionDef, FunctionType
         function = ast.parse(textwrap.dedent("".join(lines))).body[0]
     except (OSError, TypeError, SyntaxError) as error:
         raise Unreadable(str(error)) from None
-    if not isinstance(function, ast.FunctionDef) or function.decorator_list:
-        raise Unreadable("it is decorated")
+    if not isinstance(function, ast.FunctionDef):
+        raise Unreadable("it is no plain function")
     ast.increment_lineno(function, first - 1)
+    function.decorator_list = []
     arguments = function.args
     for argument in ast.walk(arguments):
         if isinstance(argument, ast.arg):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tpvprune.batches import device_of
 from tpvprune.copies import copied
 from tpvprune.elastic import base_of, calls_at, method_of, own_name, owner_of
 from tpvprune.layers import cut
@@ -27,6 +28,7 @@ from tpvprune.types import Graph
 LEEWAY = 0.05  # of what the masks change: a wrong index changes about as much as they do
 NOISE = 1e-5  # of the largest output, for what rounding adds
 EXACT = 1e-7  # likewise in float64, where even networks that make much of rounding add less
+TORN = "the number that counts them in the code counts something else that stays"
 DIFFERS = "without them the network does not give what it gives with them masked"
 
 
@@ -54,6 +56,9 @@ def rehearsed(
     kwargs: Mapping[str, Any],
     policy: Policy,
     limit: Limit | None = None,
+    *,
+    doubtful: Collection[str] = (),
+    torn: Collection[str] = (),
 ) -> Policy:
     """The policy to follow the network under; where nothing but openings is new in it, every group can be cut as it is.
 
@@ -65,6 +70,8 @@ def rehearsed(
         kwargs: likewise.
         policy: under which it was followed.
         limit: to the time it may take.
+        doubtful: names of numbers that are read for something else than a width, as far as code tells.
+        torn: groups that are counted by a number by which something else is counted, too.
     """
     groups = [g for g in graph.groups if g.units > 1]
     if not groups:
@@ -84,6 +91,12 @@ def rehearsed(
             stage.graph = replace(graph, openings=policy.openings)
             failure = stage.fails(some, uneven)
         if failure is not None:
+            uncounted = _uncounted(stage, some, uneven, doubtful)
+            if uncounted:
+                return replace(policy, uncounted=policy.uncounted | uncounted)
+            stuck = {g.id: TORN for g in some if g.id in torn and stage.fails([g], uneven) is not None}
+            if stuck:
+                return _keeping(policy, stage.graph, stuck)
             uneven_parts = {width.module for width in follower.widths if width.must} - policy.parts
             if uneven_parts:
                 return replace(policy, parts=policy.parts | uneven_parts)
@@ -115,12 +128,8 @@ def needed_counts(
         limit: to the time it may take.
     """
     groups = [g for g in graph.groups if g.units > 1]
-    kinds: dict[tuple[type, str], set[str]] = {}
-    for name in doubtful:
-        module, _, key = name.rpartition(".")
-        kinds.setdefault((type(model.get_submodule(module)), key), set()).add(name)
     counts = dict(graph.counts)
-    for names in kinds.values():
+    for names in _by_kind(model, doubtful):
         fewer = {name: of for name, of in counts.items() if name not in names}
         stages = [_Stage(model, replace(graph, counts=some), args, kwargs, limit) for some in (fewer, counts)]
         rounds = [(some, uneven) for uneven in (False, True) for some in ([g for g in groups if g.exact_mask], groups)]
@@ -131,14 +140,41 @@ def needed_counts(
     return counts
 
 
+def _by_kind(model: nn.Module, names: Iterable[str]) -> list[set[str]]:
+    """Names of numbers, those of one attribute of one class together."""
+    kinds: dict[tuple[type, str], set[str]] = {}
+    for name in names:
+        module, _, key = name.rpartition(".")
+        kinds.setdefault((type(model.get_submodule(module)), key), set()).add(name)
+    return list(kinds.values())
+
+
+def _uncounted(stage: _Stage, groups: list[Group], uneven: bool, doubtful: Collection[str]) -> frozenset[str]:
+    """Numbers without which a rehearsal goes well that fails with them set anew; none if there are none."""
+    kinds, graph = _by_kind(stage.model, doubtful), stage.graph
+    try:
+        for names in [*kinds, set(doubtful)] if len(kinds) > 1 else kinds:
+            stage.graph = replace(graph, counts={name: of for name, of in graph.counts.items() if name not in names})
+            if stage.fails(groups, uneven) is None:
+                return frozenset(names)
+    finally:
+        stage.graph = graph
+    return frozenset()
+
+
 def _kept(stage: _Stage, groups: list[Group], uneven: bool, failure: _Failure, policy: Policy) -> Policy:
     """The policy with all units of the groups kept that fail on their own, or of all that fail together."""
     guilty = {g.id: alone.why for g in groups if (alone := stage.fails([g], uneven)) is not None}
     if not guilty:  # each can go, but not all together
         guilty = {g.id: failure.why for g in groups}
+    return _keeping(policy, stage.graph, guilty)
+
+
+def _keeping(policy: Policy, graph: Graph, whys: Mapping[str, str]) -> Policy:
+    """The policy with all units of groups kept, each for its reason."""
     kept = dict(policy.kept)
-    for name, why in guilty.items():
-        group = stage.graph[name]
+    for name, why in whys.items():
+        group = graph[name]
         member = group.of_role("produce", "affine")[0]
         for entry in member.entries(group.units)[:, 0].tolist():
             kept[member.param, member.axis, entry] = why
@@ -153,11 +189,11 @@ class _Stage:
     ) -> None:
         self.limit = limit
         self.model, self.graph, self.args, self.kwargs = model, graph, args, kwargs
-        self.dense = tensors_of(model(*args, **kwargs))
+        self.dense = _run(model, args, kwargs)
 
     def outputs(self, groups: Sequence[Group], uneven: bool) -> list[Tensor]:
         """What the model gives with units cut, as `fails` cuts them."""
-        return tensors_of(cut(self.model, self._plan(groups, uneven))(*self.args, **self.kwargs))
+        return _run(cut(self.model, self._plan(groups, uneven)), self.args, self.kwargs)
 
     def _plan(self, groups: Sequence[Group], uneven: bool) -> Plan:
         least = {g.id: 1 if all(m.width() == 1 for m in g.of_role("affine", "stat")) else 2 for g in groups}
@@ -175,7 +211,7 @@ class _Stage:
             for name, module in small.named_modules():
                 module.register_forward_pre_hook(lambda *_, name=name: running.append(name))
                 module.register_forward_hook(lambda *_, name=name: self._left(running, name))
-            got = tensors_of(small(*self.args, **self.kwargs))
+            got = _run(small, self.args, self.kwargs)
         except Exception as error:  # whatever a model's own code raises
             module = running[-1] if running else ""
             kind = type(self.model.get_submodule(module)).__name__
@@ -192,10 +228,10 @@ class _Stage:
         # A network that makes much of rounding tells nothing in float32.
         model, args, kwargs = _doubled((self.model, self.args, self.kwargs))
         try:
-            got, dense = (tensors_of(m(*args, **kwargs)) for m in (cut(model, plan), model))
+            got, dense = (_run(m, args, kwargs) for m in (cut(model, plan), model))
             same = self._same(model, plan, got, dense, args, kwargs, 0.0, EXACT)
         except Exception:  # code that asks for another type
-            got = tensors_of(cut(self.model, plan)(*self.args, **self.kwargs))
+            got = _run(cut(self.model, plan), self.args, self.kwargs)
             same = self._same(self.model, plan, got, self.dense, self.args, self.kwargs, LEEWAY, 10 * NOISE)
         return None if same else _Failure(None, DIFFERS)
 
@@ -214,7 +250,7 @@ class _Stage:
         masked = copied(model)
         for name, mask in plan.as_masks().weights.items():
             masked.get_parameter(name).masked_fill_(~mask.to(masked.get_parameter(name).device), 0)
-        for a, b, c in zip(got, tensors_of(masked(*args, **kwargs)), dense, strict=True):
+        for a, b, c in zip(got, _run(masked, args, kwargs), dense, strict=True):
             if a.is_floating_point() and not bool(a.isnan().any()):
                 bound = leeway * float((b - c).abs().max()) + noise * float(c.abs().max())
                 if float((a - b).abs().max()) > bound:
@@ -225,6 +261,14 @@ class _Stage:
     def _left(running: list[str], name: str) -> None:
         while running and running.pop() != name:
             pass
+
+
+def _run(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """What a model gives, drawing the same random numbers each time: some shuffle or hide parts of their input."""
+    device = device_of(model)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        return tensors_of(model(*args, **kwargs))
 
 
 def _doubled(value: Any) -> Any:
