@@ -263,6 +263,39 @@ def test_decorated_passes_are_written_anew_where_the_decorator_gives_them_back()
     assert type(small).forward.told  # type: ignore[attr-defined]
 
 
+class Reduced(nn.Module):
+    """Writes what it reads as wide as its input, which shows only where one of the two is cut and not the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.less, self.out = nn.Conv1d(6, 6, 2, 2), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        fewer = self.less(x.permute(0, 2, 1).reshape(B, C, N))
+        return self.out(fewer.reshape(B, C, -1).permute(0, 2, 1))
+
+
+class Fixed(nn.Module):
+    """Ends in a width that is written out where no code can be written anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.block, self.middle, self.last = nn.Linear(5, 6), Reduced(), nn.Linear(6, 7), nn.Linear(7, 3)
+
+    @announced
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = torch.cat([x, self.block(x)], 1)
+        return self.last(self.middle(x).reshape(len(x), -1, 7)).mean(1)
+
+
+def test_what_fails_alone_and_not_together_is_opened_too() -> None:
+    graph, _ = checked(randomise(Fixed()), example(2, 4, 5))
+    assert {g.id: g.units for g in graph.groups} == {"first": 6, "block.less": 6}
+    assert "cannot do without them" in graph.skipped["middle"]
+
+
 class Shuffled(nn.Module):
     """Puts its tokens in an order of their own each time, and leaves some out."""
 

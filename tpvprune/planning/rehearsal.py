@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tpvprune.batches import device_of
-from tpvprune.copies import copied
+from tpvprune.copies import copied, doubled
 from tpvprune.elastic import base_of, calls_at, method_of, own_name, owner_of
 from tpvprune.layers import cut
 from tpvprune.members import Group, Opening
@@ -82,14 +82,7 @@ def rehearsed(
     # by one number.
     rounds = [(groups, False), (exact if len(exact) < len(groups) else [], False), (groups, True)]
     for some, uneven in rounds:
-        failure = stage.fails(some, uneven) if some else None
-        while failure is not None:
-            opened = _opened(model, graph, follower, policy, failure)
-            if opened is None:
-                break
-            policy = opened
-            stage.graph = replace(graph, openings=policy.openings)
-            failure = stage.fails(some, uneven)
+        failure, policy = _tried(stage, follower, policy, some, uneven) if some else (None, policy)
         if failure is not None:
             uncounted = _uncounted(stage, some, uneven, doubtful)
             if uncounted:
@@ -101,7 +94,7 @@ def rehearsed(
             if uneven_parts:
                 return replace(policy, parts=policy.parts | uneven_parts)
             stricter = None if failure.module is None else _stricter(model, follower, policy, failure)
-            return stricter or _kept(stage, some, uneven, failure, policy)
+            return stricter or _kept(stage, follower, policy, some, uneven, failure)
     return policy
 
 
@@ -162,9 +155,30 @@ def _uncounted(stage: _Stage, groups: list[Group], uneven: bool, doubtful: Colle
     return frozenset()
 
 
-def _kept(stage: _Stage, groups: list[Group], uneven: bool, failure: _Failure, policy: Policy) -> Policy:
+def _tried(
+    stage: _Stage, follower: Follower, policy: Policy, groups: list[Group], uneven: bool
+) -> tuple[_Failure | None, Policy]:
+    """How a rehearsal fails, None if it does not, with all sizes left open that can be, and the policy that says so."""
+    failure = stage.fails(groups, uneven)
+    while failure is not None:
+        opened = _opened(stage.model, stage.graph, follower, policy, failure)
+        if opened is None:
+            break
+        policy = opened
+        stage.graph = replace(stage.graph, openings=policy.openings)
+        failure = stage.fails(groups, uneven)
+    return failure, policy
+
+
+def _kept(
+    stage: _Stage, follower: Follower, policy: Policy, groups: list[Group], uneven: bool, failure: _Failure
+) -> Policy:
     """The policy with all units of the groups kept that fail on their own, or of all that fail together."""
-    guilty = {g.id: alone.why for g in groups if (alone := stage.fails([g], uneven)) is not None}
+    guilty = {}
+    for group in groups:  # which may fail where together they did not: widths that are the same differ then
+        alone, policy = _tried(stage, follower, policy, [group], uneven)
+        if alone is not None:
+            guilty[group.id] = alone.why
     if not guilty:  # each can go, but not all together
         guilty = {g.id: failure.why for g in groups}
     return _keeping(policy, stage.graph, guilty)
@@ -226,7 +240,7 @@ class _Stage:
         ):
             return None
         # A network that makes much of rounding tells nothing in float32.
-        model, args, kwargs = _doubled((self.model, self.args, self.kwargs))
+        model, args, kwargs = doubled((self.model, self.args, self.kwargs))
         try:
             got, dense = (_run(m, args, kwargs) for m in (cut(model, plan), model))
             same = self._same(model, plan, got, dense, args, kwargs, 0.0, EXACT)
@@ -269,17 +283,6 @@ def _run(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         return tensors_of(model(*args, **kwargs))
-
-
-def _doubled(value: Any) -> Any:
-    """The same in float64: modules, tensors, and what holds them."""
-    if isinstance(value, nn.Module):
-        return copied(value).double()
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {key: _doubled(item) for key, item in value.items()}
-    return type(value)(map(_doubled, value)) if type(value) in (tuple, list) else value
 
 
 def _site(model: nn.Module, error: BaseException) -> Site | None:
