@@ -18,7 +18,16 @@ from torch import nn
 
 from tpvprune.errors import ModelError
 from tpvprune.members import Opening
-from tpvprune.source import Unreadable, base_of, called, functions, methods, own_name, source_of
+from tpvprune.source import (
+    Unreadable,
+    base_of,
+    called,
+    functions,
+    is_as_written,
+    methods,
+    own_name,
+    source_of,
+)
 
 NAME = "reshaped_"  # of the tensor that a rewritten call reshapes
 SHAPING = frozenset(("reshape", "view"))
@@ -134,7 +143,7 @@ def _variables(part: ast.AST) -> set[str]:
 
 
 def _calls_at(base: type[Any], method: str, line: int) -> Iterable[tuple[str, tuple[str, ...]]]:
-    statement = _statement(base, method, line)
+    statement = _statement(base, method, line) if is_as_written(base, method) else None
     calls = [] if statement is None else _calls(statement)
     return tuple((ast.unparse(call), tuple(ast.unparse(size) for size in _sizes(call))) for call in calls)
 
@@ -252,6 +261,8 @@ class _Writer:
         try:
             if name in self._begun:
                 raise Unreadable("it calls itself")
+            if not is_as_written(self.base, name):
+                raise Unreadable("it is decorated")
             function, original = source_of(self.base, name)
         except Unreadable as error:
             raise ModelError(f"the source of {title} cannot be read ({error})") from None
@@ -273,6 +284,7 @@ class _Writer:
         written.__defaults__, written.__kwdefaults__ = original.__defaults__, original.__kwdefaults__
         written.__qualname__, written.__doc__ = original.__qualname__, original.__doc__
         written.__module__ = original.__module__
+        written.__dict__.update(original.__dict__)  # marks that decorators left
         self._made[name] = written
         return written
 

@@ -20,8 +20,19 @@ class Unreadable(Exception):
 
 def method_of(kind: type[Any], code: CodeType) -> str | None:
     """Name of the method of a class that a code object belongs to; None if it is none, or one that is overridden."""
-    found = inspect.getattr_static(kind, code.co_name, None)
+    found = undecorated(inspect.getattr_static(kind, code.co_name, None))
     return code.co_name if isinstance(found, FunctionType) and found.__code__ is code else None
+
+
+def undecorated(method: Any) -> Any:
+    """What decorators that keep to `functools.wraps` were given; what is decorated by others, or by none, as it is."""
+    return inspect.unwrap(method) if isinstance(method, FunctionType) else method
+
+
+def is_as_written(base: type[Any], method: str) -> bool:
+    """Whether a method is the code that its source shows; decorators may have given back what they were given."""
+    found = inspect.getattr_static(base, method, None)
+    return undecorated(found) is found
 
 
 def base_of(kind: type[Any]) -> type[Any]:
@@ -37,7 +48,7 @@ def owner_of(frame: FrameType) -> Any:
 
 def own_name(kind: type[Any], method: str) -> str | None:
     """What a method calls the module itself; None of a function that is no method."""
-    found = inspect.getattr_static(base_of(kind), method, None)
+    found = undecorated(inspect.getattr_static(base_of(kind), method, None))
     return str(found.__code__.co_varnames[0]) if isinstance(found, FunctionType) else None
 
 
@@ -117,12 +128,13 @@ def _innermost(kind: type[Any], frames: Iterable[FrameType]) -> tuple[str, Frame
 def source_of(base: type[Any], name: str) -> tuple[ast.FunctionDef, FunctionType]:
     """The syntax tree of a method of a class, or of a function that methods call, and the function itself.
 
-    The tree is at the lines of its file, without annotations and defaults.
+    The tree is at the lines of its file, without annotations, defaults and decorators.
 
     Raises:
         Unreadable: there is no such function, or no source of it that could be compiled again.
     """
-    original = next((vars(owner)[name] for owner in base.__mro__ if name in vars(owner)), functions(base).get(name))
+    found = next((vars(owner)[name] for owner in base.__mro__ if name in vars(owner)), functions(base).get(name))
+    original = undecorated(found)
     if not isinstance(original, FunctionType):
         raise Unreadable("it is no plain function")
     if set(original.__code__.co_freevars) - {"__class__"}:
@@ -132,9 +144,10 @@ def source_of(base: type[Any], name: str) -> tuple[ast.FunctionDef, FunctionType
         function = ast.parse(textwrap.dedent("".join(lines))).body[0]
     except (OSError, TypeError, SyntaxError) as error:
         raise Unreadable(str(error)) from None
-    if not isinstance(function, ast.FunctionDef) or function.decorator_list:
-        raise Unreadable("it is decorated")
+    if not isinstance(function, ast.FunctionDef):
+        raise Unreadable("it is no plain function")
     ast.increment_lineno(function, first - 1)
+    function.decorator_list = []
     arguments = function.args
     for argument in ast.walk(arguments):
         if isinstance(argument, ast.arg):

@@ -22,6 +22,7 @@ from tpvprune.planning.units import FREE, STATIC, Units
 from tpvprune.source import method_of, running
 
 WEIGHTS = "{!r} looks at the mean attention of all heads"
+OF_ONE_HEAD = ("head_dim", "dim_head", "head_size", "head_channels", "d_head", "dim_per_head")  # in names of numbers
 FIXED = "its channels are added to the model's input or another tensor of fixed width"
 
 

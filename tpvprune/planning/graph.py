@@ -92,7 +92,15 @@ def trace(
             forget(twin)
             traced = Traced(twin, follow(twin, args, kwargs, policy, notify, limit), usage, policy, dense)
             found = traced.stricter() or rehearsed(
-                twin, traced.graph(model_id(model)), traced.follower, args, kwargs, policy, limit
+                twin,
+                traced.graph(model_id(model)),
+                traced.follower,
+                args,
+                kwargs,
+                policy,
+                limit,
+                doubtful=traced.doubtful,
+                torn=traced.torn,
             )
             if replace(found, openings=policy.openings) == policy:
                 break

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpvprune.copies import copied
+from tpvprune.batches import device_of
+from tpvprune.copies import copied, doubled
 from tpvprune.elastic import calls_at
 from tpvprune.layers import cut, registered
 from tpvprune.members import Group, Opening
@@ -30,6 +31,7 @@ LEEWAY = 0.05  # of what the masks change: a wrong index changes about as much a
 NOISE = 1e-5  # of the largest output, for what rounding adds
 EXACT = 1e-7  # likewise in float64, where even networks that make much of rounding add less
 FOLLOWS = "the code of {} makes a number of their width, {:g} with all of them"
+TORN = "the number that counts them in the code counts something else that stays"
 DIFFERS = "without them the network does not give what it gives with them masked"
 
 
@@ -59,6 +61,9 @@ def rehearsed(
     kwargs: Mapping[str, Any],
     policy: Policy,
     limit: Limit | None = None,
+    *,
+    doubtful: Collection[str] = (),
+    torn: Collection[str] = (),
 ) -> Policy:
     """The policy to follow the network under; where nothing but openings is new in it, every group can be cut as it is.
 
@@ -70,6 +75,8 @@ def rehearsed(
         kwargs: likewise.
         policy: under which it was followed.
         limit: to the time it may take.
+        doubtful: names of numbers that are read for something else than a width, as far as code tells.
+        torn: groups that are counted by a number by which something else is counted, too.
     """
     groups = [g for g in graph.groups if g.units > 1]
     if not groups:
@@ -80,20 +87,19 @@ def rehearsed(
     # by one number.
     rounds = [(groups, False), (exact if len(exact) < len(groups) else [], False), (groups, True)]
     for some, uneven in rounds:
-        failure = stage.fails(some, uneven) if some else None
-        while failure is not None:
-            opened = _opened(model, graph, follower, policy, failure)
-            if opened is None:
-                break
-            policy = opened
-            stage.graph = replace(graph, openings=policy.openings)
-            failure = stage.fails(some, uneven)
+        failure, policy = _tried(stage, follower, policy, some, uneven) if some else (None, policy)
         if failure is not None:
+            uncounted = _uncounted(stage, some, uneven, doubtful)
+            if uncounted:
+                return replace(policy, uncounted=policy.uncounted | uncounted)
+            stuck = {g.id: TORN for g in some if g.id in torn and stage.fails([g], uneven) is not None}
+            if stuck:
+                return _keeping(policy, stage.graph, stuck)
             uneven_parts = {width.module for width in follower.widths if width.must} - policy.parts
             if uneven_parts:
                 return replace(policy, parts=policy.parts | uneven_parts)
             stricter = None if failure.module is None else _stricter(model, follower, policy, failure)
-            return stricter or _kept(stage, some, uneven, failure, policy)
+            return stricter or _kept(stage, follower, policy, some, uneven, failure)
     return policy
 
 
@@ -120,12 +126,8 @@ def needed_counts(
         limit: to the time it may take.
     """
     groups = [g for g in graph.groups if g.units > 1]
-    kinds: dict[tuple[type, str], set[str]] = {}
-    for name in doubtful:
-        module, _, key = name.rpartition(".")
-        kinds.setdefault((type(model.get_submodule(module)), key), set()).add(name)
     counts = dict(graph.counts)
-    for names in kinds.values():
+    for names in _by_kind(model, doubtful):
         fewer = {name: of for name, of in counts.items() if name not in names}
         stages = [_Stage(model, replace(graph, counts=some), args, kwargs, limit) for some in (fewer, counts)]
         rounds = [(some, uneven) for uneven in (False, True) for some in ([g for g in groups if g.exact_mask], groups)]
@@ -136,14 +138,62 @@ def needed_counts(
     return counts
 
 
-def _kept(stage: _Stage, groups: list[Group], uneven: bool, failure: _Failure, policy: Policy) -> Policy:
+def _by_kind(model: nn.Module, names: Iterable[str]) -> list[set[str]]:
+    """Names of numbers, those of one attribute of one class together."""
+    kinds: dict[tuple[type, str], set[str]] = {}
+    for name in names:
+        module, _, key = name.rpartition(".")
+        kinds.setdefault((type(model.get_submodule(module)), key), set()).add(name)
+    return list(kinds.values())
+
+
+def _uncounted(stage: _Stage, groups: list[Group], uneven: bool, doubtful: Collection[str]) -> frozenset[str]:
+    """Numbers without which a rehearsal goes well that fails with them set anew; none if there are none."""
+    kinds, graph = _by_kind(stage.model, doubtful), stage.graph
+    try:
+        for names in [*kinds, set(doubtful)] if len(kinds) > 1 else kinds:
+            stage.graph = replace(graph, counts={name: of for name, of in graph.counts.items() if name not in names})
+            if stage.fails(groups, uneven) is None:
+                return frozenset(names)
+    finally:
+        stage.graph = graph
+    return frozenset()
+
+
+def _tried(
+    stage: _Stage, follower: Follower, policy: Policy, groups: list[Group], uneven: bool
+) -> tuple[_Failure | None, Policy]:
+    """How a rehearsal fails, None if it does not, with all sizes left open that can be, and the policy that says so."""
+    failure = stage.fails(groups, uneven)
+    while failure is not None:
+        opened = _opened(stage.model, stage.graph, follower, policy, failure)
+        if opened is None:
+            break
+        policy = opened
+        stage.graph = replace(stage.graph, openings=policy.openings)
+        failure = stage.fails(groups, uneven)
+    return failure, policy
+
+
+def _kept(
+    stage: _Stage, follower: Follower, policy: Policy, groups: list[Group], uneven: bool, failure: _Failure
+) -> Policy:
     """The policy with all units of the groups kept that fail on their own, or of all that fail together."""
-    guilty = {g.id: alone.why for g in groups if (alone := stage.fails([g], uneven)) is not None}
+    guilty = {}
+    for group in groups:  # which may fail where together they did not: widths that are the same differ then
+        alone, policy = _tried(stage, follower, policy, [group], uneven)
+        if alone is not None:
+            guilty[group.id] = alone.why
     if not guilty:  # each can go, but not all together
         guilty = {g.id: failure.why for g in groups}
+    return _keeping(policy, stage.graph, guilty)
+
+
+def _keeping(policy: Policy, graph: Graph, whys: Mapping[str, str]) -> Policy:
+    """The policy with all units of groups kept, each for its reason."""
     kept = dict(policy.kept)
-    for name, why in guilty.items():
-        group = stage.graph[name]
+    for name, why in whys.items():
+        group = graph[name]
         member = group.of_role("produce", "affine")[0]
         for entry in member.entries(group.units)[:, 0].tolist():
             kept[member.param, member.axis, entry] = why
@@ -161,11 +211,11 @@ class _Stage:
         self.scalars = Scalars(model)
         self.free = {name for name, module in model.named_modules() if registered(module)}
         with self.scalars:
-            self.dense = tensors_of(model(*args, **kwargs))
+            self.dense = _run(model, args, kwargs)
 
     def outputs(self, groups: Sequence[Group], uneven: bool) -> list[Tensor]:
         """What the model gives with units cut, as `fails` cuts them."""
-        return tensors_of(cut(self.model, self._plan(groups, uneven))(*self.args, **self.kwargs))
+        return _run(cut(self.model, self._plan(groups, uneven)), self.args, self.kwargs)
 
     def _plan(self, groups: Sequence[Group], uneven: bool) -> Plan:
         least = {g.id: 1 if all(m.width() == 1 for m in g.of_role("affine", "stat")) else 2 for g in groups}
@@ -184,7 +234,7 @@ class _Stage:
                 module.register_forward_pre_hook(lambda *_, name=name: running.append(name))
                 module.register_forward_hook(lambda *_, name=name: self._left(running, name))
             with Scalars() as scalars:
-                got = tensors_of(small(*self.args, **self.kwargs))
+                got = _run(small, self.args, self.kwargs)
         except Exception as error:  # whatever a model's own code raises
             module = running[-1] if running else ""
             kind = type(self.model.get_submodule(module)).__name__
@@ -205,12 +255,12 @@ class _Stage:
         ):
             return None
         # A network that makes much of rounding tells nothing in float32.
-        model, args, kwargs = _doubled((self.model, self.args, self.kwargs))
+        model, args, kwargs = doubled((self.model, self.args, self.kwargs))
         try:
-            got, dense = (tensors_of(m(*args, **kwargs)) for m in (cut(model, plan), model))
+            got, dense = (_run(m, args, kwargs) for m in (cut(model, plan), model))
             same = self._same(model, plan, got, dense, args, kwargs, 0.0, EXACT)
         except Exception:  # code that asks for another type
-            got = tensors_of(cut(self.model, plan)(*self.args, **self.kwargs))
+            got = _run(cut(self.model, plan), self.args, self.kwargs)
             same = self._same(self.model, plan, got, self.dense, self.args, self.kwargs, LEEWAY, 10 * NOISE)
         return None if same else _Failure(None, DIFFERS)
 
@@ -229,7 +279,7 @@ class _Stage:
         masked = copied(model)
         for name, mask in plan.as_masks().weights.items():
             masked.get_parameter(name).masked_fill_(~mask.to(masked.get_parameter(name).device), 0)
-        for a, b, c in zip(got, tensors_of(masked(*args, **kwargs)), dense, strict=True):
+        for a, b, c in zip(got, _run(masked, args, kwargs), dense, strict=True):
             if a.is_floating_point() and a.numel() and not bool(a.isnan().any()):
                 bound = leeway * float((b - c).abs().max()) + noise * float(c.abs().max())
                 if float((a - b).abs().max()) > bound:
@@ -242,15 +292,12 @@ class _Stage:
             pass
 
 
-def _doubled(value: Any) -> Any:
-    """The same in float64: modules, tensors, and what holds them."""
-    if isinstance(value, nn.Module):
-        return copied(value).double()
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {key: _doubled(item) for key, item in value.items()}
-    return type(value)(map(_doubled, value)) if type(value) in (tuple, list) else value
+def _run(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """What a model gives, drawing the same random numbers each time: some shuffle or hide parts of their input."""
+    device = device_of(model)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        return tensors_of(model(*args, **kwargs))
 
 
 def _site(model: nn.Module, error: BaseException) -> Site | None:
