@@ -2,6 +2,8 @@
 
     python benchmarks/timm_coverage.py --list both && python benchmarks/timm_coverage.py --report
 
+And likewise of torchvision, with `--library torchvision`.
+
 Every model runs in a process of its own, on random weights and one thread, within a limit on seconds and memory; what
 is checked is in `timm_coverage_check.py`. What the results hold already is not run again; Ctrl-C keeps what is there.
 """
@@ -23,18 +25,23 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import timm
+import timm_coverage_models
 import torch
+import torchvision
+import torchvision_coverage_models
 from timm_coverage_check import CHECKS
-from timm_coverage_models import Target, families, popular
+from timm_coverage_models import Target
 from timm_coverage_report import amount, reason, report
 
 import tpvprune as tp
 from tpvprune.files import write_text
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results" / "timm_coverage.jsonl"
-REPORT = HERE.parent / "docs" / "timm_coverage.md"
-VERSIONS = {"timm": timm.__version__, "tpvprune": tp.__version__}
+LIBRARIES: dict[str, Any] = {"timm": timm_coverage_models, "torchvision": torchvision_coverage_models}
+VERSIONS = {
+    name: {name: library.__version__, "tpvprune": tp.__version__}
+    for name, library in (("timm", timm), ("torchvision", torchvision))
+}
 Record = dict[str, Any]
 
 
@@ -45,26 +52,25 @@ class Stopped(Exception):
 class Results:
     """Records in a JSONL file, of which the last of a model (of a module, for families), list and versions holds."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, library: str) -> None:
+        self.file, self.library, self.versions = file, library, VERSIONS[library]
         lines = file.read_text().splitlines() if file.is_file() else []
         self.records = {self._key(record): record for record in map(json.loads, lines)}
         self.fresh: list[Record] = []
 
-    @staticmethod
-    def _key(record: Record) -> tuple[str, ...]:
+    def _key(self, record: Record) -> tuple[str, ...]:
         name = record["module" if record["list"] == "families" else "model"]
-        return (record["list"], name, *(record["versions"][package] for package in VERSIONS))
+        return (record["list"], name, *(record["versions"][package] for package in self.versions))
 
     def of(self, target: Target) -> Record | None:
         """What is known of a target under the versions at hand."""
         name = target.module if target.list == "families" else target.models[0]
-        return self.records.get((target.list, name, *VERSIONS.values()))
+        return self.records.get((target.list, name, *self.versions.values()))
 
     def elsewhere(self, target: Target, fresh: bool) -> Record | None:
         """What another list knows of the same model, under the versions at hand; if asked, only from this run."""
         for record in self.fresh if fresh else self.records.values():
-            same = record["model"] in target.models[:1] and record["versions"].items() >= VERSIONS.items()
+            same = record["model"] in target.models[:1] and record["versions"].items() >= self.versions.items()
             if same and record["list"] != target.list:
                 return record
         return None
@@ -102,10 +108,11 @@ def end(process: psutil.Process) -> None:
         pass
 
 
-def run(model: str, limits: dict[str, float], stop: threading.Event) -> Record:
+def run(library: str, model: str, limits: dict[str, float], stop: threading.Event) -> Record:
     """The checks of one model, and what ended them if they did not end by themselves."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(HERE / "timm_coverage_check.py"), model, folder, str(limits["seconds"])]
+        check = [sys.executable, str(HERE / "timm_coverage_check.py")]
+        command = [*check, library, model, folder, str(limits["seconds"])]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         start, peak, wrong = time.monotonic(), 0, ""
         with (Path(folder) / "errors").open("w+") as errors:
@@ -139,12 +146,12 @@ def run(model: str, limits: dict[str, float], stop: threading.Event) -> Record:
     return record | {"peak_mib": round(peak / 2**20)}
 
 
-def run_target(target: Target, limits: dict[str, float], stop: threading.Event) -> Record:
+def run_target(library: str, target: Target, limits: dict[str, float], stop: threading.Event) -> Record:
     """The first of a target's models that runs dense; the last, if none does."""
     record: Record = {"model": target.module, "checks": {"dense": {"ok": False, "why": "no variant can be built"}}}
     passed_over = {}
     for model in target.models:
-        record = run(model, limits, stop)
+        record = run(library, model, limits, stop)
         if record["checks"]["dense"]["ok"]:
             break
         passed_over[model] = record["checks"]["dense"]["why"]
@@ -154,7 +161,7 @@ def run_target(target: Target, limits: dict[str, float], stop: threading.Event) 
         "list": target.list,
         "module": target.module,
         "passed": all(record["checks"].get(check, {}).get("ok", False) for check in CHECKS),
-        "versions": VERSIONS | {"torch": torch.__version__.partition("+")[0]},
+        "versions": VERSIONS[library] | {"torch": torch.__version__.partition("+")[0]},
         "limits": limits,
         **record,
         **({"passed_over": passed_over} if passed_over else {}),
@@ -181,7 +188,7 @@ def run_all(targets: list[Target], results: Results, limits: dict[str, float], j
         with lock:
             known = results.elsewhere(target, fresh=rerun)
         try:
-            record = {**known, "list": target.list} if known else run_target(target, limits, stop)
+            record = {**known, "list": target.list} if known else run_target(results.library, target, limits, stop)
         except Stopped:
             return
         with lock:
@@ -201,22 +208,25 @@ def run_all(targets: list[Target], results: Results, limits: dict[str, float], j
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--library", choices=tuple(LIBRARIES), default="timm")
     parser.add_argument("--list", choices=("families", "popular", "both"), default="both")
     parser.add_argument("--only", nargs="+", metavar="NAME", default=[], help="models or modules, and no others")
     parser.add_argument("--again", nargs="+", metavar="NAME", default=[], help="only these, though there are results")
     parser.add_argument("--failed", action="store_true", help="only those whose results say that they did not pass")
-    parser.add_argument("--report", action="store_true", help=f"write {REPORT.name} from the results, run nothing")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--report", action="store_true", help="write the page of docs from the results, run nothing")
+    parser.add_argument("--results", type=Path, help="file, in place of results/LIBRARY_coverage.jsonl")
     parser.add_argument("--seconds", type=float, default=300, help="limit for all checks of a model")
     parser.add_argument("--gib", type=float, default=8, help="limit on the memory of a model's checks")
     parser.add_argument("--jobs", type=int, default=1)
     given = parser.parse_args()
-    targets = (families() if given.list != "popular" else []) + (popular() if given.list != "families" else [])
-    results = Results(given.results)
+    models = LIBRARIES[given.library]
+    targets = models.families() if given.list != "popular" else []
+    targets += models.popular() if given.list != "families" else []
+    results = Results(given.results or HERE / "results" / f"{given.library}_coverage.jsonl", given.library)
     if given.report:
-        rows = [(target, results.of(target)) for target in targets]
-        write_text(REPORT, report(rows))
-        print(f"wrote {REPORT.name}")
+        page = HERE.parent / "docs" / f"{given.library}_coverage.md"
+        write_text(page, report(given.library, given.list, [(target, results.of(target)) for target in targets]))
+        print(f"wrote {page.name}")
         return
     wanted = {*given.only, *given.again}
     unknown = wanted.difference(*((target.module, *target.models[:1]) for target in targets))
@@ -233,7 +243,7 @@ def main() -> None:
         limits = {"seconds": given.seconds, "gib": given.gib}
         run_all(chosen, results, limits, given.jobs, bool(given.failed or given.again))
     except KeyboardInterrupt:
-        print(f"stopped; what was done is in {given.results.name}")
+        print(f"stopped; what was done is in {results.file.name}")
         sys.exit(130)
     results.tidy()
     passed = sum(record["passed"] for record in results.fresh)

@@ -1,6 +1,6 @@
 """The checks that `timm_coverage.py` runs on one model, in a process of its own.
 
-    python benchmarks/timm_coverage_check.py MODEL FOLDER SECONDS
+    python benchmarks/timm_coverage_check.py LIBRARY MODEL FOLDER SECONDS
 
 What is known so far is written to FOLDER/record.json after every check, so that a process that is killed leaves it.
 """
@@ -23,6 +23,7 @@ from typing import Any
 
 import timm
 import torch
+import torchvision_coverage_models
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -110,6 +111,32 @@ def inputs_of(batch: int, shape: Sequence[int]) -> Tensor:
     return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(1))
 
 
+def build_torchvision(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Likewise a model of torchvision.
+
+    Raises:
+        Failed: it does not run, or gives what is not finite.
+    """
+    shape = torchvision_coverage_models.shape_of(name)
+    model = torchvision_coverage_models.make(name)
+    stir(model)
+    return checked_dense(model, shape), {"input": list(shape)}
+
+
+def checked_dense(model: nn.Module, shape: Sequence[int]) -> nn.Module:
+    """The model, if it gives finite numbers.
+
+    Raises:
+        Failed: it does not.
+    """
+    found = run(model, inputs_of(2, shape))
+    if not found:
+        raise Failed("the dense model's output holds no tensor")
+    if not all(bool(output.isfinite().all()) for output in found):
+        raise Failed("the dense model's output is not finite on random weights")
+    return model
+
+
 def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
     """A dense model that runs, with random weights; and its input's shape, timm's own, and arguments for timm.
 
@@ -127,14 +154,12 @@ def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
         try:
             model = create_model(name, args=args)
             stir(model)
-            found = run(model, inputs_of(2, shape))
+            checked_dense(model, shape)
+        except Failed:
+            raise
         except Exception as error:
             wrong = f"does not run dense at {shape[-1]}: {brief(error)}"
             continue
-        if not found:
-            raise Failed("the dense model's output holds no tensor")
-        if not all(bool(output.isfinite().all()) for output in found):
-            raise Failed("the dense model's output is not finite on random weights")
         return model, {"input": list(shape), "input_of_timm": list(default), "args": args}
     raise Failed(wrong)
 
@@ -151,8 +176,8 @@ def multiply_adds(model: nn.Module, inputs: Tensor) -> int:
 class Checks:
     """The checks of one model, in turn; each fills `record` and leaves what the next ones need."""
 
-    def __init__(self, name: str, folder: Path) -> None:
-        self.name, self.folder = name, folder
+    def __init__(self, library: str, name: str, folder: Path) -> None:
+        self.library, self.name, self.folder = library, name, folder
         self.record: dict[str, Any] = {"model": name, "checks": {}, "seconds": {}, "differences": {}}
 
     def all(self) -> None:
@@ -183,7 +208,7 @@ class Checks:
 
     def dense(self) -> None:
         """The model can be built, and runs."""
-        self.model, built = build(self.name)
+        self.model, built = (build_torchvision if self.library == "torchvision" else build)(self.name)
         self.record |= built
         self.one, self.two = inputs_of(1, built["input"]), inputs_of(2, built["input"])
         self.outputs = run(self.model, self.two)
@@ -272,9 +297,14 @@ class Checks:
         self.record["differences"]["moved"] = difference(self.masked, self.outputs)
         if not differs <= TOLERANCE:  # rounding, perhaps: in float64 it would be gone, a wrong index would not
             self.model, self.two = self.model.double(), self.two.double()
-            differs = self._masked_and_cut(keep)
-            self.record["differences"]["mask_float64"] = differs
-            self.model, self.two = self.model.float(), self.two.float()
+            try:
+                differs = self._masked_and_cut(keep)
+                self.record["differences"]["mask_float64"] = differs
+            except Exception as error:
+                said = f"cut and masked differ by {differs:.1e} in float32, and in float64 the model does not run"
+                raise Failed(f"{said}: {brief(error)}") from error
+            finally:
+                self.model, self.two = self.model.float(), self.two.float()
             if differs <= TOLERANCE_64:
                 return f"cut and masked differ by {self.record['differences']['mask']:.1e} in float32 alone"
             names = list(keep)
@@ -301,7 +331,7 @@ class Checks:
 
     def load(self) -> None:
         """In a fresh process, with the same outputs."""
-        command = [sys.executable, __file__, "--load", str(self.folder)]
+        command = [sys.executable, __file__, "--load", self.library, self.name, str(self.folder)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             lines = done.stderr.strip().splitlines()
@@ -332,19 +362,20 @@ class Checks:
         return difference(run(exported.module(), self.one), run(model, self.one))
 
 
-def load(folder: Path) -> float:
+def load(library: str, name: str, folder: Path) -> float:
     expected = torch.load(folder / "expected.pt")
-    return difference(run(tp.load(folder / "saved"), expected["inputs"]), expected["outputs"])
+    skeleton = torchvision_coverage_models.make(name) if library == "torchvision" else None
+    return difference(run(tp.load(folder / "saved", skeleton=skeleton), expected["inputs"]), expected["outputs"])
 
 
 def main(arguments: list[str]) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if arguments[0] == "--load":
-        print(load(Path(arguments[1])))
+        print(load(arguments[1], arguments[2], Path(arguments[3])))
     else:
-        signal.alarm(int(float(arguments[2])) + 10)  # ends the process, should the one that watches it be gone
-        Checks(arguments[0], Path(arguments[1])).all()
+        signal.alarm(int(float(arguments[3])) + 10)  # ends the process, should the one that watches it be gone
+        Checks(arguments[0], arguments[1], Path(arguments[2])).all()
 
 
 if __name__ == "__main__":

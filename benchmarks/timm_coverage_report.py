@@ -1,4 +1,4 @@
-"""The page that `timm_coverage.py --report` writes."""
+"""The pages that `timm_coverage.py --report` writes, of timm and of torchvision."""
 
 from __future__ import annotations
 
@@ -62,8 +62,9 @@ def row(target: Target, record: Record | None) -> str:
         amount(macs[key]) + (f" ({macs[key] / macs['before']:.1%})" if key == "got" else "") if key in macs else "-"
         for key in ("before", "asked", "got")
     ]
-    size, usual = ("x".join(map(str, record.get(key, ["-"])[-2:])) for key in ("input", "input_of_timm"))
-    size += f" (timm: {usual})" if usual != size else ""
+    size = "x".join(map(str, record.get("input", ["-", "-"])[1:]))
+    usual = "x".join(map(str, record.get("input_of_timm", [])[1:]))
+    size += f" (timm: {usual})" if usual and usual != size else ""
     bad = failed(record)
     good = [check for check in CHECKS if check not in bad]
     few = ", ".join(good) or "nothing"
@@ -89,22 +90,35 @@ def summary(rows: Sequence[tuple[Target, Record | None]]) -> str:
     return said
 
 
-def report(rows: Sequence[tuple[Target, Record | None]]) -> str:
+INPUTS = {
+    "timm": (f"Inputs of {LARGE} pixels", "or more are made smaller where the model takes it."),
+    "torchvision": (
+        "Inputs are as small",
+        "as the models take well. Detectors are checked without what chooses boxes, on the outputs of their heads, as",
+        "the number of boxes is no function to compare; those of two stages look at boxes that are given, and RAFT",
+        "makes one update. `quantized_*` are left out: not quantized, they are the same networks, and quantized",
+        "weights are no parameters.",
+    ),
+}
+
+
+def report(library: str, which: str, rows: Sequence[tuple[Target, Record | None]]) -> str:
     """The whole page."""
     lists = {name: [(t, r) for t, r in rows if t.list == name] for name in HEADINGS}
     records = [record for _, record in rows if record]
     versions = sorted({", ".join(f"{k} {v}" for k, v in record["versions"].items()) for record in records})
     limits = sorted({f"{r['limits']['seconds']:.0f} s and {r['limits']['gib']:g} GiB" for r in records})
+    command = "python benchmarks/timm_coverage.py" + ("" if library == "timm" else f" --library {library}")
     out = [
-        "# Coverage of timm",
+        f"# Coverage of {library}",
         "",
         *(f"* **{HEADINGS[name]}**: {summary(own)}." for name, own in lists.items() if own),
         "",
-        "Made by `python benchmarks/timm_coverage.py --list both` and then `--report`, on CPU, one thread a model,",
+        f"Made by `{command} --list {which}` and then `--report`, on CPU, one thread a model,",
         f"with {' / '.join(versions) or 'nothing run yet'}. Random weights; what starts out constant (layer scales,",
         "norms, biases) is given random values, so that equal outputs mean something. Each model runs in a process of",
-        f"its own; all checks of one together may take {' / '.join(limits) or '-'} of memory. Inputs of {LARGE} pixels",
-        "or more are made smaller where the model takes it.",
+        f"its own; all checks of one together may take {' / '.join(limits) or '-'} of memory. {INPUTS[library][0]}",
+        *INPUTS[library][1:],
         "",
         f"A model passes if all of this holds: it runs **dense**; **trace** takes no more than {TRACE_LIMIT:.0f} s;",
         f"**plan** meets {SHARE:.0%} of the multiply-adds (squared weights, no data; where the floor is higher, *got*",

@@ -260,3 +260,30 @@ def test_modes_come_back_module_by_module() -> None:
     with pytest.raises(KeyError):
         fails()
     assert [m.training for m in model.modules()] == [True, True, False]
+
+
+class Captioned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        x = self.first(x).relu()
+        return self.last(x if mask is None else x * mask)
+
+
+def test_a_dict_whose_input_is_not_first_is_refused() -> None:
+    model, x = Captioned().eval(), torch.randn(2, 4)
+    graph = tp.trace(model, x)
+    with pytest.raises(tp.DataError, match="here 'mask', and Captioned takes 'x' first; wrap the Captioned"):
+        tp.score(model, [{"mask": torch.ones(2, 1), "x": x}], graph, tp.TPV(head="logits"))
+
+
+def test_items_that_a_model_takes_and_does_not_get_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = Captioned().eval(), torch.randn(2, 4)
+    graph = tp.trace(model, x)
+    first = tp.score(model, [{"x": x, "labels": torch.zeros(2), "name": torch.ones(2)}], graph, tp.TPV(head="logits"))
+    assert not caplog.records
+    second = tp.score(model, [{"x": x, "mask": torch.ones(2, 1)}] * 2, graph, tp.TPV(head="logits"))
+    assert [r.getMessage()[:44] for r in caplog.records] == ["batches hold 'mask', which Captioned takes a"]
+    assert first.values.keys() == second.values.keys()

@@ -236,7 +236,7 @@ LOOKS: dict[str, tuple[Callable[[Any, Tensor, Tensor], Any], str | None]] = {
     "weights mix": (lambda net, out, weights: net.fc(weights @ out.transpose(0, 1)), "looks at the mean attention"),
     "heads count": (
         lambda net, out, weights: net.fc(out / net.attend.num_heads),
-        "does not give what it gives with them masked",
+        "makes a number of their width, 4 with all of them",
     ),
 }
 

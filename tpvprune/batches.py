@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tpvprune.errors import DataError, ModelError, NonFiniteError
 
+logger = logging.getLogger(__name__)
 _SWITCHES = threading.RLock()
 Batch = Any
 Progress = Callable[[str, int, "int | None"], None]
@@ -23,6 +25,8 @@ Progress = Callable[[str, int, "int | None"], None]
 Selector = str | int | Callable[[Any], Any] | None
 """Which part of what a model returns is meant: a key, attribute or index (`"a.b.0"`), or a function of it."""
 Outputs = Tensor | dict[str, Tensor]
+_MANY = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+_ANSWERS = ("label", "target")  # in names of what models take to compute a loss by, which is not looked at
 
 
 def inputs_of(batch: Batch, key: str | None = None) -> Tensor:
@@ -121,15 +125,50 @@ def _plain(value: Tensor) -> Tensor:
 def model_batches(
     model: nn.Module, batches: Iterable[Batch], stage: str, progress: Progress | None = None, key: str | None = None
 ) -> Iterator[tuple[Tensor, Batch]]:
-    """`model_inputs`, each with the batch it came from."""
+    """`model_inputs`, each with the batch it came from.
+
+    Raises:
+        DataError: there is no batch, or a dict of which the model takes another item first.
+    """
     device, total, count = device_of(model), length_of(batches), 0
     for batch in batches:
+        if key is None and count == 0 and isinstance(batch, Mapping):
+            _check_named(model, batch)
         yield _plain(filled_inputs(batch, count, key)).to(device, non_blocking=True), batch
         count += 1
         if progress:
             progress(stage, count, total)
     if count == 0:
         raise DataError(f"{stage}: there is no batch; give at least one")
+
+
+def _check_named(model: nn.Module, batch: Mapping[Any, Any]) -> None:
+    """Refuse a dict whose first item the model takes in another place, and tell of items that it does not get.
+
+    Raises:
+        DataError: the model is called on the first item, by place, and takes another one there.
+    """
+    try:
+        takes = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind not in _MANY]
+    except (TypeError, ValueError):  # code that tells nothing of what it takes
+        return
+    kind, names = type(model).__name__, list(batch)
+    how = f"wrap the {kind} in a module that takes one tensor and gives the rest by name"
+    if names and names[0] in takes[1:]:
+        raise DataError(
+            f"the first item of a batch is the input, here {names[0]!r}, and {kind} takes {takes[0]!r} first; {how}, "
+            "or put the input first"
+        )
+    more = [name for name in names[1:] if name in takes and not any(part in str(name) for part in _ANSWERS)]
+    if more:
+        logger.warning(
+            "batches hold %s, which %s takes and does not get: models are called on the first item alone, %r; if it "
+            "changes the outputs, %s",
+            ", ".join(map(repr, more)),
+            kind,
+            names[0],
+            how,
+        )
 
 
 def select_output(output: Any, select: Selector, model: nn.Module) -> Outputs:
@@ -234,35 +273,6 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
                 module._buffers[name] = buffer
-
-
-@contextmanager
-def on_one_tensor(model: nn.Module) -> Iterator[None]:
-    """Outside of inference mode, and with errors of PyTorch that come of the model as it was given in plain words.
-
-    Raises:
-        ModelError: the model is not called on one tensor, or its weights were made inside `torch.inference_mode()`.
-    """
-    try:
-        with torch.inference_mode(False):
-            yield
-    except TypeError as error:
-        try:
-            inspect.signature(model.forward).bind(None)
-        except TypeError as wrong:
-            raise ModelError(
-                f"{type(model).__name__} is not called on one tensor ({wrong}); wrap it in a module that takes the "
-                "input alone and gives the other arguments itself"
-            ) from error
-        raise
-    except RuntimeError as error:
-        made = next((name for name, p in [*model.named_parameters(), *model.named_buffers()] if p.is_inference()), None)
-        if made is None:
-            raise
-        raise ModelError(
-            f"{made!r} of {type(model).__name__} was made inside torch.inference_mode(), and no gradient goes past "
-            "it; make or load the model outside of that"
-        ) from error
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -48,6 +49,35 @@ def check_rows(arguments: Arguments) -> None:
     """
     if any(tensor.ndim and not len(tensor) for tensor in _tensors(arguments)):
         raise ModelError("the example input holds no row; give a batch of at least one")
+
+
+@contextmanager
+def on_one_tensor(model: nn.Module) -> Iterator[None]:
+    """Outside of inference mode, and with errors of PyTorch that come of the model as it was given in plain words.
+
+    Raises:
+        ModelError: the model is not called on one tensor, or its weights were made inside `torch.inference_mode()`.
+    """
+    try:
+        with torch.inference_mode(False):
+            yield
+    except TypeError as error:
+        try:
+            inspect.signature(model.forward).bind(None)
+        except TypeError as wrong:
+            raise ModelError(
+                f"{type(model).__name__} is not called on one tensor ({wrong}); wrap it in a module that takes the "
+                "input alone and gives the other arguments itself"
+            ) from error
+        raise
+    except RuntimeError as error:
+        made = next((name for name, p in [*model.named_parameters(), *model.named_buffers()] if p.is_inference()), None)
+        if made is None:
+            raise
+        raise ModelError(
+            f"{made!r} of {type(model).__name__} was made inside torch.inference_mode(), and no gradient goes past "
+            "it; make or load the model outside of that"
+        ) from error
 
 
 @contextmanager

@@ -117,3 +117,14 @@ def _named(name: str, module: nn.Module, key: str, error: Exception) -> str:
 
 def _place(name: str, module: nn.Module, key: str) -> str:
     return f"{key!r} of {name!r}" if name else f"{key!r} of the {type(module).__name__} itself"
+
+
+def doubled(value: Any) -> Any:
+    """The same in float64: modules, tensors, and what holds them."""
+    if isinstance(value, nn.Module):
+        return copied(value).double()
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {key: doubled(item) for key, item in value.items()}
+    return type(value)(map(doubled, value)) if type(value) in (tuple, list) else value

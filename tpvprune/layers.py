@@ -49,6 +49,11 @@ def register_layer(kind: type[nn.Module], refresh: Refresh) -> None:
     _REGISTERED[kind] = refresh
 
 
+def registered(module: nn.Module) -> bool:
+    """Whether something is registered for a module's class."""
+    return isinstance(module, tuple(_REGISTERED))
+
+
 def refresh(module: nn.Module) -> None:
     """Set a layer's width attributes from the shapes of its own parameters, then what is registered for its class."""
     _resize(module)

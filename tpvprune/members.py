@@ -82,18 +82,22 @@ class Member:
 class Opening:
     """A size that a module's code writes out in a call of `reshape` or `view` and that a cut model leaves open.
 
+    Or a number that the code makes of a width and that a cut model keeps as it was.
+
     Attributes:
-        method: name of the method, of the module's class, that the call stands in.
-        call: its text.
-        size: which of its sizes is open: -1, if `given` does not tell it.
+        method: name of the method, of the module's class, that the call stands in, or of a function that methods call.
+        call: its text; of a number, that of the operation, as `x * width ** -0.5`.
+        size: which of its sizes is open: -1, if `given` does not tell it; or which operand is the number.
         given: a size and the axis of the tensor, that is reshaped, whose length is written there; None if there is
             no -1 in the call.
+        number: that stands there; None of a size.
     """
 
     method: str
     call: str
     size: int
     given: tuple[int, int] | None = None
+    number: float | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -210,7 +210,7 @@ class Graph:
         """The example's shapes, and what a cut sets anew besides tensors; where there is any."""
         found = {
             "counts": {name: list(what) for name, what in self.counts.items()},
-            "openings": {name: [asdict(opening) for opening in all_of] for name, all_of in self.openings.items()},
+            "openings": {name: [_of_opening(opening) for opening in all_of] for name, all_of in self.openings.items()},
             "told": {name: dict(groups) for name, groups in self.told.items()},
             "inputs": [list(shape) for shape in self.inputs],
         }
@@ -275,9 +275,16 @@ def _groups_within(groups: Iterable[Group]) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def _of_opening(opening: Opening) -> dict[str, Any]:
+    return {key: value for key, value in asdict(opening).items() if key != "number" or value is not None}
+
+
 def _opening(data: Mapping[str, Any]) -> Opening:
-    given = data.get("given")
-    return Opening(data["method"], data["call"], whole(data["size"]), given and (whole(given[0]), whole(given[1])))
+    given, number = data.get("given"), data.get("number")
+    if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
+        raise TypeError(f"{number!r} is no number")
+    told = given and (whole(given[0]), whole(given[1]))
+    return Opening(data["method"], data["call"], whole(data["size"]), told, number)
 
 
 def fingerprint(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import FunctionType
 from typing import TYPE_CHECKING
 
@@ -14,76 +16,104 @@ from torch.nn.modules.conv import _ConvNd
 from tpvprune.multihead import Heads
 from tpvprune.planning.conventions import told
 from tpvprune.planning.cost import RECURRENT
-from tpvprune.planning.follower import numbers, shapes
+from tpvprune.planning.follower import OF_ONE_HEAD, numbers, shapes
 from tpvprune.planning.seen import Width
+from tpvprune.source import undecorated
 
 if TYPE_CHECKING:
     from tpvprune.planning.traced import Traced
 
 # Set anew by `layers.refresh`.
 LAYERS = (_ConvNd, nn.Linear, nn.Embedding, _NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU, Heads, *RECURRENT)
-OF_ONE_HEAD = ("head_dim", "dim_head", "head_size", "head_channels", "d_head", "dim_per_head")
 
 
-def counted_attributes(
-    traced: Traced, known: frozenset[str] | None
-) -> tuple[dict[str, tuple[str, int]], set[str], set[str]]:
+@dataclass(frozen=True)
+class Counted:
     """Whole numbers in modules that count the units of one group, so that they can be set anew after a cut.
+
+    Attributes:
+        counts: by name of the number its group and how often each unit counts.
+        doubtful: those of the names that the code reads for something else, as far as its statements tell.
+        untold: modules in which a length that has to be told is not.
+        torn: groups that statements count by a number by which others count what stays.
+    """
+
+    counts: dict[str, tuple[str, int]]
+    doubtful: set[str]
+    untold: set[str]
+    torn: set[str]
+
+
+def counted_attributes(traced: Traced, known: frozenset[str] | None) -> Counted:
+    """The numbers that count units.
 
     Args:
         traced: its groups are known.
         known: the only ones to look at; None for all.
-
-    Returns:
-        By name of the number its group and how often each unit counts; those of the names that the code reads for
-        something else, as far as its statements tell; and the modules in which a length that has to be told is not.
     """
     counts: dict[str, tuple[str, int]] = {}
     counted: set[int] = set()
     doubtful: set[str] = set()
+    torn: set[str] = set()
     sizes = {group.id: group.units for group in traced.groups}
     kinds = {group.id: group.kind for group in traced.groups}
     sure: set[tuple[str, str, int]] = set()
     # What a statement names is what it counts by; of numbers that merely are the same nothing is known.
+    others: set[tuple[str, str]] = set()  # told by a statement to be the width of something else
     for width in sorted(traced.follower.widths, key=lambda w: not w.named):
         author = traced.model.get_submodule(width.author)
         group = None if isinstance(author, LAYERS) else _counted(traced, width, sizes)
         if group is None:
+            values = vars(author)
+            others.update((width.author, key) for key in width.named if values.get(key) == width.length)
             continue
         each, found = width.length // sizes[group], []
         for key, value in numbers(author):
             # Where several heads of queries share one of keys, a unit is all of these.
             heads = kinds[group] == "head" and (each == 1 or (width.heads and key in width.named))
-            tells = ("head" in key and "dim" not in key) == heads
-            one = kinds[group] == "head" and any(part in key for part in OF_ONE_HEAD)
-            if value == width.length and tells and not one:
+            of_one = any(part in key for part in OF_ONE_HEAD)
+            tells = ("head" in key and "dim" not in key and not of_one) == heads
+            one = kinds[group] == "head" and of_one
+            # What a statement shapes all channels of all heads by is their number, whatever it is called.
+            whole = kinds[group] == "head" and each > 1 and not width.heads and key in width.named
+            if value == width.length and ((tells and not one) or whole):
                 found.append(key)
         named = [key for key in found if key in width.named]
+        found = [key for key in found if (width.author, key) not in others]
+        if named and not set(named) & set(found):
+            torn.add(group)
         place = width.author, group, width.length
+        sure_of = bool(named) or (kinds[group] == "head" and each == 1)  # what is called heads, and as many as these
         if named:
             sure.add(place)
         for key in named or ([] if place in sure else found):
             name = f"{width.author}.{key}".removeprefix(".")
-            if known is None or name in known:
-                if name not in counts and not named and runs_by(type(author), key):
+            if (known is None or name in known) and name not in traced.policy.uncounted:
+                if name not in counts and not sure_of and runs_by(type(author), key):
                     doubtful.add(name)
                 counts.setdefault(name, (group, each))
                 counted.add(id(width))
         for key, shape in shapes(author):
-            place_in = _place(shape, width)
+            place_in = _place(shape, width) if key in width.named else None
             name = f"{width.author}.{key}[{place_in}]".removeprefix(".")
             if place_in is not None and (known is None or name in known):
                 counts.setdefault(name, (group, each))
 
     lost = (width for width in traced.follower.widths if width.must and id(width) not in counted)
-    return counts, doubtful, {width.module for width in lost if _cuttable(traced, width)}
+    return Counted(counts, doubtful, {width.module for width in lost if _cuttable(traced, width)}, torn)
 
 
 def runs_by(kind: type[nn.Module], key: str) -> bool:
-    """Whether the code of a module's passes reads an attribute."""
-    methods = {name: getattr(kind, name) for name in dir(kind) if name.startswith("forward") or name == "__call__"}
-    own = [m for m in methods.values() if isinstance(m, FunctionType) and m.__module__ != nn.Module.__module__]
-    return any(key in method.__code__.co_names for method in own)
+    """Whether the code of a module's passes, or of a method that it calls, reads an attribute."""
+    waiting = [name for name in dir(kind) if name.startswith("forward") or name == "__call__"]
+    for name in waiting:  # grows
+        method = inspect.getattr_static(kind, name, None)
+        method = undecorated(method.__func__ if isinstance(method, (staticmethod, classmethod)) else method)
+        if isinstance(method, FunctionType) and method.__module__ != nn.Module.__module__:
+            if key in method.__code__.co_names:
+                return True
+            waiting += [other for other in method.__code__.co_names if other not in waiting and hasattr(kind, other)]
+    return False
 
 
 def _place(shape: tuple[int, ...], width: Width) -> int | None:

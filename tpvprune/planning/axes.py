@@ -200,6 +200,40 @@ def spatial(f: Follower, call: Call) -> None:
         f.settle(out, {a: s for a, s in kept.items() if same and out.shape[a] == shape[a]})
 
 
+def regions(f: Follower, call: Call) -> None:
+    """Pools over regions of images, which keep channels apart: `(regions, channels, ...)` come out."""
+    f.pin(call.given[1:], f"{f.called!r} pools regions that are told by its units")
+    spatial(f, call)
+
+
+def put(f: Follower, call: Call) -> None:
+    """Rows of a tensor that others are put into: what lies along the other axes lies along those of both."""
+    indices, values = call.argument("indices"), call.argument("values")
+    f.pin((i for i in indices if i is not None), f"{f.called!r} looks up by its units")
+    into, given = call.before[0], f.state(values)
+    rows = indices[0].ndim if len(indices) == 1 and indices[0] is not None else 0
+    # As many axes as a mask has become one, those of numbers of rows stay what they are.
+    first, places = (rows, 1) if rows and indices[0].dtype in (torch.bool, torch.uint8) else (1, rows)
+    shape = call.shapes[0]
+    shift = values.ndim - len(shape) + first - places  # below zero where what is put in is repeated for all rows
+    if not rows or into.origins or given.origins or shift > 0:
+        f.pin(call.given, f"the operation {call.name!r} in {f.called!r} cannot be followed")
+        return
+    for axes, below in ((into.axes, first), (given.axes, places + shift)):
+        for axis, slots in axes.items():
+            if axis < below:
+                f.units.pin(slots, f"{f.called!r} looks up its units by their places")
+    found = {}
+    for axis in range(first, len(shape)):
+        there = axis - first + places + shift
+        mine, other = into.axes.get(axis), given.axes.get(there) if there >= 0 else None
+        if mine is not None and there >= 0 and values.shape[there] > 1:
+            f.ties(mine, other)
+        # Nothing that units lie along was there before: room for what is put in, as wide as that is.
+        found[axis] = other if mine is None and there >= 0 and values.shape[there] == shape[axis] else mine
+    f.settle(call.out[0], found)
+
+
 def embedding(f: Follower, call: Call) -> None:
     """Rows looked up in a table."""
     out = call.out[0]

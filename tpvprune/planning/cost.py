@@ -67,7 +67,11 @@ class Usage:
         self.spent: dict[str, int] = {}
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
         if not tensors or tensors[0].ndim == 0 or tensors[0].shape[0] == 0:
-            raise ModelError("the example input holds no tensor with a batch dimension")
+            lists = any(isinstance(v, (list, tuple)) and tensors_of(v) for v in (*args, *kwargs.values()))
+            wrap = (
+                f"; put {type(model).__name__} into a module that takes one batch and calls it on a list made of that"
+            )
+            raise ModelError(f"the example input holds no tensor with a batch dimension{wrap if lists else ''}")
         self.batch = tensors[0].shape[0]
         self.inputs = tuple(tuple(tensor.shape[1:]) for tensor in tensors)
         counter = FlopCounterMode(display=False)

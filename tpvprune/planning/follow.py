@@ -64,6 +64,8 @@ NAMED: dict[str, Rule] = {
     "native_group_norm": axes.group_norm,
     "glu": axes.glu,
     "embedding": axes.embedding,
+    **dict.fromkeys(("roi_align", "roi_pool"), axes.regions),
+    "index_put": axes.put,
     **dict.fromkeys(MOVES, moves.move),
     **dict.fromkeys(REDUCTIONS, axes.reduce),
     **dict.fromkeys(ALONG, axes.spread_along),

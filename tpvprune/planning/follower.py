@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tpvprune.elastic import calls_at, method_of, names_at, owner_of, value_of
+from tpvprune.elastic import calls_at, names_at, value_of
 from tpvprune.members import Role
 from tpvprune.planning.conventions import infos
 from tpvprune.planning.cost import tensors_of
 from tpvprune.planning.labels import PLAIN, Origin, State, Tangled, is_static
 from tpvprune.planning.seen import Call, Limit, Policy, Product, Reshaped, Width
 from tpvprune.planning.units import FREE, STATIC, Units
+from tpvprune.source import method_of, running
 
 WEIGHTS = "{!r} looks at the mean attention of all heads"
+OF_ONE_HEAD = ("head_dim", "dim_head", "head_size", "head_channels", "d_head", "dim_per_head")  # in names of numbers
 FIXED = "its channels are added to the model's input or another tensor of fixed width"
 
 
@@ -153,15 +155,11 @@ class Follower(TorchDispatchMode):
 
     def author(self) -> tuple[nn.Module, FrameType | None]:
         """The module of the model whose method runs, a helper of the one that was called perhaps, and its frame."""
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            owner, code = owner_of(frame), frame.f_code
-            # A function that is given a module is none of its methods.
-            own = code.co_varnames[:1] == ("self",) or method_of(type(owner), code) is not None
-            if own and isinstance(owner, nn.Module) and id(owner) in self._names:
-                return owner, frame
-            frame = frame.f_back
-        return self.module, None
+        found = self._running()
+        return (self.module, None) if found is None else (found[0], found[1])
+
+    def _running(self) -> tuple[nn.Module, FrameType, tuple[str, FrameType] | None] | None:
+        return running(sys._getframe(1), lambda module: id(module) in self._names)
 
     def width(self, length: int, slots: Tensor, **more: Any) -> None:
         """Note that the code that runs depends on how many entries an axis has, see `Width`."""
@@ -178,12 +176,11 @@ class Follower(TorchDispatchMode):
             slots: of what came out, in that shape.
             axes: along which they lie.
         """
-        shape = tuple(slots.shape)
-        owner, frame = self.author()
-        method = None if frame is None else method_of(type(owner), frame.f_code)
-        if frame is None or method is None:
+        shape, found = tuple(slots.shape), self._running()
+        if found is None or found[2] is None:
             return
-        site = type(owner), method, frame.f_lineno
+        owner, (name, frame) = found[0], found[2]
+        site = type(owner), name, frame.f_lineno
         for call, sizes in calls_at(*site):
             values = [value_of(size, frame) for size in sizes]
             if len(sizes) == len(shape) and all(v in (None, -1, n) for v, n in zip(values, shape, strict=True)):

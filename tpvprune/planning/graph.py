@@ -59,8 +59,8 @@ def trace(
 
     Raises:
         InputError: `seconds` is not above zero.
-        ModelError: the model cannot be copied (what holds it up is named) or run on `example`, or not traced, or not
-            within `seconds`; the last operation is named.
+        ModelError: the model is quantized, cannot be copied (what holds it up is named) or run on `example`, or not
+            traced, or not within `seconds`; the last operation is named.
     """
     if seconds is not None and not seconds > 0:
         raise InputError(f"seconds={seconds} must be above zero, or None for no limit")
@@ -75,6 +75,12 @@ def trace(
     for name, parameter in twin.named_parameters():
         if not parameter.is_floating_point():
             raise ModelError(f"parameter {name!r} is {parameter.dtype}; only floating models can be traced")
+    for name, module in twin.named_modules():
+        if type(module).__module__.startswith("torch.ao.nn.") and hasattr(module, "_weight_bias"):
+            raise ModelError(
+                f"{name or 'the model'!r} is a quantized {type(module).__name__}, whose weights are packed integers "
+                "and cannot be cut; prune the floating model, and quantize what comes of it"
+            )
     args, kwargs = arguments_of(example, device_of(model))
     with evaluation_mode(twin), torch.no_grad():
         usage = Usage(twin.requires_grad_(False), args, kwargs)
@@ -86,7 +92,15 @@ def trace(
             forget(twin)
             traced = Traced(twin, follow(twin, args, kwargs, policy, notify, limit), usage, policy, dense)
             found = traced.stricter() or rehearsed(
-                twin, traced.graph(model_id(model)), traced.follower, args, kwargs, policy, limit
+                twin,
+                traced.graph(model_id(model)),
+                traced.follower,
+                args,
+                kwargs,
+                policy,
+                limit,
+                doubtful=traced.doubtful,
+                torn=traced.torn,
             )
             if replace(found, openings=policy.openings) == policy:
                 break

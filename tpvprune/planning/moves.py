@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tpvprune.planning.cost import tensors_of
-from tpvprune.planning.follower import FIXED, Follower, numbers, shapes
+from tpvprune.planning.follower import FIXED, OF_ONE_HEAD, Follower, numbers, shapes
 from tpvprune.planning.labels import Origin, gathered, is_free, spread, varying
 from tpvprune.planning.seen import Call
 from tpvprune.planning.units import FREE, STATIC, modulo
@@ -149,7 +149,7 @@ def _settled(f: Follower, call: Call, moved: Tensor) -> tuple[int, Tensor] | Non
         slots = slots.clamp(min=STATIC)
     if call.name in VIEWS:
         f.site(call.shapes[0], moved, axes)
-        heads = len(axes) > 1 and _counts_heads(f, moved.shape[axis])
+        heads = len(axes) > 1 and axis in _heads(f, moved, axes)
         f.width(moved.shape[axis], slots, heads=heads, shape=tuple(moved.shape), axis=axis)
     return axis, slots
 
@@ -158,9 +158,19 @@ def _counts_heads(f: Follower, length: int) -> bool:
     return any("head" in key and "dim" not in key and value == length for key, value in numbers(f.author()[0]))
 
 
+def _heads(f: Follower, moved: Tensor, axes: list[int]) -> list[int]:
+    """The axes that may be heads: as many as the module counts, or what comes before the channels of one head."""
+    counted = [axis for axis in axes if _counts_heads(f, moved.shape[axis])]
+    of_one = [value for key, value in numbers(f.author()[0]) if any(part in key for part in OF_ONE_HEAD)]
+    told = {times * value for value in of_one for times in (1, 2, 3)}  # queries, keys and values may lie side by side
+    if not counted and len(axes) > 1 and axes[-2:] == [moved.ndim - 2, moved.ndim - 1] and moved.shape[-1] in told:
+        return [axes[-2]]
+    return counted
+
+
 def _chosen(f: Follower, moved: Tensor, axes: list[int]) -> int:
     """The axis that units lie along where a move leaves several: heads, or else the longest."""
-    heads = [axis for axis in axes if _counts_heads(f, moved.shape[axis])]
+    heads = _heads(f, moved, axes)
     if heads and f.here not in f.policy.whole:
         # The channels of a head come last; there may be as many of them as heads.
         return heads[-2] if len(heads) > 1 and heads[-1] == axes[-1] else heads[-1]
@@ -174,6 +184,7 @@ def _cuts(f: Follower, call: Call) -> None:
         return
     for axis, slots in call.before[0].axes.items():
         lengths = [t.shape[axis] for t in call.out] if call.out[0].ndim == len(call.shapes[0]) else []
+        lengths = [length for length in lengths if length]
         whole = call.shapes[0][axis]
         if not lengths or lengths == [whole]:
             continue

@@ -30,6 +30,7 @@ class Policy:
         sealed: modules that keep the width of whatever comes in or goes out, with the reason.
         openings: sizes that modules' code leaves open.
         kept: `(param, dim, entry)` of units that stay, with the reason.
+        uncounted: numbers of modules that only happen to be as many as units.
     """
 
     bundles: bool = False
@@ -40,6 +41,7 @@ class Policy:
     sealed: Mapping[str, str] = field(default_factory=dict)
     openings: Mapping[str, tuple[Opening, ...]] = field(default_factory=dict)
     kept: Mapping[tuple[str, int, int], str] = field(default_factory=dict)
+    uncounted: frozenset[str] = frozenset()
 
 
 class Limit:

@@ -65,7 +65,8 @@ class Traced:
         self.groups = self._groups()
         self.unequal = add_products(self)
         known = None if dense is None else frozenset(dense.counts)
-        self.counts, self.doubtful, self.untold = counted_attributes(self, known)
+        found = counted_attributes(self, known)
+        self.counts, self.doubtful, self.untold, self.torn = found.counts, found.doubtful, found.untold, found.torn
         self.told = told_widths(self)
         self._explain()
 

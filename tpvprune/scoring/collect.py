@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpvprune.batches import Batch, Progress, buffers_kept, on_one_tensor
+from tpvprune.batches import Batch, Progress, buffers_kept
+from tpvprune.calls import on_one_tensor
 from tpvprune.errors import InputError, UnseenError
 from tpvprune.processes import of_all, process
 from tpvprune.scores import Scores, Sensitivities, Settled
