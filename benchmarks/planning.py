@@ -50,27 +50,49 @@ def ours(model: nn.Module, example: torch.Tensor) -> dict[str, float]:
     return {n: b - a for n, a, b in zip(names, marks, marks[1:], strict=False)} | {"macs": plan.macs / graph.macs()}
 
 
+def peer_pruner(model: nn.Module, example: torch.Tensor, **settings: Any) -> Any:
+    """torch-pruning's pruner by L1 norm, with the settings of its own timm example."""
+    import torch_pruning
+
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):  # which a trace does not see through
+            module.fused_attn = False
+    heads = {m.qkv: m.num_heads for m in model.modules() if _attends(m)}
+    found = model.get_classifier()  # type: ignore[operator]  # a timm model
+    ends = found if isinstance(found, list | tuple) else [found]
+    kept = {"ignored_layers": [end for end in ends if isinstance(end, nn.Module)], "num_heads": heads}
+    importance = torch_pruning.importance.MagnitudeImportance(p=1)
+    return torch_pruning.pruner.BasePruner(model, example, importance=importance, **kept, **settings)
+
+
+def step_of_peer(model: nn.Module, pruner: Any) -> None:
+    """One step, after which attention is told its new sizes, as that example does."""
+    pruner.step()
+    for module in filter(_attends, model.modules()):
+        module.num_heads = pruner.num_heads[module.qkv]
+        width = module.qkv.out_features // 3  # type: ignore[union-attr]  # a linear layer
+        module.head_dim = width // module.num_heads  # type: ignore[operator]
+        if hasattr(module, "attn_dim"):
+            module.attn_dim = width
+
+
+def _attends(module: nn.Module) -> bool:
+    return hasattr(module, "num_heads") and isinstance(getattr(module, "qkv", None), nn.Linear)
+
+
 def theirs(model: nn.Module, example: torch.Tensor) -> dict[str, float]:
-    """torch-pruning's pruner with the settings of its own timm example."""
+    """torch-pruning's pruner, globally in steps."""
     import torch_pruning
 
     dense = torch_pruning.utils.count_ops_and_params(model, example)[0]
     start = time.perf_counter()
-    heads = {m.qkv: m.num_heads for m in model.modules() if hasattr(m, "num_heads") and isinstance(m.qkv, nn.Linear)}
-    for module in model.modules():  # its example does the same: fused attention reshapes to a width fixed when built
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False
-    head = model.get_classifier()  # type: ignore[operator]  # a timm model
-    pruner = torch_pruning.pruner.BasePruner(
+    pruner = peer_pruner(
         model,
         example,
-        importance=torch_pruning.importance.MagnitudeImportance(p=1),
         global_pruning=True,
         pruning_ratio=1.0,
         max_pruning_ratio=0.9,
         iterative_steps=40,
-        ignored_layers=[head],
-        num_heads=heads,
         round_to=8,
     )
     built = time.perf_counter()
@@ -78,7 +100,7 @@ def theirs(model: nn.Module, example: torch.Tensor) -> dict[str, float]:
     macs = 1.0
     for _ in range(40):
         begin = time.perf_counter()
-        pruner.step()
+        step_of_peer(model, pruner)
         spent += time.perf_counter() - begin
         macs = torch_pruning.utils.count_ops_and_params(model, example)[0] / dense  # not counted
         if macs <= SHARE:
