@@ -191,9 +191,22 @@ def opened(module: nn.Module, openings: Iterable[Opening]) -> None:
     Raises:
         ModelError: its class has no such call.
     """
-    before: tuple[Any, tuple[Opening, ...]] = getattr(type(module), "_rewritten", (type(module), ()))
+    module.__class__ = _with(type(module), openings)
+
+
+def can_open(kind: type[Any], openings: Iterable[Opening]) -> bool:
+    """Whether the code of a class, and of all between it and the functions it calls, can be written anew for that."""
+    try:
+        _with(kind, openings)
+    except ModelError:
+        return False
+    return True
+
+
+def _with(kind: type[Any], openings: Iterable[Opening]) -> type[Any]:
+    before: tuple[Any, tuple[Opening, ...]] = getattr(kind, "_rewritten", (kind, ()))
     base, done = before
-    module.__class__ = _rewritten(base, tuple(dict.fromkeys((*done, *openings))))
+    return _rewritten(base, tuple(dict.fromkeys((*done, *openings))))
 
 
 class _Silent:

@@ -221,3 +221,43 @@ def test_functions_that_are_not_as_they_were_are_named(number: bool, inputs: Ten
     other = dataclasses.replace(graph, openings={"attn": changed})
     with pytest.raises(tp.errors.ModelError, match=r"attend has no call 'q \* other' any more; trace the model again"):
         tp.apply(net, plan_without(other, GONE))
+
+
+def turned(x: Tensor, width: int, more: int = 1) -> Tensor:
+    return turned(x, width, more - 1) if more else x.reshape(len(x), -1, width).tanh()
+
+
+def scaled(x: Tensor, more: int = 1) -> Tensor:
+    return scaled(x, more - 1) if more else x * (1 / x.shape[-1])
+
+
+class Recursive(nn.Module):
+    """Calls functions that call themselves, and so cannot be written anew."""
+
+    def __init__(self, scale: bool) -> None:
+        super().__init__()
+        self.scale = scale
+        self.up, self.middle, self.down = nn.Linear(6, 8), nn.Linear(8, 10), nn.Linear(10, 6)
+        self.norm = nn.LayerNorm(10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.middle(self.up(x).relu()))
+        return self.down(scaled(y) if self.scale else turned(y, 10))
+
+
+@pytest.mark.parametrize(
+    ("scale", "gone", "reason"),
+    [
+        (True, {"0": [1], "1.up": [0, 5], "1.down": [2, 3]}, "makes a number of their width"),
+        (False, {"1.up": [0, 5]}, "cannot do without them: shape"),  # what comes in and goes out stays with it
+    ],
+)
+def test_what_cannot_be_written_anew_stays_and_the_rest_goes(
+    scale: bool, gone: dict[str, list[int]], reason: str
+) -> None:
+    model, inputs = randomise(nn.Sequential(nn.Linear(5, 6), Recursive(scale), nn.Linear(6, 3))), example(2, 4, 5)
+    graph = tp.trace(model, inputs)
+    assert {group.id for group in graph.groups} == set(gone)
+    assert reason in graph.skipped["1.middle"]
+    plan = plan_without(graph, gone)
+    assert gap(tp.apply(model, plan)(inputs), tp.mask(model, plan)(inputs)) < tolerances.SAME_FUNCTION

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tpvprune.elastic import calls_at
+from tpvprune.elastic import calls_at, can_open
 from tpvprune.members import Group, Opening
 from tpvprune.planning.follower import Follower
 from tpvprune.planning.seen import Limit, Policy, Reshaped
@@ -179,6 +179,8 @@ def _opened(model: nn.Module, graph: Graph, follower: Follower, policy: Policy, 
     """
     if failure.keeping:
         more = {name: (*policy.openings.get(name, ()), *kept) for name, kept in failure.keeping.items()}
+        if not all(can_open(type(model.get_submodule(name)), kept) for name, kept in more.items()):
+            return None
         return replace(policy, openings={**policy.openings, **more})
     if failure.site is None:
         return None
@@ -194,7 +196,7 @@ def _opened(model: nn.Module, graph: Graph, follower: Follower, policy: Policy, 
         if other is kind and not any((o.method, o.call) == (method, call) for o in (*done, *found)):
             sizes = next(sizes for text, sizes in calls_at(other, method, line) if text == call)
             opening = _opening(method, call, sizes, seen, set_anew)
-            if opening is not None:
+            if opening is not None and can_open(kind, (*done, opening)):
                 found[opening] = (kind, method, line) == failure.site
     if not any(found.values()):
         return None
